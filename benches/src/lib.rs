@@ -1,0 +1,1 @@
+//! Cold-start harness and criterion benches.

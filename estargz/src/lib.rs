@@ -1,0 +1,4 @@
+//! Reader, writer and verifier for seekable eStargz layers.
+
+pub mod digest;
+pub mod toc;

@@ -1,0 +1,2 @@
+//! The `estargz` command.
+fn main() {}

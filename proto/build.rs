@@ -1,0 +1,9 @@
+//! Compiles the definitions with protox, so that no `protoc` has to be installed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let containerd = protox::compile(["services/snapshots/v1/snapshots.proto"], ["containerd"])?;
+    tonic_prost_build::configure().build_transport(true).compile_fds(containerd)?;
+    println!("cargo:rerun-if-changed=containerd");
+    println!("cargo:rerun-if-changed=cri");
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! OCI distribution client: credentials, manifests, ranged blob reads, uploads.

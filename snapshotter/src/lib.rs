@@ -1,0 +1,1 @@
+//! containerd remote snapshotter that lazily serves eStargz layers.

@@ -1,0 +1,1 @@
+//! Harness for real containerd, registry and CNI, and the integration suite.
