@@ -1,5 +1,7 @@
 //! The session against the real kernel. Needs root and `/dev/fuse`, and fails without them.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 #[path = "privileged/behaviour.rs"]
 mod behaviour;
 #[path = "privileged/differential.rs"]

@@ -44,6 +44,21 @@ fn privileged_sixty_four_threads_read_right_bytes() {
 }
 
 #[test]
+fn privileged_offsets_beyond_four_gib_are_whole() {
+    let block = pattern(1 << 20);
+    let mut tree = Tree::default();
+    tree.add(1, "vast", Kind::File(Content::Repeated(block.clone(), 1 << 40)), 0o644);
+    let mounted = Mounted::new(tree.build());
+    let file = File::open(mounted.path("vast")).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 1 << 40);
+    for gib in [3_u64, 5, 1000] {
+        let mut buffer = [0; 8192];
+        file.read_exact_at(&mut buffer, (gib << 30) + 4096).unwrap();
+        assert!(buffer == block[4096..12_288], "bytes at {gib} GiB");
+    }
+}
+
+#[test]
 fn privileged_waiting_handlers_do_not_block_others() {
     let mut tree = Tree::default();
     for index in 0..16 {

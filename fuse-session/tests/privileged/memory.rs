@@ -23,6 +23,10 @@ pub(crate) enum Content {
     Bytes(Bytes),
     /// Answers after a while.
     Slow(Duration, Bytes),
+    /// Answers after a while; its reads go past the page cache, so that signals interrupt them.
+    SlowDirect(Duration, Bytes),
+    /// A block over and over, up to a length.
+    Repeated(Bytes, u64),
     /// Never answers; its reads go past the page cache.
     Never,
     /// Panics at once.
@@ -107,7 +111,7 @@ impl Tree {
     }
 
     pub(crate) fn node(&mut self, ino: u64) -> &mut Node {
-        &mut self.nodes[ino as usize - 1]
+        &mut self.nodes[usize::try_from(ino).expect("few nodes") - 1]
     }
 
     pub(crate) fn build(self) -> MemoryFs {
@@ -130,7 +134,10 @@ impl MemoryFs {
         let node = self.node(ino)?;
         let (kind, size) = match &node.kind {
             Kind::Directory(_) => (FileType::Directory, 4096),
-            Kind::File(Content::Bytes(b) | Content::Slow(_, b)) => (FileType::RegularFile, b.len() as u64),
+            Kind::File(Content::Bytes(b) | Content::Slow(_, b) | Content::SlowDirect(_, b)) => {
+                (FileType::RegularFile, b.len() as u64)
+            }
+            Kind::File(Content::Repeated(_, len)) => (FileType::RegularFile, *len),
             Kind::File(_) => (FileType::RegularFile, 4096),
             Kind::Symlink(target) => (FileType::Symlink, target.len() as u64),
             Kind::Device => (FileType::CharDevice, 0),
@@ -225,7 +232,7 @@ impl Filesystem for MemoryFs {
 
     async fn open(&self, _req: Request, inode: u64, _flags: u32) -> Result<ReplyOpen> {
         let flags = match &self.node(inode)?.kind {
-            Kind::File(Content::Never | Content::TooMuch(_)) => DIRECT_IO,
+            Kind::File(Content::Never | Content::SlowDirect(..) | Content::TooMuch(_)) => DIRECT_IO,
             _ => KEEP_CACHE,
         };
         Ok(ReplyOpen { fh: 0, flags })
@@ -241,9 +248,13 @@ impl Filesystem for MemoryFs {
         };
         let data = match content {
             Content::Bytes(bytes) => part(bytes),
-            Content::Slow(wait, bytes) => {
+            Content::Slow(wait, bytes) | Content::SlowDirect(wait, bytes) => {
                 tokio::time::sleep(*wait).await;
                 part(bytes)
+            }
+            Content::Repeated(block, _) => {
+                let start = usize::try_from(offset % block.len() as u64).unwrap_or(0);
+                block.slice(start..(start + size as usize).min(block.len()))
             }
             Content::Never => std::future::pending().await,
             Content::Panic => panic!("read was told to panic"),
@@ -355,7 +366,7 @@ impl Filesystem for MemoryFs {
 
 fn sized(data: Bytes, size: u32) -> Result<ReplyXAttr> {
     match (size as usize, data.len()) {
-        (0, len) => Ok(ReplyXAttr::Size(len as u32)),
+        (0, len) => Ok(ReplyXAttr::Size(u32::try_from(len).expect("small values"))),
         (room, len) if room < len => Err(libc::ERANGE.into()),
         _ => Ok(ReplyXAttr::Data(data)),
     }
