@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fuse_session::{MountConfig, MountError, Session};
@@ -61,14 +61,22 @@ fn privileged_a_killed_caller_is_freed_from_a_handler_that_never_returns() {
 fn privileged_a_signal_that_does_not_kill_spoils_no_read() {
     let mounted = Mounted::new(broken());
     for name in ["slow-direct", "slow"] {
-        let mut child = spawn("/bin/cat", &mounted.path(name));
+        // cat would hide an EINTR by trying again; sysread does not.
+        let script = r#"open F, "<", $ARGV[0] or exit 8; sysread(F, $b, 4096) // exit 9; print $b"#;
+        let mut child = Command::new("perl")
+            .args(["-e", script])
+            .arg(mounted.path(name))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         eventually("a pending request", || mounted.session().pending() == 1);
         let _ = kill_process(pid(&child), Signal::STOP);
         std::thread::sleep(Duration::from_millis(100));
         let _ = kill_process(pid(&child), Signal::CONT);
         let mut read = Vec::new();
         child.stdout.take().unwrap().read_to_end(&mut read).unwrap();
-        assert!(wait(&mut child, Duration::from_secs(5)).unwrap().success());
+        let status = wait(&mut child, Duration::from_secs(5)).unwrap();
+        assert!(status.success(), "{name}: {status}");
         assert!(read == pattern(4096), "bytes of {name}");
     }
 }
