@@ -234,7 +234,7 @@ fn hard_links_share_an_inode_in_any_order_and_through_chains() {
             "/s2/ 3 l0 2"
         ]
     );
-    assert_eq!(index.path_of(2), b"/a");
+    assert_eq!(index.path_of(2), b"/c");
     assert_eq!(index.inode_count(), 4);
 }
 
