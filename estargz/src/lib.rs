@@ -1,4 +1,6 @@
 //! Reader, writer and verifier for seekable eStargz layers.
 
 pub mod digest;
+pub mod input;
 pub mod toc;
+pub mod writer;
