@@ -4,6 +4,7 @@
 //! what it finds, and the verifier, which compares what it finds with the TOC. Nothing here trusts its input.
 
 pub mod pax;
+mod sparse;
 pub mod tar;
 
 use std::io::{self, BufReader, Chain, Cursor, Read};

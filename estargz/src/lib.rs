@@ -2,5 +2,6 @@
 
 pub mod digest;
 pub mod input;
+pub mod order;
 pub mod toc;
 pub mod writer;
