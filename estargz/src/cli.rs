@@ -25,7 +25,6 @@ use hullspeed_registry::{Client, ClientOptions, Credentials};
 use tokio::signal::unix::{SignalKind, signal};
 
 use failure::{Code, Failure};
-use location::Location;
 use stream::Cancel;
 
 /// Time that work has to clean up after a signal.
@@ -112,7 +111,7 @@ fn processors() -> NonZeroUsize {
 }
 
 /// Runs the command and returns its exit code.
-pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+pub(crate) fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -130,6 +130,15 @@ struct Loader<'a> {
     seen: Vec<String>,
 }
 
+/// Whether an entry of an index is for a platform that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Yes,
+    No,
+    /// The entry does not say; its configuration will.
+    Unknown,
+}
+
 impl Loader<'_> {
     /// Reads what `fetched` refers to; `None` if it turns out to be for a platform that is not wanted.
     async fn node(&mut self, fetched: Fetched, depth: usize, chosen: bool) -> Result<Option<Node>, Failure> {
@@ -166,17 +175,19 @@ impl Loader<'_> {
         let bad = |error: serde_json::Error| Failure::new(Code::Runtime, format!("index {digest} cannot be understood: {error}"));
         let entries: Vec<Document> = document.find("manifests").map_err(bad)?.unwrap_or_default();
         let mut children = Vec::new();
-        let mut kept = Vec::new();
-        for entry in entries {
+        for (entry, wanted) in self.choose(entries) {
+            let chosen = match wanted {
+                Wanted::No => continue,
+                Wanted::Yes => true,
+                Wanted::Unknown => false,
+            };
             let blob = BlobRef::from_descriptor(&entry).map_err(bad)?;
             let media_type: String = entry.find("mediaType").map_err(bad)?.unwrap_or_default();
-            let Some(chosen) = self.wants(&entry, &media_type, &kept) else { continue };
             let bytes = self.source.manifest(&blob).await?;
             if bytes.len() as u64 != blob.size {
                 let line = format!("manifest {} has {} bytes, index {digest} says {}", blob.digest, bytes.len(), blob.size);
                 return Err(Failure::new(Code::Mismatch, line));
             }
-            kept.push(blob.digest.to_string());
             let fetched = Fetched { bytes, media_type, digest: blob.digest };
             let Some(node) = Box::pin(self.node(fetched, depth + 1, chosen)).await? else { continue };
             if let Content::Index { children, .. } = &node.content
@@ -190,26 +201,42 @@ impl Loader<'_> {
         Ok(Content::Index { document, children })
     }
 
-    /// Whether an entry of an index is wanted; `Some(true)` if its platform has been looked at already.
-    fn wants(&mut self, entry: &Document, media_type: &str, kept: &[String]) -> Option<bool> {
+    /// Looks at the entries of an index before anything of them is read.
+    fn choose(&mut self, entries: Vec<Document>) -> Vec<(Document, Wanted)> {
+        let wanted: Vec<_> = entries.iter().map(|entry| self.wants(entry)).collect();
+        let kept = entries.iter().zip(&wanted).filter(|(_, wanted)| **wanted != Wanted::No);
+        let kept: Vec<_> = kept.filter_map(|(entry, _)| entry.find::<String>("digest").ok().flatten()).collect();
+        let decide = |(entry, wanted): (Document, Wanted)| {
+            // An attestation goes with what it describes.
+            let described = entry.annotation(REFERENCE_DIGEST).filter(|_| !self.platforms.is_empty());
+            let wanted = match described {
+                Some(described) if kept.contains(&described) => Wanted::Yes,
+                Some(_) => Wanted::No,
+                None => wanted,
+            };
+            (entry, wanted)
+        };
+        entries.into_iter().zip(wanted).map(decide).collect()
+    }
+
+    fn wants(&mut self, entry: &Document) -> Wanted {
         if self.platforms.is_empty() {
-            return Some(true);
+            return Wanted::Yes;
         }
-        // An attestation goes with what it describes; it stands behind it.
-        if let Some(described) = entry.annotation(REFERENCE_DIGEST) {
-            return kept.contains(&described).then_some(true);
+        if entry.annotation(REFERENCE_DIGEST).is_some() {
+            return Wanted::No;
         }
         let platform = entry.find::<Document>("platform").ok().flatten();
-        match platform.as_ref().and_then(Platform::from_document) {
-            Some(platform) => {
-                let wanted = self.platforms.iter().any(|filter| filter.admits(&platform));
-                if !wanted {
-                    self.seen.push(platform.to_string());
-                }
-                wanted.then_some(true)
-            }
-            None => (is_index(media_type) || matches!(media_type, OCI_MANIFEST | DOCKER_MANIFEST)).then_some(false),
+        let Some(platform) = platform.as_ref().and_then(Platform::from_document) else {
+            let media_type: String = entry.find("mediaType").ok().flatten().unwrap_or_default();
+            let image = is_index(&media_type) || matches!(media_type.as_str(), OCI_MANIFEST | DOCKER_MANIFEST);
+            return if image { Wanted::Unknown } else { Wanted::No };
+        };
+        if self.platforms.iter().any(|filter| filter.admits(&platform)) {
+            return Wanted::Yes;
         }
+        self.seen.push(platform.to_string());
+        Wanted::No
     }
 
     async fn manifest(

@@ -195,6 +195,23 @@ impl<R: Read> Read for HashRead<R> {
     }
 }
 
+/// Random access that fails once the command is to end.
+pub(super) struct CancelReadAt<R> {
+    pub(super) inner: R,
+    pub(super) cancel: Cancel,
+}
+
+impl<R: ReadAt> ReadAt for CancelReadAt<R> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.cancel.check()?;
+        self.inner.read_at(offset, buf)
+    }
+
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+}
+
 /// A writer that fails once the command is to end.
 pub(super) struct CancelWrite<W> {
     pub(super) inner: W,
