@@ -18,9 +18,9 @@ use super::image::Node;
 use super::location::Location;
 use super::progress::Progress;
 use super::stream::Cancel;
+use super::transport::oci_layout::{parent, readable};
 use super::transport::{Source, Target};
 use super::{PlatformArgs, ProgressStyle, RegistryArgs};
-use super::transport::oci_layout::{parent, readable};
 use layers::Layers;
 use rewrite::Rewritten;
 
@@ -87,7 +87,13 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
         prioritized,
         spool_dir: Some(target.scratch().to_owned()),
     };
-    let work = layers::Work { source: &source, target: &target, build: &build, progress: &progress, cancel: &cancel };
+    let work = layers::Work {
+        source: &source,
+        target: &target,
+        build: &build,
+        progress: &progress,
+        cancel: &cancel,
+    };
     let converted = layers::convert(&work, &tree).await?;
     note_missing(&progress, &converted, &build.prioritized);
 
@@ -130,12 +136,19 @@ fn read_list(path: &Path) -> Result<Vec<Vec<u8>>, Failure> {
     };
     let mut text = Vec::new();
     let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(MAX_PRIORITIZE_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
+    file.take(MAX_PRIORITIZE_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(failed)?;
     if text.len() as u64 > MAX_PRIORITIZE_BYTES {
-        let line = format!("--prioritize: {} has more than {MAX_PRIORITIZE_BYTES} bytes", path.display());
+        let line = format!(
+            "--prioritize: {} has more than {MAX_PRIORITIZE_BYTES} bytes",
+            path.display()
+        );
         return Err(Failure::new(Code::Usage, line));
     }
-    let lines = text.split(|&byte| byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    let lines = text
+        .split(|&byte| byte == b'\n')
+        .map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     Ok(lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect())
 }
 
@@ -145,11 +158,24 @@ fn note_missing(progress: &Progress, layers: &Layers, prioritized: &[Vec<u8>]) {
         return;
     }
     let missing = |path: &&Vec<u8>| layers.values().all(|layer| layer.missing.contains(*path));
-    let missing: Vec<_> = prioritized.iter().filter(missing).map(|path| String::from_utf8_lossy(path)).collect();
+    let missing: Vec<_> = prioritized
+        .iter()
+        .filter(missing)
+        .map(|path| String::from_utf8_lossy(path))
+        .collect();
     if !missing.is_empty() {
         let more = missing.len().saturating_sub(NAMED_MISSING);
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let named = missing.iter().take(NAMED_MISSING).map(AsRef::as_ref).collect::<Vec<&str>>().join(", ");
+        let more = if more > 0 {
+            format!(" and {more} more")
+        } else {
+            String::new()
+        };
+        let named = missing
+            .iter()
+            .take(NAMED_MISSING)
+            .map(AsRef::as_ref)
+            .collect::<Vec<&str>>()
+            .join(", ");
         progress.note(&format!("note: in no layer: {named}{more}"));
     }
 }
@@ -162,5 +188,7 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
         readable(file.path())?;
         file.persist(path).map_err(|error| error.error)
     };
-    write().map(|_| ()).map_err(|error| Failure::file(Side::Destination, "write to", path, &error))
+    write()
+        .map(|_| ())
+        .map_err(|error| Failure::file(Side::Destination, "write to", path, &error))
 }

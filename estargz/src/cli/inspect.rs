@@ -83,7 +83,8 @@ pub(super) async fn run(options: Options) -> Result<(), Failure> {
         manifests,
     };
     if options.json {
-        let json = serde_json::to_string_pretty(&view).map_err(|error| Failure::new(Code::Runtime, error.to_string()))?;
+        let json =
+            serde_json::to_string_pretty(&view).map_err(|error| Failure::new(Code::Runtime, error.to_string()))?;
         return super::print(&json);
     }
     super::print(&tables(&view))
@@ -92,24 +93,46 @@ pub(super) async fn run(options: Options) -> Result<(), Failure> {
 async fn manifest(source: &Source, node: &Node, image: &Image) -> Result<ManifestView, Failure> {
     let mut layers = Vec::new();
     for layer in &image.layers {
-        layers.push(view(source, layer).await.map_err(|failure| failure.during(format!("layer {}", layer.blob.digest)))?);
+        layers.push(
+            view(source, layer)
+                .await
+                .map_err(|failure| failure.during(format!("layer {}", layer.blob.digest)))?,
+        );
     }
     let platform = image.platform.as_ref().map(ToString::to_string);
-    Ok(ManifestView { digest: node.digest.to_string(), platform, layers })
+    Ok(ManifestView {
+        digest: node.digest.to_string(),
+        platform,
+        layers,
+    })
 }
 
 async fn view(source: &Source, layer: &Layer) -> Result<LayerView, Failure> {
-    let media_type = layer.descriptor.find::<String>("mediaType").ok().flatten().unwrap_or_default();
+    let media_type = layer
+        .descriptor
+        .find::<String>("mediaType")
+        .ok()
+        .flatten()
+        .unwrap_or_default();
     let digest = layer.blob.digest.to_string();
-    let mut view = LayerView { digest, media_type, size: layer.blob.size, ..LayerView::default() };
+    let mut view = LayerView {
+        digest,
+        media_type,
+        size: layer.blob.size,
+        ..LayerView::default()
+    };
     if layer.foreign {
         view.reason = Some("may not be distributed: it is fetched from its own place".to_owned());
         return Ok(view);
     }
     let blob = source.random(&layer.blob)?;
     // Reading blocks, over the network too.
-    let opened = tokio::task::spawn_blocking(move || LayerBlob::open(&*blob).map(|layer| (layer.footer, layer.toc_document.digest, layer.toc)));
-    let opened = opened.await.map_err(|error| Failure::new(Code::Runtime, error.to_string()))?;
+    let opened = tokio::task::spawn_blocking(move || {
+        LayerBlob::open(&*blob).map(|layer| (layer.footer, layer.toc_document.digest, layer.toc))
+    });
+    let opened = opened
+        .await
+        .map_err(|error| Failure::new(Code::Runtime, error.to_string()))?;
     match opened {
         Ok((footer, toc_digest, toc)) => {
             let toc_digest = toc_digest.to_string();
@@ -165,8 +188,19 @@ fn tables(view: &ImageView) -> String {
     let mut text = format!("{} {}", view.source, view.digest);
     for manifest in &view.manifests {
         let mut table = Table::new();
-        table.load_style(TableStyle::new()).set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header(["LAYER", "SIZE", "ESTARGZ", "TOC", "FILES", "CHUNKS", "PRIORITIZED", "CONTENT"]);
+        table
+            .load_style(TableStyle::new())
+            .set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header([
+            "LAYER",
+            "SIZE",
+            "ESTARGZ",
+            "TOC",
+            "FILES",
+            "CHUNKS",
+            "PRIORITIZED",
+            "CONTENT",
+        ]);
         for column in [1, 4, 5, 6, 7] {
             if let Some(column) = table.column_mut(column) {
                 column.set_cell_alignment(CellAlignment::Right);
@@ -174,7 +208,11 @@ fn tables(view: &ImageView) -> String {
         }
         let mut reasons = Vec::new();
         for layer in &manifest.layers {
-            let name = |digest: &str| digest.parse().map_or_else(|_| digest.to_owned(), |digest| short(&digest));
+            let name = |digest: &str| {
+                digest
+                    .parse()
+                    .map_or_else(|_| digest.to_owned(), |digest| short(&digest))
+            };
             let number = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
             let bytes = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), size);
             table.add_row([
@@ -187,7 +225,12 @@ fn tables(view: &ImageView) -> String {
                 bytes(layer.prioritized_bytes),
                 bytes(layer.content_size),
             ]);
-            reasons.extend(layer.reason.as_ref().map(|reason| format!("\n{}: {reason}", name(&layer.digest))));
+            reasons.extend(
+                layer
+                    .reason
+                    .as_ref()
+                    .map(|reason| format!("\n{}: {reason}", name(&layer.digest))),
+            );
         }
         let platform = manifest.platform.as_deref().unwrap_or("unknown platform");
         text.push_str(&format!("\n\n{platform} {}\n{}", manifest.digest, table.trim_fmt()));

@@ -52,7 +52,10 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
     let mut done: HashMap<Key, Result<Report, Failure>> = HashMap::new();
     let (mut faults, mut chunks, mut skipped) = (0_usize, 0, 0_usize);
     for (node, image) in tree.images() {
-        let platform = image.platform.as_ref().map_or_else(|| "unknown platform".to_owned(), ToString::to_string);
+        let platform = image
+            .platform
+            .as_ref()
+            .map_or_else(|| "unknown platform".to_owned(), ToString::to_string);
         for (number, layer) in image.layers.iter().enumerate() {
             if layer.foreign {
                 skipped += 1;
@@ -63,7 +66,9 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
             if !done.contains_key(&key) {
                 let task = progress.layer(&layer.blob.digest, layer.blob.size);
                 let result = check(&source, layer, annotation, scratch.path(), &cancel).await;
-                cancel.check().map_err(|error| Failure::new(Code::Interrupted, error.to_string()))?;
+                cancel
+                    .check()
+                    .map_err(|error| Failure::new(Code::Interrupted, error.to_string()))?;
                 task.finish(if result.is_ok() { "good" } else { "BAD" });
                 chunks += result.as_ref().map_or(0, |report| report.chunks);
                 done.insert(key.clone(), result);
@@ -71,22 +76,42 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
             if let Some(Err(failure)) = done.get(&key) {
                 faults += 1;
                 let (manifest, digest) = (&node.digest, &layer.blob.digest);
-                super::print(&format!("BAD {platform} manifest {manifest} layer {number} {digest}: {}", failure.line))?;
+                super::print(&format!(
+                    "BAD {platform} manifest {manifest} layer {number} {digest}: {}",
+                    failure.line
+                ))?;
             }
         }
     }
     let images = tree.images().len();
     if faults > 0 {
         // What cannot be read is another matter than what is wrong.
-        let codes = done.values().filter_map(|result| result.as_ref().err().map(|failure| failure.code));
-        let code = codes.max_by_key(|code| *code == Code::Mismatch).unwrap_or(Code::Mismatch);
-        return Err(Failure::new(code, format!("{} has {faults} bad layers (named on stdout)", options.source)));
+        let codes = done
+            .values()
+            .filter_map(|result| result.as_ref().err().map(|failure| failure.code));
+        let code = codes
+            .max_by_key(|code| *code == Code::Mismatch)
+            .unwrap_or(Code::Mismatch);
+        return Err(Failure::new(
+            code,
+            format!("{} has {faults} bad layers (named on stdout)", options.source),
+        ));
     }
     if images == 0 {
-        return Err(Failure::new(Code::Mismatch, format!("{} holds no image", options.source)));
+        return Err(Failure::new(
+            Code::Mismatch,
+            format!("{} holds no image", options.source),
+        ));
     }
-    let skipped = if skipped > 0 { format!(", {skipped} not distributable and not checked") } else { String::new() };
-    super::print(&format!("good: {images} manifests, {} layers, {chunks} chunks{skipped}", done.len()))
+    let skipped = if skipped > 0 {
+        format!(", {skipped} not distributable and not checked")
+    } else {
+        String::new()
+    };
+    super::print(&format!(
+        "good: {images} manifests, {} layers, {chunks} chunks{skipped}",
+        done.len()
+    ))
 }
 
 async fn check(
@@ -99,7 +124,11 @@ async fn check(
     let mismatch = |line: String| Failure::new(Code::Mismatch, line);
     let mut reader = source.open_blob(&layer.blob, cancel.clone()).await?;
     let (scratch, cancel, diff_id) = (scratch.to_owned(), cancel.clone(), layer.diff_id.clone());
-    let local = if let Source::Docker(_) = source { None } else { Some(source.random(&layer.blob)?) };
+    let local = if let Source::Docker(_) = source {
+        None
+    } else {
+        Some(source.random(&layer.blob)?)
+    };
     let work = tokio::task::spawn_blocking(move || {
         let unwritable = |error: io::Error| Failure::file(Side::Destination, "write to", &scratch, &error);
         // The blob's own digest first: it tells damage from a badly made layer.
@@ -115,10 +144,16 @@ async fn check(
             }
         };
         let annotation = annotation.ok_or_else(|| mismatch(format!("it has no annotation {TOC_DIGEST_ANNOTATION}")))?;
-        let toc = annotation.parse().map_err(|error| mismatch(format!("annotation {TOC_DIGEST_ANNOTATION}: {error}")))?;
-        let diff_id = diff_id.as_str().parse().map_err(|error| mismatch(format!("its diffID: {error}")))?;
+        let toc = annotation
+            .parse()
+            .map_err(|error| mismatch(format!("annotation {TOC_DIGEST_ANNOTATION}: {error}")))?;
+        let diff_id = diff_id
+            .as_str()
+            .parse()
+            .map_err(|error| mismatch(format!("its diffID: {error}")))?;
         let blob = CancelReadAt { inner: &*blob, cancel };
         verify_layer(blob, Some(toc), Some(diff_id)).map_err(|error| mismatch(chain(&error)))
     });
-    work.await.map_err(|error| Failure::new(Code::Runtime, error.to_string()))?
+    work.await
+        .map_err(|error| Failure::new(Code::Runtime, error.to_string()))?
 }

@@ -40,7 +40,10 @@ impl Layout {
     pub fn new(dir: &Path) -> Self {
         fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
         fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-        Self { dir: dir.to_owned(), entries: Vec::new() }
+        Self {
+            dir: dir.to_owned(),
+            entries: Vec::new(),
+        }
     }
 
     pub fn blob(&self, media_type: &str, bytes: &[u8]) -> Value {
@@ -61,7 +64,10 @@ impl Layout {
         };
         let mut descriptor = self.blob(media_type, &bytes);
         descriptor["annotations"] = json!({"kept": "yes"});
-        LayerBlob { descriptor, diff_id: Digest::of(tar).to_string() }
+        LayerBlob {
+            descriptor,
+            diff_id: Digest::of(tar).to_string(),
+        }
     }
 
     /// Writes config and manifest of an image and returns the manifest's descriptor.
@@ -72,7 +78,11 @@ impl Layout {
         let config = format!(
             r#"{{"os":"linux","zz":{{"b":1.50,"a":[1e3]}},"architecture":"{architecture}","rootfs":{{"type":"layers","diff_ids":{diff_ids},"extra":1}},"config":{{"Env":["A=\u00e9"]}},"history":[{{"created_by":"x"}},{{"created_by":"y","empty_layer":true}}]}}"#
         );
-        let (manifest_type, config_type) = if docker { (DOCKER_MANIFEST, DOCKER_CONFIG) } else { (MANIFEST, CONFIG) };
+        let (manifest_type, config_type) = if docker {
+            (DOCKER_MANIFEST, DOCKER_CONFIG)
+        } else {
+            (MANIFEST, CONFIG)
+        };
         let descriptors: Vec<_> = layers.iter().map(|layer| &layer.descriptor).collect();
         let manifest = json!({
             "schemaVersion": 2, "mediaType": manifest_type, "unknown": {"x": [1, 2]},
@@ -130,7 +140,10 @@ pub fn multi_platform(dir: &Path, docker: bool) -> Layout {
     let mut amd64 = layout.image(false, "amd64", &[shared, zstd, plain]);
     let mut arm64 = layout.image(docker, "arm64", &[docker_shared, arm]);
     let statement = layout.blob("application/vnd.in-toto+json", b"{\"statement\":1}");
-    let config = layout.blob(CONFIG, br#"{"architecture":"unknown","os":"unknown","rootfs":{"type":"layers","diff_ids":[]}}"#);
+    let config = layout.blob(
+        CONFIG,
+        br#"{"architecture":"unknown","os":"unknown","rootfs":{"type":"layers","diff_ids":[]}}"#,
+    );
     let attestation = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [statement]});
     let mut attestation = layout.blob(MANIFEST, attestation.to_string().as_bytes());
     attestation["platform"] = json!({"os": "unknown", "architecture": "unknown"});
@@ -150,7 +163,13 @@ pub fn multi_platform(dir: &Path, docker: bool) -> Layout {
 pub fn estargz(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_estargz"));
     command.args(arguments).env("HOME", "/nonexistent").stdin(Stdio::null());
-    for name in ["DOCKER_CONFIG", "DOCKER_AUTH_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "RUST_LOG"] {
+    for name in [
+        "DOCKER_CONFIG",
+        "DOCKER_AUTH_CONFIG",
+        "REGISTRY_AUTH_FILE",
+        "XDG_RUNTIME_DIR",
+        "RUST_LOG",
+    ] {
         command.env_remove(name);
     }
     command
@@ -236,13 +255,23 @@ impl Registry {
         let path = dir.path().join("config.yml");
         fs::write(&path, config).unwrap();
         let mut command = Command::new("docker-registry");
-        let child = command.arg("serve").arg(&path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let child = command
+            .arg("serve")
+            .arg(&path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         while std::net::TcpStream::connect(address).is_err() {
             assert!(Instant::now() < deadline, "docker-registry does not come up");
             std::thread::sleep(Duration::from_millis(20));
         }
-        Self { host: address.to_string(), child, _dir: dir }
+        Self {
+            host: address.to_string(),
+            child,
+            _dir: dir,
+        }
     }
 }
 

@@ -54,7 +54,9 @@ pub(super) async fn convert(work: &Work<'_>, tree: &Node) -> Result<Layers, Fail
     let layers = distinct(tree)?;
     let (fewest, most) = LAYERS_AT_ONCE;
     let at_once = work.build.threads.get().clamp(fewest, most);
-    let mut running = futures_util::stream::iter(layers).map(|layer| one(work, layer)).buffer_unordered(at_once);
+    let mut running = futures_util::stream::iter(layers)
+        .map(|layer| one(work, layer))
+        .buffer_unordered(at_once);
     let mut converted = Layers::new();
     let mut fault = None;
     // After a fault the others are told to stop and waited for: their temporary files must be gone at the end.
@@ -74,7 +76,12 @@ pub(super) async fn convert(work: &Work<'_>, tree: &Node) -> Result<Layers, Fail
 fn distinct(tree: &Node) -> Result<Vec<&Layer>, Failure> {
     let mut seen: HashMap<&Digest, &Layer> = HashMap::new();
     let mut layers = Vec::new();
-    for layer in tree.images().into_iter().flat_map(|(_, image)| &image.layers).filter(|layer| !layer.foreign) {
+    for layer in tree
+        .images()
+        .into_iter()
+        .flat_map(|(_, image)| &image.layers)
+        .filter(|layer| !layer.foreign)
+    {
         match seen.insert(&layer.blob.digest, layer) {
             None => layers.push(layer),
             Some(other) if other.diff_id == layer.diff_id && other.blob == layer.blob => {}
@@ -94,18 +101,35 @@ async fn one(work: &Work<'_>, layer: &Layer) -> Result<Converted, Failure> {
     let interrupted = |error: io::Error| Failure::new(Code::Interrupted, error.to_string());
     work.cancel.check().map_err(interrupted)?;
     let task = work.progress.layer(&layer.blob.digest, layer.blob.size);
-    let reader = work.source.open_blob(&layer.blob, work.cancel.clone()).await.map_err(during)?;
+    let reader = work
+        .source
+        .open_blob(&layer.blob, work.cancel.clone())
+        .await
+        .map_err(during)?;
     let reader = reader.on_progress(task.counter());
     let (scratch, options) = (work.target.scratch().to_owned(), work.build.clone());
     let (diff_id, cancel) = (layer.diff_id.clone(), work.cancel.clone());
     let rebuild = tokio::task::spawn_blocking(move || rebuild(reader, &diff_id, &scratch, &options, cancel));
-    let rebuilt = rebuild.await.map_err(|error| Failure::new(Code::Runtime, error.to_string()));
+    let rebuilt = rebuild
+        .await
+        .map_err(|error| Failure::new(Code::Runtime, error.to_string()));
     let (built, file) = rebuilt.and_then(|rebuilt| rebuilt).map_err(during)?;
     let digest = Digest::sha256(built.blob_digest.as_bytes());
-    let blob = BlobRef { digest, size: built.blob_size };
+    let blob = BlobRef {
+        digest,
+        size: built.blob_size,
+    };
     task.phase("storing", blob.size);
-    work.target.put_file(&blob, file, Some(Arc::new(task.counter()))).await.map_err(during)?;
-    task.finish(&format!("{} -> {} {}", size(layer.blob.size), size(blob.size), blob.digest));
+    work.target
+        .put_file(&blob, file, Some(Arc::new(task.counter())))
+        .await
+        .map_err(during)?;
+    task.finish(&format!(
+        "{} -> {} {}",
+        size(layer.blob.size),
+        size(blob.size),
+        blob.digest
+    ));
     Ok(Converted {
         source: layer.blob.clone(),
         blob,
@@ -149,7 +173,10 @@ fn build(
     let unwritable = |error: io::Error| Failure::file(Side::Destination, "write to", scratch, &error);
     let mut file = NamedTempFile::new_in(scratch).map_err(unwritable)?;
     let mut tar = HashRead::new(input::decompress(reader).map_err(|error| Failure::layer(&error))?);
-    let mut out = BufWriter::new(CancelWrite { inner: file.as_file_mut(), cancel });
+    let mut out = BufWriter::new(CancelWrite {
+        inner: file.as_file_mut(),
+        cancel,
+    });
     let built = writer::build(&mut tar, &mut out, options).map_err(|error| Failure::layer(&error))?;
     out.flush().map_err(unwritable)?;
     drop(out);
@@ -170,7 +197,10 @@ pub(super) async fn copy_others(work: &Work<'_>, new: &Rewritten) -> Result<(), 
         if work.source.has(blob).await? {
             copy(work, blob).await?;
         } else {
-            work.progress.note(&format!("note: layer {} is fetched from its own place; left as it is", blob.digest));
+            work.progress.note(&format!(
+                "note: layer {} is fetched from its own place; left as it is",
+                blob.digest
+            ));
         }
     }
     Ok(())
@@ -188,6 +218,8 @@ async fn copy(work: &Work<'_>, blob: &BlobRef) -> Result<(), Failure> {
         io::copy(&mut reader, file.as_file_mut()).map_err(|error| Failure::layer(&error))?;
         Ok(file.into_temp_path())
     });
-    let file = copy.await.map_err(|error| Failure::new(Code::Runtime, error.to_string()))??;
+    let file = copy
+        .await
+        .map_err(|error| Failure::new(Code::Runtime, error.to_string()))??;
     work.target.put_file(blob, file, None).await
 }

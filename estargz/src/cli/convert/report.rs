@@ -48,7 +48,11 @@ struct Layer {
 pub(super) fn build(options: &Options, new: &Rewritten, layers: &Layers, tree: &Node) -> Result<Vec<u8>, Failure> {
     let images = tree.images();
     let mut ordered: Vec<&super::layers::Converted> = Vec::new();
-    for layer in images.iter().flat_map(|(_, image)| &image.layers).filter_map(|layer| layers.get(&layer.blob.digest)) {
+    for layer in images
+        .iter()
+        .flat_map(|(_, image)| &image.layers)
+        .filter_map(|layer| layers.get(&layer.blob.digest))
+    {
         if !ordered.iter().any(|seen| seen.source == layer.source) {
             ordered.push(layer);
         }
@@ -62,23 +66,31 @@ pub(super) fn build(options: &Options, new: &Rewritten, layers: &Layers, tree: &
         destination: options.destination.to_string(),
         digest: new.root.blob.digest.to_string(),
         media_type: new.root.media_type.clone(),
-        manifests: images.iter().map(|(node, image)| Manifest {
-            platform: image.platform.as_ref().map(ToString::to_string),
-            source_digest: node.digest.to_string(),
-            digest: new.renamed.get(&node.digest).map(ToString::to_string),
-            layers: image.layers.iter().map(|layer| layer.blob.digest.to_string()).collect(),
-        }).collect(),
-        missing_prioritized: missing_prioritized.map(|path| String::from_utf8_lossy(path).into_owned()).collect(),
-        layers: ordered.iter().map(|layer| Layer {
-            source_digest: layer.source.digest.to_string(),
-            source_size: layer.source.size,
-            digest: layer.blob.digest.to_string(),
-            size: layer.blob.size,
-            uncompressed_size: layer.uncompressed_size,
-            toc_digest: layer.toc_digest.to_string(),
-            diff_id: layer.diff_id.to_string(),
-            seconds: layer.took.as_secs_f64(),
-        }).collect(),
+        manifests: images
+            .iter()
+            .map(|(node, image)| Manifest {
+                platform: image.platform.as_ref().map(ToString::to_string),
+                source_digest: node.digest.to_string(),
+                digest: new.renamed.get(&node.digest).map(ToString::to_string),
+                layers: image.layers.iter().map(|layer| layer.blob.digest.to_string()).collect(),
+            })
+            .collect(),
+        missing_prioritized: missing_prioritized
+            .map(|path| String::from_utf8_lossy(path).into_owned())
+            .collect(),
+        layers: ordered
+            .iter()
+            .map(|layer| Layer {
+                source_digest: layer.source.digest.to_string(),
+                source_size: layer.source.size,
+                digest: layer.blob.digest.to_string(),
+                size: layer.blob.size,
+                uncompressed_size: layer.uncompressed_size,
+                toc_digest: layer.toc_digest.to_string(),
+                diff_id: layer.diff_id.to_string(),
+                seconds: layer.took.as_secs_f64(),
+            })
+            .collect(),
     };
     let mut json = serde_json::to_vec_pretty(&report)
         .map_err(|error| Failure::new(Code::Runtime, format!("cannot write the report: {error}")))?;

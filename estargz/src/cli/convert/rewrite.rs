@@ -11,9 +11,7 @@ use hullspeed_registry::Digest;
 use serde_json::Error;
 
 use super::layers::{Converted, Layers};
-use crate::cli::document::{
-    BlobRef, Document, OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST, REFERENCE_DIGEST,
-};
+use crate::cli::document::{BlobRef, Document, OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST, REFERENCE_DIGEST};
 use crate::cli::image::{Content, Image, Layer, Node};
 
 /// Everything to be stored besides the converted layers.
@@ -47,11 +45,28 @@ pub(super) struct Root {
 
 /// Writes the documents of `tree` anew.
 pub(super) fn rewrite(tree: &Node, layers: &Layers) -> Result<Rewritten, Error> {
-    let mut rewriter =
-        Rewriter { layers, documents: Vec::new(), copies: Vec::new(), foreign: Vec::new(), renamed: BTreeMap::new() };
+    let mut rewriter = Rewriter {
+        layers,
+        documents: Vec::new(),
+        copies: Vec::new(),
+        foreign: Vec::new(),
+        renamed: BTreeMap::new(),
+    };
     let root = rewriter.node(tree)?;
-    let Rewriter { documents, copies, foreign, renamed, .. } = rewriter;
-    Ok(Rewritten { documents, root, copies, foreign, renamed })
+    let Rewriter {
+        documents,
+        copies,
+        foreign,
+        renamed,
+        ..
+    } = rewriter;
+    Ok(Rewritten {
+        documents,
+        root,
+        copies,
+        foreign,
+        renamed,
+    })
 }
 
 struct Rewriter<'a> {
@@ -73,10 +88,21 @@ impl Rewriter<'_> {
             }
         };
         // A document that did not change keeps its digest, whatever the algorithm.
-        let digest = if bytes == node.bytes { node.digest.clone() } else { Digest::of(&bytes) };
-        let blob = BlobRef { digest, size: bytes.len() as u64 };
+        let digest = if bytes == node.bytes {
+            node.digest.clone()
+        } else {
+            Digest::of(&bytes)
+        };
+        let blob = BlobRef {
+            digest,
+            size: bytes.len() as u64,
+        };
         self.renamed.insert(node.digest.clone(), blob.digest.clone());
-        Ok(Root { bytes, blob, media_type })
+        Ok(Root {
+            bytes,
+            blob,
+            media_type,
+        })
     }
 
     fn index(&mut self, node: &Node, old: &Document, children: &[(Document, Node)]) -> Result<(Bytes, String), Error> {
@@ -88,7 +114,10 @@ impl Rewriter<'_> {
                 new.blob.point(&mut descriptor, &new.media_type)?;
                 descriptor.remove("urls");
             }
-            self.documents.push(Output { bytes: new.bytes, media_type: Some(new.media_type) });
+            self.documents.push(Output {
+                bytes: new.bytes,
+                media_type: Some(new.media_type),
+            });
             entries.push(descriptor);
         }
         if node.images().is_empty() {
@@ -96,7 +125,9 @@ impl Rewriter<'_> {
             return Ok((node.bytes.clone(), node.media_type.clone()));
         }
         for descriptor in &mut entries {
-            let described = descriptor.annotation(REFERENCE_DIGEST).and_then(|text| text.parse::<Digest>().ok());
+            let described = descriptor
+                .annotation(REFERENCE_DIGEST)
+                .and_then(|text| text.parse::<Digest>().ok());
             if let Some(new) = described.and_then(|digest| self.renamed.get(&digest)) {
                 descriptor.annotate(&[(REFERENCE_DIGEST, new.as_str())])?;
             }
@@ -136,7 +167,10 @@ impl Rewriter<'_> {
         manifest.set("mediaType", &OCI_MANIFEST)?;
         manifest.set("config", &config_descriptor)?;
         manifest.set("layers", &descriptors)?;
-        self.documents.push(Output { bytes: config, media_type: None });
+        self.documents.push(Output {
+            bytes: config,
+            media_type: None,
+        });
         manifest.to_json().map(Bytes::from)
     }
 }
@@ -158,7 +192,9 @@ fn foreign_descriptor(layer: &Layer) -> Result<Document, Error> {
     let mut descriptor = layer.descriptor.clone();
     let media_type: String = descriptor.need("mediaType")?;
     let oci = match media_type.as_str() {
-        "application/vnd.docker.image.rootfs.foreign.diff.tar" => "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar" => {
+            "application/vnd.oci.image.layer.nondistributable.v1.tar"
+        }
         "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => {
             "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
         }
