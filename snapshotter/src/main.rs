@@ -1,0 +1,3 @@
+//! `hullspeed-snapshotter`.
+
+fn main() {}
