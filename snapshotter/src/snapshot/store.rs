@@ -492,25 +492,27 @@ impl Listing {
     }
 }
 
+/// Opens and checks the whole file, which is as small as there are few snapshots: redb trusts its pages later on.
 fn open_database(path: &Path) -> Result<Database, StoreError> {
-    let damaged = |detail: String| StoreError::Damaged {
-        path: path.to_owned(),
-        detail,
-    };
-    // redb checks its pages by assertions in places, which must not end the daemon with a backtrace.
-    let opened = std::panic::catch_unwind(|| Database::create(path));
+    let damaged = |detail: String| StoreError::Damaged { path: path.to_owned(), detail };
+    // On some damage redb fails an assertion, which must not be how the daemon ends.
+    let opened = std::panic::catch_unwind(|| {
+        let mut db = Database::create(path)?;
+        let sound = db.check_integrity()?;
+        Ok::<_, redb::Error>((db, sound))
+    });
     match opened {
-        Ok(Ok(db)) => Ok(db),
-        Ok(Err(error)) => match redb::Error::from(error) {
-            redb::Error::Corrupted(detail) => Err(damaged(detail)),
-            redb::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                Err(damaged(error.to_string()))
+        Ok(Ok((db, sound))) => {
+            if !sound {
+                tracing::warn!(path = %path.display(), "the metadata was damaged and is repaired");
             }
-            source => Err(StoreError::Open {
-                path: path.to_owned(),
-                source,
-            }),
-        },
+            Ok(db)
+        }
+        Ok(Err(redb::Error::Corrupted(detail))) => Err(damaged(detail)),
+        Ok(Err(redb::Error::Io(error))) if error.kind() == std::io::ErrorKind::InvalidData => {
+            Err(damaged(error.to_string()))
+        }
+        Ok(Err(source)) => Err(StoreError::Open { path: path.to_owned(), source }),
         Err(_) => Err(damaged("its pages contradict each other".to_owned())),
     }
 }
