@@ -27,6 +27,7 @@ mod readahead;
 #[cfg(test)]
 mod tests;
 
+pub(super) use decode::ingest;
 pub use engine::{Engine, FetchOptions};
 pub use error::{Failure, FetchError};
 pub use layer::{LayerFetch, LayerNames};

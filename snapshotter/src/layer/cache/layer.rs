@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -16,12 +16,9 @@ use rustix::buffer::spare_capacity;
 
 use super::files;
 use super::residency::{Binding, Residency};
-use crate::layer::Usage;
 
 /// File with the checkpointed bitmap.
 pub(super) const RESIDENT: &str = "resident";
-/// Inodes on disk of one layer: its directory, `toc`, `index`, `data`, `resident`, `origin` and `mnt`.
-const CACHE_INODES: u64 = 7;
 
 /// Why a chunk was not stored.
 #[derive(Debug, thiserror::Error)]
@@ -180,12 +177,5 @@ impl CachedLayer {
         files::replace(&self.dir, RESIDENT, &bitmap)?;
         self.checkpointed.store(count, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// Bytes allocated for the layer's files, and their number.
-    pub fn usage(&self) -> Usage {
-        let blocks = |metadata: io::Result<std::fs::Metadata>| metadata.map_or(0, |metadata| metadata.blocks());
-        let small: u64 = ["toc", "index", RESIDENT, "origin"].iter().map(|name| blocks(self.dir.join(name).metadata())).sum();
-        Usage { bytes: (small + blocks(self.data.metadata())) * 512, inodes: CACHE_INODES }
     }
 }

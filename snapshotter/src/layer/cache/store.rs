@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::files;
 use super::layer::{CachedLayer, RESIDENT};
 use super::residency::{Binding, Residency};
-use crate::layer::sys;
+use crate::layer::{Usage, sys};
 
 /// Prefix of directories that are not layers yet; removed when the store is opened.
 const UNFINISHED: &str = ".new-";
@@ -194,6 +195,25 @@ impl LayerStore {
         verify(toc_digest, &toc)?;
         let index = build_index(&toc, &origin, toc_digest)?;
         files::replace(dir, "index", &index).map_err(io_error("write", &dir.join("index")))
+    }
+
+    /// Bytes allocated for a layer's files and their number; zero for a layer that is not here.
+    pub fn usage(&self, toc_digest: &Digest) -> Usage {
+        // `mnt` is left out: asking for it would ask the mounted filesystem.
+        let path = self.path(toc_digest);
+        let files = ["", "toc", "index", "data", RESIDENT, "origin"];
+        let allocated = files.iter().filter_map(|name| fs::symlink_metadata(path.join(name)).ok()).map(|metadata| metadata.blocks() * 512);
+        allocated.fold(Usage::default(), |sum, bytes| Usage { bytes: sum.bytes + bytes, inodes: sum.inodes + 1 })
+    }
+
+    /// Removes a layer that cannot be used; it must not be mounted.
+    pub fn discard(&self, toc_digest: &Digest) -> Result<(), CacheError> {
+        let path = self.path(toc_digest);
+        let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
+        let temporary = self.root.join(format!("{UNFINISHED}{}-{number}", toc_digest.hex()));
+        // Renamed first: half a layer must never be found under the layer's name.
+        fs::rename(&path, &temporary).map_err(io_error("rename", &path))?;
+        fs::remove_dir_all(&temporary).map_err(io_error("remove", &temporary))
     }
 
     /// Where a cached layer came from.

@@ -44,6 +44,28 @@ pub(super) fn store_member(layer: &CachedLayer, metrics: &Metrics, member: u32, 
     failure.map_or(Ok(()), Err)
 }
 
+/// Stores the members that lie wholly in `bytes`, which begin at `start` of the blob; wrong ones are left to be fetched.
+pub(in crate::layer) fn ingest(layer: &CachedLayer, metrics: &Metrics, start: u64, bytes: &[u8]) {
+    let end = start + bytes.len() as u64;
+    let count = layer.index().member_count();
+    // Members are sorted, so those wanted are at the end.
+    for member in (0..count).rev() {
+        let range = plan::member_range(layer.index(), member);
+        if range.start < start {
+            break;
+        }
+        let (Ok(from), Ok(to)) = (usize::try_from(range.start - start), usize::try_from(range.end - start)) else { continue };
+        if range.end > end {
+            continue;
+        }
+        if let Some(compressed) = bytes.get(from..to)
+            && let Err(error) = store_member(layer, metrics, member, compressed)
+        {
+            tracing::warn!(dir = %layer.dir().display(), member, error = &error as &dyn std::error::Error, "cannot keep what came with the TOC");
+        }
+    }
+}
+
 fn store_chunk(
     layer: &CachedLayer,
     metrics: &Metrics,

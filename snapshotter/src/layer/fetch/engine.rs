@@ -6,7 +6,6 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::gate::Gate;
 use crate::config::Config;
@@ -67,7 +66,6 @@ pub struct Engine {
     decoders: Arc<Semaphore>,
     memory: Arc<Semaphore>,
     runtime: Handle,
-    tasks: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -88,7 +86,6 @@ impl Engine {
             options,
             metrics,
             runtime,
-            tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         })
     }
@@ -98,14 +95,14 @@ impl Engine {
         &self.metrics
     }
 
-    /// Runs a task until it ends or the engine stops.
-    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let stop = self.stop.clone();
-        let task = async move {
-            // A task that is dropped frees its claims and slots.
-            stop.run_until_cancelled(task).await;
-        };
-        self.tasks.spawn_on(task, &self.runtime);
+    /// Where tasks run.
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// A signal that comes when the engine stops, or earlier.
+    pub(super) fn stop_signal(&self) -> CancellationToken {
+        self.stop.child_token()
     }
 
     /// Runs `work` on one of the bounded number of decompression threads; `None` if it panicked.
@@ -124,11 +121,9 @@ impl Engine {
         self.memory.clone().acquire_many_owned(memory_units(bytes)).await.ok()
     }
 
-    /// Ends all tasks and waits for them.
-    pub async fn shutdown(&self) {
+    /// Tells all fetches to end.
+    pub fn stop(&self) {
         self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
     }
 }
 

@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use estargz::digest::Digest;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::engine::Engine;
 use super::error::{Failure, FetchError};
@@ -16,6 +18,7 @@ use super::plan::{self, Reach};
 use super::readahead::Readahead;
 use crate::layer::cache::CachedLayer;
 use crate::layer::source::{BlobSource, Priority};
+use crate::metrics::defs::SourceLabels;
 
 /// How often a reader looks again after a fetch that died; more would hide a fault.
 const MAX_ROUNDS: u32 = 4;
@@ -42,6 +45,8 @@ pub struct LayerFetch {
     remote: RwLock<Arc<Remote>>,
     flights: Flights,
     readahead: Mutex<Readahead>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
 }
 
 /// What a reader waits for: chunks, and the fetch of the member that holds them.
@@ -55,7 +60,8 @@ impl LayerFetch {
     pub fn new(engine: Arc<Engine>, layer: Arc<CachedLayer>, source: Arc<dyn BlobSource>, names: LayerNames) -> Arc<Self> {
         let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
         let remote = RwLock::new(Arc::new(Remote { source, names }));
-        Arc::new(Self { engine, layer, remote, flights: Flights::default(), readahead })
+        let stop = engine.stop_signal();
+        Arc::new(Self { engine, layer, remote, flights: Flights::default(), readahead, tasks: TaskTracker::new(), stop })
     }
 
     /// Fetches from another source from now on; requests under way end at the old one.
@@ -76,6 +82,29 @@ impl LayerFetch {
         &self.flights
     }
 
+    /// Runs a task of this layer until it ends or the layer is closed.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        let task = async move {
+            // A task that is dropped frees its claims and slots.
+            stop.run_until_cancelled(task).await;
+        };
+        self.tasks.spawn_on(task, self.engine.runtime());
+    }
+
+    /// Ends all fetches of this layer and waits for them; readers that still wait get an error.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Counts bytes given to a reader.
+    pub fn count_read(&self, resident: bool, bytes: usize) {
+        let source = if resident { "cache" } else { "registry" };
+        self.engine.metrics.read_bytes.get_or_create(&SourceLabels { source }).inc_by(bytes as u64);
+    }
+
     /// The layer in the cache.
     pub fn layer(&self) -> &Arc<CachedLayer> {
         &self.layer
@@ -94,6 +123,9 @@ impl LayerFetch {
 
     async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>) -> Result<(), Failure> {
         for _ in 0..MAX_ROUNDS {
+            if self.stop.is_cancelled() {
+                break;
+            }
             let waits = self.start(chunks);
             if waits.is_empty() {
                 return Ok(());
@@ -148,7 +180,7 @@ impl LayerFetch {
         }
         for group in groups {
             let fetch = self.clone();
-            self.engine.spawn(async move {
+            self.spawn(async move {
                 let engine = fetch.engine.clone();
                 let slot = engine.gate.enter(group.priority).await;
                 group::run(fetch, group, slot).await;
@@ -189,7 +221,7 @@ impl LayerFetch {
     pub(super) fn group_done(self: &Arc<Self>) {
         if self.layer.residency().is_complete() && self.layer.is_dirty() {
             let layer = self.layer.clone();
-            self.engine.spawn(async move {
+            self.spawn(async move {
                 let result = tokio::task::spawn_blocking(move || layer.checkpoint().map_err(|error| (layer, error))).await;
                 if let Ok(Err((layer, error))) = result {
                     tracing::error!(dir = %layer.dir().display(), %error, "cannot record that the layer is complete");

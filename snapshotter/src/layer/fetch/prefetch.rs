@@ -19,7 +19,7 @@ impl LayerFetch {
     pub fn start_prefetch(self: &Arc<Self>) {
         if let Some(until) = self.layer().index().prefetch_end() {
             let fetch = self.clone();
-            self.engine().spawn(async move { fetch.prefetch(until).await });
+            self.spawn(async move { fetch.prefetch(until).await });
         }
     }
 
