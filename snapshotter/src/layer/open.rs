@@ -67,7 +67,7 @@ pub(super) async fn open(
     let reader = TailReader { source, metrics, stall };
     let unreachable = |cause: SourceError| NotLazy::Registry { image: image.to_owned(), layer: expected.layer, cause: Box::new(cause) };
     let not_estargz = |cause: Cause| NotLazy::NotEstargz { layer: expected.layer, cause };
-    let (start, blob_size, tail) = reader.tail().await.map_err(unreachable)?;
+    let Received { start, blob_size, bytes: tail } = reader.tail().await.map_err(unreachable)?;
     let footer = Footer::parse(&tail, blob_size).map_err(|error| match error {
         FooterError::Unsupported { variant } => NotLazy::Unsupported { layer: expected.layer, what: variant.to_owned() },
         error => not_estargz(Box::new(error)),
@@ -99,23 +99,33 @@ struct TailReader<'a> {
     stall: Duration,
 }
 
+/// A part of the blob.
+#[derive(Debug, Clone)]
+enum Part {
+    Range(Range<u64>),
+    /// The last bytes of a blob whose size is not known.
+    Tail(u64),
+}
+
+/// The end of a blob, received.
+struct Received {
+    start: u64,
+    blob_size: u64,
+    bytes: Bytes,
+}
+
 impl TailReader<'_> {
-    /// The end of the blob: where it begins, the blob's size, the bytes.
-    async fn tail(&self) -> Result<(u64, u64, Bytes), SourceError> {
+    /// The end of the blob.
+    async fn tail(&self) -> Result<Received, SourceError> {
         let size = self.source.size();
         let length = tail_length(size);
         match size {
-            Some(0) => Ok((0, 0, Bytes::new())),
-            Some(size) => Ok((size - length, size, self.range(size - length..size).await?)),
-            None => {
-                self.retrying(async || {
-                    let tail = self.in_time(self.source.read_tail(length)).await?;
-                    // A source that gives more than was asked for would be read without a bound.
-                    let bytes = self.collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length)).await?;
-                    Ok((tail.start, tail.blob_size, bytes))
-                })
-                .await
+            Some(0) => Ok(Received { start: 0, blob_size: 0, bytes: Bytes::new() }),
+            Some(size) => {
+                let received = self.receive(Part::Range(size - length..size)).await?;
+                Ok(Received { blob_size: size, ..received })
             }
+            None => self.receive(Part::Tail(length)).await,
         }
     }
 
@@ -127,24 +137,17 @@ impl TailReader<'_> {
             tail.truncate(to_len(toc.end - toc.start));
             return Ok((tail, (start, before)));
         }
-        let missing = self.range(toc.start..start.min(toc.end)).await?;
-        let mut member = BytesMut::from(&missing[..]);
+        let missing = self.receive(Part::Range(toc.start..start.min(toc.end))).await?;
+        let mut member = BytesMut::from(&missing.bytes[..]);
         member.extend_from_slice(&tail[..to_len(toc.end.saturating_sub(start)).min(tail.len())]);
         Ok((member.freeze(), (toc.start, Bytes::new())))
     }
 
-    async fn range(&self, range: Range<u64>) -> Result<Bytes, SourceError> {
-        self.retrying(async || {
-            let body = self.in_time(self.source.read(range.clone(), Priority::Demand)).await?;
-            self.collect(body, range.end - range.start).await
-        })
-        .await
-    }
-
-    async fn retrying<T>(&self, mut ask: impl AsyncFnMut() -> Result<T, SourceError>) -> Result<T, SourceError> {
+    /// Asks for a part, several times if need be.
+    async fn receive(&self, part: Part) -> Result<Received, SourceError> {
         let mut attempt = 1;
         loop {
-            let result = ask().await;
+            let result = self.ask(part.clone()).await;
             let label = result.as_ref().map_or_else(SourceError::class, |_| "ok");
             self.metrics.fetch_requests.get_or_create(&FetchLabels { kind: "toc", result: label }).inc();
             match result {
@@ -154,6 +157,22 @@ impl TailReader<'_> {
                     attempt += 1;
                 }
                 result => return result,
+            }
+        }
+    }
+
+    async fn ask(&self, part: Part) -> Result<Received, SourceError> {
+        match part {
+            Part::Range(range) => {
+                let body = self.in_time(self.source.read(range.clone(), Priority::Demand)).await?;
+                let bytes = self.collect(body, range.end - range.start).await?;
+                Ok(Received { start: range.start, blob_size: range.end, bytes })
+            }
+            Part::Tail(length) => {
+                let tail = self.in_time(self.source.read_tail(length)).await?;
+                // A source that gives more than was asked for would be read without a bound.
+                let bytes = self.collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length)).await?;
+                Ok(Received { start: tail.start, blob_size: tail.blob_size, bytes })
             }
         }
     }

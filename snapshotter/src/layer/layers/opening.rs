@@ -67,22 +67,21 @@ impl Shared {
         }
         let (shared, image, own) = (self.clone(), request.image.clone(), request.layer_digest);
         self.runtime.spawn(async move {
-            let others = layers.iter().filter(|layer| layer.digest != own);
-            let others = others.filter_map(|layer| Some((layer.digest, layer.toc_digest?, layer.size)));
-            let open = |(layer, toc, size)| {
-                let (shared, image) = (&shared, &image);
-                async move {
-                    let slot = shared.slot(&toc);
-                    let wanted = Wanted { image, expected: Expected { layer, toc }, size: Some(size) };
-                    if let Err(error) = shared.open(&slot, wanted).await {
-                        // Its own Prepare reports it.
-                        tracing::debug!(%layer, error = &error as &dyn std::error::Error, "cannot open a layer ahead");
-                    }
-                    shared.forget(&toc, slot);
-                }
-            };
+            let others: Vec<LayerDescriptor> = layers.iter().filter(|layer| layer.digest != own).copied().collect();
+            let open = |layer| shared.clone().open_other(image.clone(), layer);
             stream::iter(others).for_each_concurrent(MAX_OPENING, open).await;
         });
+    }
+
+    async fn open_other(self: Arc<Self>, image: String, layer: LayerDescriptor) {
+        let Some(toc) = layer.toc_digest else { return };
+        let slot = self.slot(&toc);
+        let expected = Expected { layer: layer.digest, toc };
+        if let Err(error) = self.open(&slot, Wanted { image: &image, expected, size: Some(layer.size) }).await {
+            // Its own Prepare reports it.
+            tracing::debug!(layer = %layer.digest, error = &error as &dyn std::error::Error, "cannot open a layer ahead");
+        }
+        self.forget(&toc, slot);
     }
 
     /// Brings one layer into the cache if it is not there.
