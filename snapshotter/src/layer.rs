@@ -12,6 +12,8 @@ pub mod layers;
 mod open;
 pub mod source;
 mod sys;
+#[cfg(test)]
+mod testing;
 
 use std::path::PathBuf;
 
