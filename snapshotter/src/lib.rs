@@ -8,6 +8,12 @@
 //!
 //! No module keeps state in a global: what a part needs is handed to it by [`run`].
 
+pub mod cli;
 pub mod config;
+pub mod grpc;
+pub mod http;
 pub mod layer;
 pub mod metrics;
+pub mod run;
+pub mod snapshot;
+pub mod telemetry;
