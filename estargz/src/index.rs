@@ -106,7 +106,8 @@ pub struct Inode<'a> {
     pub mtime_nsec: u32,
     /// Where a regular file's content lies in the data file, a multiple of 4096.
     pub data_offset: u64,
-    /// Inode number of the directory that holds it, for files with several names the first one; the root's is itself.
+    /// Inode number of the directory that holds it, for files with several names the one that is no hard link; the root's is
+    /// itself.
     pub parent: u64,
     /// Ids of a regular file's chunks in the order of its content.
     pub chunks: Range<u32>,
@@ -337,8 +338,8 @@ impl<B: AsRef<[u8]>> LayerIndex<B> {
         })
     }
 
-    /// The first name of a file from the root of the layer, beginning with `/`; empty if there is no such file. For
-    /// messages.
+    /// The path of a file from the root of the layer, beginning with `/`; empty if there is no such file. Of a file with
+    /// several names it is the one that is no hard link. For messages.
     pub fn path_of(&self, ino: u64) -> Vec<u8> {
         let mut names = Vec::new();
         let mut at = ino;

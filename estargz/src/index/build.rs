@@ -197,7 +197,8 @@ impl Tables {
             nlink[dir_ino as usize] += 2;
             for node in &children[start..start + len] {
                 let ino = ino_of[*node as usize];
-                self.add_name(tree.nodes[*node as usize].name, ino, dir_ino)?;
+                let own = tree.inode_node[*node as usize] == *node;
+                self.add_name(tree.nodes[*node as usize].name, ino, own.then_some(dir_ino))?;
                 if tree.is_dir(*node) {
                     queue.push(*node);
                     nlink[dir_ino as usize] += 1;
@@ -212,12 +213,13 @@ impl Tables {
         Ok(())
     }
 
-    fn add_name(&mut self, name: &str, ino: u32, dir_ino: u32) -> Result<(), IndexError> {
+    /// Adds a name of inode `ino`; `parent` is the directory it is added to, if it is not the name of a hard link.
+    fn add_name(&mut self, name: &str, ino: u32, parent: Option<u32>) -> Result<(), IndexError> {
         let dirent = number(self.dirents.len(), Section::Dirents)?;
         let record = &mut self.inodes[ino as usize - 1];
-        if record.dirent.get() == NONE_U32 {
+        if let Some(parent) = parent {
             record.dirent = dirent.into();
-            record.parent = dir_ino.into();
+            record.parent = parent.into();
         }
         self.dirents.push(DirentRecord {
             ino: ino.into(),

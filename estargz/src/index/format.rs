@@ -115,9 +115,9 @@ pub(super) struct InodeRecord {
     pub(super) xattr_count: U32,
     /// Symbolic link target in the arena.
     pub(super) link_offset: U32,
-    /// Inode number of the directory that holds the first name.
+    /// Inode number of the directory that holds the name that is no hard link.
     pub(super) parent: U32,
-    /// Directory entry of the first name.
+    /// Directory entry of that name.
     pub(super) dirent: U32,
     pub(super) link_len: U16,
     pub(super) mode: U16,

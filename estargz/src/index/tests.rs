@@ -1,3 +1,5 @@
+//! The rules of the tree and of chunks, one at a time, and what opening refuses.
+
 use super::*;
 use crate::toc::{EntryType, Toc, TocEntry};
 
@@ -234,7 +236,7 @@ fn hard_links_share_an_inode_in_any_order_and_through_chains() {
             "/s2/ 3 l0 2"
         ]
     );
-    assert_eq!(index.path_of(2), b"/a");
+    assert_eq!(index.path_of(2), b"/c");
     assert_eq!(index.inode_count(), 4);
 }
 

@@ -78,7 +78,7 @@ pub fn parse_member(member: &[u8]) -> Result<TocDocument, TocError> {
 
 /// The uncompressed TOC member: header, `json`, padding, and the end of the layer's tar stream.
 ///
-/// The header has no owner, mode or time, as the reference writer has it.
+/// The header says nothing of owner, mode or time; byte for byte what the reference writer emits.
 pub fn encode_member(json: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_ustar();
     header.set_path(TOC_TAR_NAME).expect("a short plain name fits a header");
@@ -88,7 +88,19 @@ pub fn encode_member(json: &[u8]) -> Vec<u8> {
     header.set_uid(0);
     header.set_gid(0);
     header.set_mtime(0);
+    header
+        .set_device_major(0)
+        .expect("the header is of the form that has device numbers");
+    header
+        .set_device_minor(0)
+        .expect("the header is of the form that has device numbers");
     header.set_cksum();
+    // Go ends the checksum with NUL and space, the tar crate spends both on another digit.
+    let sum = header.cksum().expect("the checksum was just set");
+    header
+        .as_old_mut()
+        .cksum
+        .copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     let mut tar = Vec::with_capacity(json.len() + 4 * 512);
     tar.extend_from_slice(header.as_bytes());
     tar.extend_from_slice(json);
