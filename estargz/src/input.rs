@@ -65,7 +65,11 @@ impl<R: Read> Decompressed<R> {
 /// has garbage behind the last, fails with an error on reading.
 pub fn decompress<R: Read>(mut input: R) -> Result<Decompressed<R>, InputError> {
     let mut head = Vec::with_capacity(SNIFF_BYTES);
-    input.by_ref().take(SNIFF_BYTES as u64).read_to_end(&mut head).map_err(InputError::Read)?;
+    input
+        .by_ref()
+        .take(SNIFF_BYTES as u64)
+        .read_to_end(&mut head)
+        .map_err(InputError::Read)?;
     let magic = head.clone();
     let input = BufReader::with_capacity(INPUT_BUFFER, Cursor::new(head).chain(input));
     Ok(Decompressed(match magic.as_slice() {
@@ -114,12 +118,20 @@ mod tests {
     fn every_compression_is_recognised() {
         let text = b"a layer, or something like it".repeat(1000);
         let members = [gzip(&text[..10]), gzip(&text[10..])].concat();
-        let frames = [zstd::encode_all(&text[..10], 1).unwrap(), zstd::encode_all(&text[10..], 1).unwrap()].concat();
+        let frames = [
+            zstd::encode_all(&text[..10], 1).unwrap(),
+            zstd::encode_all(&text[10..], 1).unwrap(),
+        ]
+        .concat();
         let mut skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc".to_vec();
         skippable.extend(&frames);
-        for (bytes, kind) in
-            [(&text, "tar"), (&gzip(&text), "gzip"), (&members, "gzip"), (&frames, "zstd"), (&skippable, "zstd")]
-        {
+        for (bytes, kind) in [
+            (&text, "tar"),
+            (&gzip(&text), "gzip"),
+            (&members, "gzip"),
+            (&frames, "zstd"),
+            (&skippable, "zstd"),
+        ] {
             assert_eq!(decompress(bytes.as_slice()).unwrap().compression(), kind);
             assert_eq!(read(bytes).unwrap(), text, "{kind}");
         }
@@ -138,7 +150,13 @@ mod tests {
 
     #[test]
     fn other_compressions_are_named() {
-        assert!(matches!(decompress(&b"BZh91AY"[..]), Err(InputError::Unsupported("bzip2"))));
-        assert!(matches!(decompress(&b"\xfd7zXZ\0\0"[..]), Err(InputError::Unsupported("xz"))));
+        assert!(matches!(
+            decompress(&b"BZh91AY"[..]),
+            Err(InputError::Unsupported("bzip2"))
+        ));
+        assert!(matches!(
+            decompress(&b"\xfd7zXZ\0\0"[..]),
+            Err(InputError::Unsupported("xz"))
+        ));
     }
 }

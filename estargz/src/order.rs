@@ -70,7 +70,10 @@ pub enum OrderError {
 /// Splits a name as it is in a tar stream into its clean form: no `.`, no doubled, leading or trailing slashes.
 /// The root is the empty path. `..` is refused, because it could only reach out of the layer or hide a name.
 pub(crate) fn clean(name: &[u8]) -> Result<Vec<u8>, OrderError> {
-    let bad = |fault| OrderError::BadName { name: shown(name), fault };
+    let bad = |fault| OrderError::BadName {
+        name: shown(name),
+        fault,
+    };
     let mut path = Vec::with_capacity(name.len());
     for part in name.split(|&b| b == b'/') {
         match part {
@@ -147,7 +150,10 @@ impl Tree {
     pub(crate) fn add(&mut self, path: &[u8], kind: TarKind, link: &[u8], source: usize) -> Result<(), OrderError> {
         let path = self.resolve(path)?;
         if path.is_empty() && kind != TarKind::Directory {
-            return Err(OrderError::BadName { name: "/".into(), fault: "the root is not a directory" });
+            return Err(OrderError::BadName {
+                name: "/".into(),
+                fault: "the root is not a directory",
+            });
         }
         let directory = kind == TarKind::Directory;
         match self.by_path.get(&path) {
@@ -161,12 +167,20 @@ impl Tree {
         let original = kind != TarKind::Hardlink;
         let kind = match kind {
             TarKind::Directory => Kind::Directory { source },
-            TarKind::Symlink => Kind::Symlink { source, target: link.to_vec() },
+            TarKind::Symlink => Kind::Symlink {
+                source,
+                target: link.to_vec(),
+            },
             TarKind::Hardlink => self.link(&path, link)?,
             TarKind::Regular | TarKind::Char | TarKind::Block | TarKind::Fifo => Kind::Other { source },
         };
         self.by_path.insert(path.clone(), self.names.len());
-        self.names.push(Name { path, kind, original, alive: true });
+        self.names.push(Name {
+            path,
+            kind,
+            original,
+            alive: true,
+        });
         Ok(())
     }
 
@@ -177,7 +191,9 @@ impl Tree {
         let mut from = 0;
         while let Some(slash) = resolved[from..].iter().position(|&b| b == b'/').map(|i| i + from) {
             from = slash + 1;
-            let Some(&parent) = self.by_path.get(&resolved[..slash]) else { continue };
+            let Some(&parent) = self.by_path.get(&resolved[..slash]) else {
+                continue;
+            };
             match &self.names[parent].kind {
                 Kind::Directory { .. } => {}
                 Kind::Symlink { target, .. } => {
@@ -191,12 +207,18 @@ impl Tree {
                 }
                 Kind::Other { .. } | Kind::Pending { .. } => {
                     let parent = shown(&resolved[..slash]);
-                    return Err(OrderError::NotBelowDirectory { name: shown(path), parent });
+                    return Err(OrderError::NotBelowDirectory {
+                        name: shown(path),
+                        parent,
+                    });
                 }
             }
         }
         if resolved.len() > MAX_PATH_BYTES {
-            return Err(OrderError::BadName { name: shown(path), fault: "the name is longer than 4095 bytes" });
+            return Err(OrderError::BadName {
+                name: shown(path),
+                fault: "the name is longer than 4095 bytes",
+            });
         }
         Ok(resolved)
     }
@@ -204,7 +226,11 @@ impl Tree {
     /// The kind of a new hard link: that of its target.
     fn link(&self, path: &[u8], target: &[u8]) -> Result<Kind, OrderError> {
         let target = self.resolve(target)?;
-        let bad = |fault| OrderError::BadTarget { name: shown(path), target: shown(&target), fault };
+        let bad = |fault| OrderError::BadTarget {
+            name: shown(path),
+            target: shown(&target),
+            fault,
+        };
         if target == path {
             return Err(bad("is itself"));
         }
@@ -220,8 +246,11 @@ impl Tree {
             self.names[index].alive = false;
         }
         let below = [path, b"/"].concat();
-        let doomed: Vec<_> =
-            self.by_path.range(below.clone()..).take_while(|(name, _)| name.starts_with(&below)).collect();
+        let doomed: Vec<_> = self
+            .by_path
+            .range(below.clone()..)
+            .take_while(|(name, _)| name.starts_with(&below))
+            .collect();
         let doomed: Vec<_> = doomed.into_iter().map(|(name, &index)| (name.clone(), index)).collect();
         for (name, index) in doomed {
             self.by_path.remove(&name);
@@ -245,7 +274,11 @@ impl Tree {
             } else {
                 primary.entry(source).or_insert(position);
             }
-            survivors.push(Placed { path: name.path, source, target: None });
+            survivors.push(Placed {
+                path: name.path,
+                source,
+                target: None,
+            });
         }
         for (position, entry) in survivors.iter_mut().enumerate() {
             entry.target = primary.get(&entry.source).copied().filter(|&target| target != position);
@@ -259,22 +292,37 @@ impl Tree {
         let mut index = start;
         let kind = loop {
             let name = &self.names[index];
-            let Kind::Pending { target } = &name.kind else { break name.kind.clone() };
+            let Kind::Pending { target } = &name.kind else {
+                break name.kind.clone();
+            };
             if !self.names[start].alive {
                 return Ok(());
             }
             let (link, shown_target) = (shown(&name.path), shown(target));
             if chain.len() > self.names.len() {
-                return Err(OrderError::BadTarget { name: link, target: shown_target, fault: "leads back to it" });
+                return Err(OrderError::BadTarget {
+                    name: link,
+                    target: shown_target,
+                    fault: "leads back to it",
+                });
             }
             chain.push(index);
             index = match self.by_path.get(target) {
                 Some(&next) => next,
-                None => return Err(OrderError::MissingTarget { name: link, target: shown_target }),
+                None => {
+                    return Err(OrderError::MissingTarget {
+                        name: link,
+                        target: shown_target,
+                    });
+                }
             };
             if matches!(self.names[index].kind, Kind::Directory { .. }) {
                 let fault = "is a directory";
-                return Err(OrderError::BadTarget { name: link, target: shown_target, fault });
+                return Err(OrderError::BadTarget {
+                    name: link,
+                    target: shown_target,
+                    fault,
+                });
             }
         };
         for link in chain {
@@ -291,7 +339,10 @@ fn redirect(path: &[u8], slash: usize, target: &[u8]) -> Vec<u8> {
         (false, Some(end)) => &path[..end],
     };
     let mut parts: Vec<&[u8]> = Vec::new();
-    for part in parent.split(|&b| b == b'/').chain(target.split(|&b| b == b'/')).chain(path[slash..].split(|&b| b == b'/'))
+    for part in parent
+        .split(|&b| b == b'/')
+        .chain(target.split(|&b| b == b'/'))
+        .chain(path[slash..].split(|&b| b == b'/'))
     {
         match part {
             b"" | b"." => {}
@@ -317,9 +368,16 @@ pub(crate) struct Arrangement {
 pub(crate) fn arrange(placed: &[Placed], prioritized: &[Vec<u8>]) -> Arrangement {
     let by_path: HashMap<&[u8], usize> = match prioritized {
         [] => HashMap::new(),
-        _ => placed.iter().enumerate().map(|(index, entry)| (entry.path.as_slice(), index)).collect(),
+        _ => placed
+            .iter()
+            .enumerate()
+            .map(|(index, entry)| (entry.path.as_slice(), index))
+            .collect(),
     };
-    let mut line = Line { order: Vec::with_capacity(placed.len()), taken: vec![false; placed.len()] };
+    let mut line = Line {
+        order: Vec::with_capacity(placed.len()),
+        taken: vec![false; placed.len()],
+    };
     let mut missing = Vec::new();
     for path in prioritized {
         let Some(&index) = clean(path).ok().as_deref().and_then(|path| by_path.get(path)) else {
@@ -346,7 +404,11 @@ pub(crate) fn arrange(placed: &[Placed], prioritized: &[Vec<u8>]) -> Arrangement
         }
         line.push(index);
     }
-    Arrangement { order: line.order, prioritized, missing }
+    Arrangement {
+        order: line.order,
+        prioritized,
+        missing,
+    }
 }
 
 struct Line {

@@ -75,8 +75,14 @@ impl Timestamp {
         };
         Some(match (negative, nanos) {
             (false, _) => Self { seconds, nanos },
-            (true, 0) => Self { seconds: -seconds, nanos },
-            (true, _) => Self { seconds: -seconds - 1, nanos: 1_000_000_000 - nanos },
+            (true, 0) => Self {
+                seconds: -seconds,
+                nanos,
+            },
+            (true, _) => Self {
+                seconds: -seconds - 1,
+                nanos: 1_000_000_000 - nanos,
+            },
         })
     }
 

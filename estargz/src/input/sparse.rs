@@ -65,12 +65,16 @@ pub(super) fn from_records(records: &[Record]) -> Result<Option<PaxSparse>, ()> 
     let number = |key: &[u8]| last(key).map(|value| pax::decimal(value).ok_or(())).transpose();
     match (number(b"GNU.sparse.major")?, number(b"GNU.sparse.minor")?) {
         (Some(1), Some(0)) => {
-            return Ok(Some(PaxSparse::InContent { size: number(b"GNU.sparse.realsize")?.ok_or(())? }));
+            return Ok(Some(PaxSparse::InContent {
+                size: number(b"GNU.sparse.realsize")?.ok_or(())?,
+            }));
         }
         (None | Some(0), None | Some(0 | 1)) => {}
         _ => return Err(()),
     }
-    let Some(size) = number(b"GNU.sparse.size")? else { return Ok(None) };
+    let Some(size) = number(b"GNU.sparse.size")? else {
+        return Ok(None);
+    };
     let mut numbers = Vec::new();
     if let Some(map) = last(b"GNU.sparse.map") {
         for text in map.split(|&b| b == b',').filter(|_| !map.is_empty()) {
@@ -79,8 +83,11 @@ pub(super) fn from_records(records: &[Record]) -> Result<Option<PaxSparse>, ()> 
     } else {
         for (key, value) in records {
             if key == b"GNU.sparse.offset" || key == b"GNU.sparse.numbytes" {
-                let expected: &[u8] =
-                    if numbers.len() % 2 == 0 { b"GNU.sparse.offset" } else { b"GNU.sparse.numbytes" };
+                let expected: &[u8] = if numbers.len() % 2 == 0 {
+                    b"GNU.sparse.offset"
+                } else {
+                    b"GNU.sparse.numbytes"
+                };
                 if key != expected {
                     return Err(());
                 }
@@ -118,7 +125,12 @@ impl ContentMap {
             self.line.clear();
             let wanted = usize::try_from(self.numbers[0]).ok().filter(|&n| n <= MAX_SEGMENTS)?;
             if self.numbers.len() == 1 + 2 * wanted {
-                return Some(Some(self.numbers[1..].chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()));
+                return Some(Some(
+                    self.numbers[1..]
+                        .chunks_exact(2)
+                        .map(|pair| (pair[0], pair[1]))
+                        .collect(),
+                ));
             }
         }
         Some(None)

@@ -160,7 +160,13 @@ type Block = [u8; BLOCK];
 impl<R: Read> TarReader<R> {
     /// Reads from the start of a stream.
     pub fn new(inner: R) -> Self {
-        Self { inner, position: 0, body: Body::default(), ended: false, holes_left: MAX_HOLE_BYTES }
+        Self {
+            inner,
+            position: 0,
+            body: Body::default(),
+            ended: false,
+            holes_left: MAX_HOLE_BYTES,
+        }
     }
 
     /// The source.
@@ -215,7 +221,11 @@ impl<R: Read> TarReader<R> {
             };
             let most = buf.len().min(usize::try_from(limit.min(left)).unwrap_or(usize::MAX));
             let buf = &mut buf[..most];
-            let count = if stored { self.read_stored(buf)? } else { self.read_hole(buf) };
+            let count = if stored {
+                self.read_stored(buf)?
+            } else {
+                self.read_hole(buf)
+            };
             self.body.position += count as u64;
             return Ok(count);
         }
@@ -225,7 +235,10 @@ impl<R: Read> TarReader<R> {
         let count = self.read(buf)?;
         if count == 0 {
             let inside = format!("the content of {:?}", self.body.name);
-            return Err(TarError::Truncated { offset: self.position, inside });
+            return Err(TarError::Truncated {
+                offset: self.position,
+                inside,
+            });
         }
         self.body.stored_left -= count as u64;
         Ok(count)
@@ -257,7 +270,12 @@ impl<R: Read> TarReader<R> {
                     return Ok(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(TarError::Read { offset: self.position, source }),
+                Err(source) => {
+                    return Err(TarError::Read {
+                        offset: self.position,
+                        source,
+                    });
+                }
             }
         }
     }
@@ -278,7 +296,10 @@ impl<R: Read> TarReader<R> {
         if self.fill(buf)? == buf.len() {
             return Ok(());
         }
-        Err(TarError::Truncated { offset: self.position, inside: inside.to_owned() })
+        Err(TarError::Truncated {
+            offset: self.position,
+            inside: inside.to_owned(),
+        })
     }
 
     fn skip(&mut self, mut count: u64, inside: &str) -> Result<(), TarError> {
@@ -323,14 +344,24 @@ impl<R: Read> TarReader<R> {
             }
             _ => {
                 // Something shorter than a block was never a tar; say so rather than "truncated".
-                let inside = if offset == 0 { "the first header; is this a tar stream?" } else { "a header" };
-                return Err(TarError::Truncated { offset: self.position, inside: inside.to_owned() });
+                let inside = if offset == 0 {
+                    "the first header; is this a tar stream?"
+                } else {
+                    "a header"
+                };
+                return Err(TarError::Truncated {
+                    offset: self.position,
+                    inside: inside.to_owned(),
+                });
             }
         };
         if end {
             if after_extension {
                 let inside = "an entry: its extended header is the last thing".to_owned();
-                return Err(TarError::Truncated { offset: self.position, inside });
+                return Err(TarError::Truncated {
+                    offset: self.position,
+                    inside,
+                });
             }
             return Ok(None);
         }
@@ -341,7 +372,11 @@ impl<R: Read> TarReader<R> {
     }
 
     fn extension(&mut self, header: &Block, offset: u64, extensions: &mut Extensions) -> Result<(), TarError> {
-        let bad = |field| TarError::BadField { name: shown(text(&header[..100])), offset, field };
+        let bad = |field| TarError::BadField {
+            name: shown(text(&header[..100])),
+            offset,
+            field,
+        };
         let body = self.extension_body(header, offset)?;
         match header[156] {
             b'L' => extensions.long_name = Some(text(&body).to_vec()),
@@ -358,8 +393,14 @@ impl<R: Read> TarReader<R> {
     }
 
     fn extension_body(&mut self, header: &Block, offset: u64) -> Result<Vec<u8>, TarError> {
-        let bad = |field| TarError::BadField { name: shown(text(&header[..100])), offset, field };
-        let size = numeric(&header[124..136]).and_then(|n| u64::try_from(n).ok()).ok_or_else(|| bad("size"))?;
+        let bad = |field| TarError::BadField {
+            name: shown(text(&header[..100])),
+            offset,
+            field,
+        };
+        let size = numeric(&header[124..136])
+            .and_then(|n| u64::try_from(n).ok())
+            .ok_or_else(|| bad("size"))?;
         if size > MAX_EXTENSION_BYTES {
             return Err(bad("extended header: larger than 1 MiB"));
         }
@@ -381,12 +422,20 @@ impl<R: Read> TarReader<R> {
                 .unwrap_or_else(|| header_name(header))
         });
         let shown_name = shown(&name);
-        let bad = |field| TarError::BadField { name: shown_name.clone(), offset: start, field };
+        let bad = |field| TarError::BadField {
+            name: shown_name.clone(),
+            offset: start,
+            field,
+        };
         let (kind, old_sparse) = match kind_of(header[156], &name) {
             Some(kind) => kind,
             None => {
                 let typeflag = header[156];
-                return Err(TarError::UnsupportedType { name: shown_name, offset: start, typeflag });
+                return Err(TarError::UnsupportedType {
+                    name: shown_name,
+                    offset: start,
+                    typeflag,
+                });
             }
         };
         let link = extensions
@@ -394,7 +443,9 @@ impl<R: Read> TarReader<R> {
             .or_else(|| take(&mut records, b"linkpath"))
             .unwrap_or_else(|| text(&header[157..257]).to_vec());
         let number = |range: std::ops::Range<usize>, field| {
-            numeric(&header[range]).and_then(|n| u64::try_from(n).ok()).ok_or_else(|| bad(field))
+            numeric(&header[range])
+                .and_then(|n| u64::try_from(n).ok())
+                .ok_or_else(|| bad(field))
         };
         let mut overridden = |key: &[u8], range, field| match take(&mut records, key) {
             Some(value) => pax::decimal(&value).ok_or_else(|| bad(field)),
@@ -408,7 +459,13 @@ impl<R: Read> TarReader<R> {
             None => numeric(&header[136..148]).map(|seconds| Timestamp { seconds, nanos: 0 }),
         };
         let extended = &header[257..262] == b"ustar";
-        let owner = |range: std::ops::Range<usize>| if extended { text(&header[range]).to_vec() } else { Vec::new() };
+        let owner = |range: std::ops::Range<usize>| {
+            if extended {
+                text(&header[range]).to_vec()
+            } else {
+                Vec::new()
+            }
+        };
         let device = match kind {
             TarKind::Char | TarKind::Block if extended => {
                 (number(329..337, "device number")?, number(337..345, "device number")?)
@@ -417,7 +474,11 @@ impl<R: Read> TarReader<R> {
         };
         let mut entry = TarEntry {
             kind,
-            link: if matches!(kind, TarKind::Symlink | TarKind::Hardlink) { link } else { Vec::new() },
+            link: if matches!(kind, TarKind::Symlink | TarKind::Hardlink) {
+                link
+            } else {
+                Vec::new()
+            },
             size: 0,
             mode: u32::try_from(number(100..108, "mode")? & 0o7777).map_err(|_| bad("mode"))?,
             uid,
@@ -450,10 +511,15 @@ impl<R: Read> TarReader<R> {
     ) -> Result<u64, TarError> {
         const FIELD: &str = "sparse map";
         let padding = padding_of(stored);
-        stored.checked_add(padding).and_then(|n| n.checked_add(self.position)).ok_or_else(|| bad("size"))?;
+        stored
+            .checked_add(padding)
+            .and_then(|n| n.checked_add(self.position))
+            .ok_or_else(|| bad("size"))?;
         let announced = sparse::from_records(records).map_err(|()| bad(FIELD))?;
         let map = if old_sparse {
-            let (size, segments) = self.old_sparse_map(header).and_then(|map| map.ok_or_else(|| bad(FIELD)))?;
+            let (size, segments) = self
+                .old_sparse_map(header)
+                .and_then(|map| map.ok_or_else(|| bad(FIELD)))?;
             Some((size, segments))
         } else {
             match announced {
@@ -466,7 +532,10 @@ impl<R: Read> TarReader<R> {
             }
         };
         let map = match map {
-            None => sparse::Map { size: stored, segments: vec![(0, stored)] },
+            None => sparse::Map {
+                size: stored,
+                segments: vec![(0, stored)],
+            },
             Some((size, segments)) => sparse::Map::checked(size, segments, stored).ok_or_else(|| bad(FIELD))?,
         };
         self.holes_left = self
@@ -476,7 +545,14 @@ impl<R: Read> TarReader<R> {
         let size = map.size;
         let mut segments = map.segments.into_iter();
         let segment = segments.next().unwrap_or((size, 0));
-        self.body = Body { size, segments, segment, stored_left: stored, padding, ..Body::default() };
+        self.body = Body {
+            size,
+            segments,
+            segment,
+            stored_left: stored,
+            padding,
+            ..Body::default()
+        };
         Ok(size)
     }
 
@@ -499,7 +575,9 @@ impl<R: Read> TarReader<R> {
     fn content_map(&mut self, stored: &mut u64) -> Result<Option<Vec<sparse::Segment>>, TarError> {
         let mut map = sparse::ContentMap::default();
         loop {
-            let Some(left) = stored.checked_sub(BLOCK_U64) else { return Ok(None) };
+            let Some(left) = stored.checked_sub(BLOCK_U64) else {
+                return Ok(None);
+            };
             let mut block = [0; BLOCK];
             self.exact(&mut block, "a sparse map")?;
             *stored = left;
@@ -578,8 +656,14 @@ pub(super) fn numeric(field: &[u8]) -> Option<i64> {
     let (&first, rest) = field.split_first()?;
     if first & 0x80 != 0 {
         let negative = first & 0x40 != 0;
-        let top = if negative { i64::from(first) - 0x100 } else { i64::from(first & 0x7f) };
-        return rest.iter().try_fold(top, |value, &b| value.checked_mul(256)?.checked_add(i64::from(b)));
+        let top = if negative {
+            i64::from(first) - 0x100
+        } else {
+            i64::from(first & 0x7f)
+        };
+        return rest
+            .iter()
+            .try_fold(top, |value, &b| value.checked_mul(256)?.checked_add(i64::from(b)));
     }
     let blank = |b: &u8| *b == b' ' || *b == 0;
     let start = field.iter().position(|b| !blank(b)).unwrap_or(field.len());
@@ -597,10 +681,16 @@ pub(super) fn numeric(field: &[u8]) -> Option<i64> {
 
 /// Writers have summed signed and unsigned bytes; both are accepted, as everywhere.
 fn checksum_matches(block: &Block) -> bool {
-    let Some(stated) = numeric(&block[148..156]) else { return false };
+    let Some(stated) = numeric(&block[148..156]) else {
+        return false;
+    };
     let counted = |i: usize, b: u8| if (148..156).contains(&i) { b' ' } else { b };
     let unsigned: i64 = block.iter().enumerate().map(|(i, &b)| i64::from(counted(i, b))).sum();
-    let signed: i64 = block.iter().enumerate().map(|(i, &b)| i64::from(counted(i, b).cast_signed())).sum();
+    let signed: i64 = block
+        .iter()
+        .enumerate()
+        .map(|(i, &b)| i64::from(counted(i, b).cast_signed()))
+        .sum();
     stated == unsigned || stated == signed
 }
 

@@ -25,7 +25,14 @@ fn check(entries: &[(&str, TarKind, &str)], expected: &[&str]) {
 
 #[test]
 fn names_are_cleaned() {
-    for (name, expected) in [("./a", "a"), ("/a", "a"), ("a/", "a"), ("a//b/./c", "a/b/c"), ("./", ""), ("/", "")] {
+    for (name, expected) in [
+        ("./a", "a"),
+        ("/a", "a"),
+        ("a/", "a"),
+        ("a//b/./c", "a/b/c"),
+        ("./", ""),
+        ("/", ""),
+    ] {
         assert_eq!(clean(name.as_bytes()).unwrap(), expected.as_bytes(), "{name}");
     }
     let long = "x".repeat(256);
@@ -37,18 +44,32 @@ fn names_are_cleaned() {
 
 #[test]
 fn later_entries_replace_earlier_ones() {
-    check(&[("a", Regular, ""), ("b", Regular, ""), ("a", Regular, "")], &["b:1", "a:2"]);
+    check(
+        &[("a", Regular, ""), ("b", Regular, ""), ("a", Regular, "")],
+        &["b:1", "a:2"],
+    );
     // A directory keeps its place and gets the new metadata; its content stays.
-    check(&[("d", Directory, ""), ("d/a", Regular, ""), ("d", Directory, "")], &["d:2", "d/a:1"]);
+    check(
+        &[("d", Directory, ""), ("d/a", Regular, ""), ("d", Directory, "")],
+        &["d:2", "d/a:1"],
+    );
     check(&[("d/a", Regular, ""), ("d", Directory, "")], &["d/a:0", "d:1"]);
 }
 
 #[test]
 fn files_and_directories_replace_each_other() {
-    let gone = [("d", Directory, ""), ("d/a", Regular, ""), ("d/e/f", Regular, ""), ("d.x", Regular, "")];
+    let gone = [
+        ("d", Directory, ""),
+        ("d/a", Regular, ""),
+        ("d/e/f", Regular, ""),
+        ("d.x", Regular, ""),
+    ];
     check(&[&gone[..], &[("d", Regular, "")]].concat(), &["d.x:3", "d:4"]);
     check(&[&gone[1..], &[("d", Symlink, "x")]].concat(), &["d.x:2", "d:3"]);
-    check(&[("d", Regular, ""), ("d", Directory, ""), ("d/a", Regular, "")], &["d:1", "d/a:2"]);
+    check(
+        &[("d", Regular, ""), ("d", Directory, ""), ("d/a", Regular, "")],
+        &["d:1", "d/a:2"],
+    );
     assert!(matches!(
         survivors(&[("d", Regular, ""), ("d/a", Regular, "")]),
         Err(OrderError::NotBelowDirectory { .. })
@@ -57,21 +78,42 @@ fn files_and_directories_replace_each_other() {
 
 #[test]
 fn a_link_keeps_the_content_it_was_made_to() {
-    check(&[("a", Regular, ""), ("b", Hardlink, "a"), ("c", Hardlink, "b")], &["a:0", "b=a", "c=a"]);
+    check(
+        &[("a", Regular, ""), ("b", Hardlink, "a"), ("c", Hardlink, "b")],
+        &["a:0", "b=a", "c=a"],
+    );
     // `a` is replaced: `b` becomes the file, `c` a link to it.
     check(
-        &[("a", Regular, ""), ("b", Hardlink, "a"), ("c", Hardlink, "a"), ("a", Regular, ""), ("d", Hardlink, "a")],
+        &[
+            ("a", Regular, ""),
+            ("b", Hardlink, "a"),
+            ("c", Hardlink, "a"),
+            ("a", Regular, ""),
+            ("d", Hardlink, "a"),
+        ],
         &["b:0", "c=b", "a:3", "d=a"],
     );
     // … and when its directory goes.
-    check(&[("d/a", Regular, ""), ("b", Hardlink, "d/a"), ("d", Regular, "")], &["b:0", "d:2"]);
-    check(&[("a", Regular, ""), ("b", Hardlink, "a"), ("a", Hardlink, "b")], &["b:0", "a=b"]);
-    check(&[("s", Symlink, "x"), ("b", Hardlink, "s"), ("s", Regular, "")], &["b:0", "s:2"]);
+    check(
+        &[("d/a", Regular, ""), ("b", Hardlink, "d/a"), ("d", Regular, "")],
+        &["b:0", "d:2"],
+    );
+    check(
+        &[("a", Regular, ""), ("b", Hardlink, "a"), ("a", Hardlink, "b")],
+        &["b:0", "a=b"],
+    );
+    check(
+        &[("s", Symlink, "x"), ("b", Hardlink, "s"), ("s", Regular, "")],
+        &["b:0", "s:2"],
+    );
 }
 
 #[test]
 fn links_may_precede_their_target_but_not_lack_it() {
-    check(&[("b", Hardlink, "a"), ("c", Hardlink, "b"), ("a", Regular, "")], &["b=a", "c=a", "a:2"]);
+    check(
+        &[("b", Hardlink, "a"), ("c", Hardlink, "b"), ("a", Regular, "")],
+        &["b=a", "c=a", "a:2"],
+    );
     check(&[("b", Hardlink, "a"), ("b", Regular, "")], &["b:1"]);
     for bad in [
         &[("b", Hardlink, "a")][..],
@@ -111,14 +153,27 @@ fn paths_below_symbolic_links_go_to_their_targets() {
             ("usr/y", Symlink, "../../etc"),
             ("usr/y/c", Hardlink, "lib/a"),
         ],
-        &["lib:0", "usr/lib/a:1", "usr/x:2", "usr/lib/b:3", "usr/y:4", "etc/c=usr/lib/a"],
+        &[
+            "lib:0",
+            "usr/lib/a:1",
+            "usr/x:2",
+            "usr/lib/b:3",
+            "usr/y:4",
+            "etc/c=usr/lib/a",
+        ],
     );
     assert!(matches!(
         survivors(&[("a", Symlink, "b"), ("b", Symlink, "a"), ("a/x", Regular, "")]),
         Err(OrderError::SymlinkLoop { .. })
     ));
     let growing = ["x/"; 100].concat();
-    assert!(survivors(&[("a", Symlink, &format!("{growing}../a/{growing}")), ("a/x", Regular, "")]).is_ok());
+    assert!(
+        survivors(&[
+            ("a", Symlink, &format!("{growing}../a/{growing}")),
+            ("a/x", Regular, "")
+        ])
+        .is_ok()
+    );
 }
 
 #[test]

@@ -38,7 +38,11 @@ pub(super) fn encode(entry: &TarEntry, name: &[u8], kind: TarKind, link: &[u8], 
     if seconds.is_none() || entry.mtime.nanos != 0 {
         need("mtime", entry.mtime.to_pax().as_bytes());
     }
-    for (key, value, most) in [("uid", entry.uid, MAX_SHORT), ("gid", entry.gid, MAX_SHORT), ("size", size, MAX_LONG)] {
+    for (key, value, most) in [
+        ("uid", entry.uid, MAX_SHORT),
+        ("gid", entry.gid, MAX_SHORT),
+        ("size", size, MAX_LONG),
+    ] {
         if value > most {
             need(key, value.to_string().as_bytes());
         }
@@ -126,7 +130,10 @@ mod tests {
             gid: 2000,
             user: b"user".to_vec(),
             group: b"group".to_vec(),
-            mtime: Timestamp { seconds: 1_700_000_000, nanos: 0 },
+            mtime: Timestamp {
+                seconds: 1_700_000_000,
+                nanos: 0,
+            },
             device: (0, 0),
             xattrs: Vec::new(),
             records: Vec::new(),
@@ -139,7 +146,10 @@ mod tests {
         let mut out = Vec::new();
         encode(entry, &entry.name, entry.kind, &entry.link, &mut out);
         assert_eq!(out.len(), blocks * BLOCK, "{entry:?}");
-        assert_eq!(TarReader::new(out.as_slice()).next_entry().unwrap().as_ref(), Some(entry));
+        assert_eq!(
+            TarReader::new(out.as_slice()).next_entry().unwrap().as_ref(),
+            Some(entry)
+        );
     }
 
     #[test]
@@ -147,23 +157,97 @@ mod tests {
         for kind in [TarKind::Regular, TarKind::Directory, TarKind::Fifo] {
             round_trip(&entry(kind), 1);
         }
-        round_trip(&TarEntry { device: (259, 1_048_575), ..entry(TarKind::Block) }, 1);
-        round_trip(&TarEntry { link: vec![b'l'; 100], name: vec![b'n'; 100], ..entry(TarKind::Symlink) }, 1);
-        round_trip(&TarEntry { uid: MAX_SHORT, gid: MAX_SHORT, size: MAX_LONG, ..entry(TarKind::Regular) }, 1);
+        round_trip(
+            &TarEntry {
+                device: (259, 1_048_575),
+                ..entry(TarKind::Block)
+            },
+            1,
+        );
+        round_trip(
+            &TarEntry {
+                link: vec![b'l'; 100],
+                name: vec![b'n'; 100],
+                ..entry(TarKind::Symlink)
+            },
+            1,
+        );
+        round_trip(
+            &TarEntry {
+                uid: MAX_SHORT,
+                gid: MAX_SHORT,
+                size: MAX_LONG,
+                ..entry(TarKind::Regular)
+            },
+            1,
+        );
     }
 
     #[test]
     fn everything_else_survives_in_a_pax_header() {
-        let xattrs = vec![(b"security.capability".to_vec(), b"\0\x01\n=".to_vec()), (b"user.e".to_vec(), Vec::new())];
-        round_trip(&TarEntry { xattrs, ..entry(TarKind::Regular) }, 3);
-        round_trip(&TarEntry { records: vec![(b"atime".to_vec(), b"1.5".to_vec())], ..entry(TarKind::Regular) }, 3);
-        round_trip(&TarEntry { name: vec![b'n'; 101], ..entry(TarKind::Directory) }, 3);
-        round_trip(&TarEntry { link: "ö".repeat(300).into_bytes(), ..entry(TarKind::Hardlink) }, 4);
-        round_trip(&TarEntry { user: vec![b'u'; 33], group: vec![b'g'; 40], ..entry(TarKind::Fifo) }, 3);
-        round_trip(&TarEntry { uid: MAX_SHORT + 1, gid: u32::MAX.into(), ..entry(TarKind::Regular) }, 3);
-        round_trip(&TarEntry { size: MAX_LONG + 1, ..entry(TarKind::Regular) }, 3);
+        let xattrs = vec![
+            (b"security.capability".to_vec(), b"\0\x01\n=".to_vec()),
+            (b"user.e".to_vec(), Vec::new()),
+        ];
+        round_trip(
+            &TarEntry {
+                xattrs,
+                ..entry(TarKind::Regular)
+            },
+            3,
+        );
+        round_trip(
+            &TarEntry {
+                records: vec![(b"atime".to_vec(), b"1.5".to_vec())],
+                ..entry(TarKind::Regular)
+            },
+            3,
+        );
+        round_trip(
+            &TarEntry {
+                name: vec![b'n'; 101],
+                ..entry(TarKind::Directory)
+            },
+            3,
+        );
+        round_trip(
+            &TarEntry {
+                link: "ö".repeat(300).into_bytes(),
+                ..entry(TarKind::Hardlink)
+            },
+            4,
+        );
+        round_trip(
+            &TarEntry {
+                user: vec![b'u'; 33],
+                group: vec![b'g'; 40],
+                ..entry(TarKind::Fifo)
+            },
+            3,
+        );
+        round_trip(
+            &TarEntry {
+                uid: MAX_SHORT + 1,
+                gid: u32::MAX.into(),
+                ..entry(TarKind::Regular)
+            },
+            3,
+        );
+        round_trip(
+            &TarEntry {
+                size: MAX_LONG + 1,
+                ..entry(TarKind::Regular)
+            },
+            3,
+        );
         for (seconds, nanos) in [(-1, 0), (-2, 1), (5, 999_999_999), (1 << 34, 0)] {
-            round_trip(&TarEntry { mtime: Timestamp { seconds, nanos }, ..entry(TarKind::Directory) }, 3);
+            round_trip(
+                &TarEntry {
+                    mtime: Timestamp { seconds, nanos },
+                    ..entry(TarKind::Directory)
+                },
+                3,
+            );
         }
     }
 }

@@ -22,7 +22,12 @@ pub(super) struct Spool {
 
 impl Spool {
     pub(super) fn new(dir: Option<&Path>) -> Self {
-        Self { dir: dir.map(Path::to_owned), pending: Vec::new(), file: None, written: 0 }
+        Self {
+            dir: dir.map(Path::to_owned),
+            pending: Vec::new(),
+            file: None,
+            written: 0,
+        }
     }
 
     /// Where the next byte will be.
@@ -54,13 +59,17 @@ impl Spool {
 
     /// Fills `buf` from `offset`; all of it must have been appended.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let stored = usize::try_from(self.written.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
+        let stored = usize::try_from(self.written.saturating_sub(offset))
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
         let (head, tail) = buf.split_at_mut(stored);
         if let Some(file) = &self.file {
             file.read_exact_at(head, offset)?;
         }
         let start = usize::try_from(offset.saturating_sub(self.written)).unwrap_or(usize::MAX);
-        let pending = start.checked_add(tail.len()).and_then(|end| self.pending.get(start..end));
+        let pending = start
+            .checked_add(tail.len())
+            .and_then(|end| self.pending.get(start..end));
         tail.copy_from_slice(pending.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
@@ -82,7 +91,12 @@ mod tests {
             assert_eq!(spool.file.is_some(), all.len() > MEMORY_BYTES, "{round}");
         }
         let on_file = usize::try_from(spool.written).unwrap();
-        for (start, end) in [(0, 10), (on_file - 100, on_file + 100), (on_file, all.len()), (0, all.len())] {
+        for (start, end) in [
+            (0, 10),
+            (on_file - 100, on_file + 100),
+            (on_file, all.len()),
+            (0, all.len()),
+        ] {
             let mut buf = vec![0; end - start];
             spool.read(start as u64, &mut buf).unwrap();
             assert!(buf == all[start..end], "{start}..{end}");
