@@ -112,7 +112,6 @@ impl Layers {
                 attempts: REGISTRY_ATTEMPTS,
                 ..RetryPolicy::default()
             },
-            ..ClientOptions::default()
         };
         let shared = Arc::new(Shared {
             config: config.clone(),

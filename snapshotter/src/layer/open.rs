@@ -261,7 +261,15 @@ const _: () = assert!(MIN_TAIL > FOOTER_SIZE as u64, "the first request holds th
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::layer::source::scripted::{Fault, Scripted};
+    use crate::layer::testing::{Packing, Sample};
+
+    const STALL: Duration = Duration::from_millis(300);
 
     #[test]
     fn the_tail_is_bounded_and_never_longer_than_the_blob() {
@@ -279,6 +287,97 @@ mod tests {
                 length.max(size.map_or(0, |size| size.min(MIN_TAIL))),
                 "{size:?}"
             );
+        }
+    }
+
+    async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+        let expected = Expected {
+            layer: Digest::of(&sample.blob),
+            toc: sample.toc_digest,
+        };
+        open(
+            source,
+            "registry.test/image:1",
+            expected,
+            &Metrics::unregistered(),
+            STALL,
+        )
+        .await
+    }
+
+    #[tokio::test]
+    async fn footer_and_toc_come_in_one_request_and_what_else_came_is_handed_back() {
+        let sample = Sample::uniform(60, 30_000, Packing::default());
+        for known in [true, false] {
+            let source = Scripted::new(sample.blob.clone());
+            let source = Arc::new(if known { source } else { source.of_unknown_size() });
+            let opened = opened(&source, &sample).await.unwrap();
+            assert!(opened.toc == sample.toc_json);
+            assert_eq!(
+                (opened.toc_offset, opened.blob_size),
+                (sample.toc_offset, sample.blob.len() as u64)
+            );
+            assert_eq!(source.requests().len(), 1);
+            let (start, bytes) = opened.leftover;
+            assert!(bytes.len() > 50_000 && start + bytes.len() as u64 == sample.toc_offset);
+            assert!(bytes == sample.blob[usize::try_from(start).unwrap()..][..bytes.len()]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_toc_that_is_longer_than_the_tail_costs_one_more_request_for_exactly_the_rest() {
+        let sample = Sample::uniform(6_000, 1, Packing::default());
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        let opened = opened(&source, &sample).await.unwrap();
+        assert!(opened.toc == sample.toc_json && opened.leftover.1.is_empty());
+        let requests = source.requests();
+        assert_eq!(requests.len(), 2);
+        assert_eq!(requests[1].0, sample.toc_offset..requests[0].0.start);
+    }
+
+    #[tokio::test]
+    async fn a_passing_failure_is_asked_again_and_a_lasting_one_is_reported() {
+        let sample = Sample::uniform(3, 100, Packing::default());
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        source.script([Fault::CutAfter(100), Fault::StallAfter(10)]);
+        opened(&source, &sample).await.unwrap();
+        assert_eq!(source.requests().len(), 3);
+        source.script([Fault::Permanent]);
+        assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
+        source.script([Fault::EndAfter(10); 3]);
+        assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
+        source.corrupt(sample.toc_offset + 40, 1);
+        let error = opened(&source, &sample).await.err().unwrap();
+        assert!(
+            matches!(error, NotLazy::TocInvalid { .. } | NotLazy::TocMismatch { .. }),
+            "{error}"
+        );
+    }
+
+    proptest! {
+        /// Whatever the end of a blob holds, the answer is the promised TOC or a reason.
+        #[test]
+        fn a_hostile_end_of_the_blob_is_refused(
+            cut in 0usize..2_000,
+            flips in prop::collection::vec((0usize..2_500, 1u8..), 0..6),
+            known in any::<bool>(),
+        ) {
+            let sample = Sample::uniform(5, 300, Packing::default());
+            let mut blob = sample.blob.to_vec();
+            blob.truncate(blob.len() - cut.min(blob.len()));
+            for (back, flip) in flips {
+                if let Some(at) = blob.len().checked_sub(back + 1) {
+                    blob[at] ^= flip;
+                }
+            }
+            let source = Scripted::new(blob.into());
+            let source = Arc::new(if known { source } else { source.of_unknown_size() });
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            match runtime.block_on(opened(&source, &sample)) {
+                Ok(opened) => prop_assert!(opened.toc == sample.toc_json),
+                Err(error) => prop_assert!(!matches!(error, NotLazy::CacheIo { .. })),
+            }
+            prop_assert!(source.requests().len() <= 2);
         }
     }
 }

@@ -371,7 +371,7 @@ fn assert_tree(root: &Path, sample: &Sample) {
     );
     assert!(!root.join("etc/.wh.gone").exists() && !root.join("nothing/there").exists());
     let xattr = |name: &str, attribute: &str| {
-        let mut value = vec![0; 100];
+        let mut value = [0; 100];
         let length = rustix::fs::getxattr(root.join(name), attribute, &mut value[..]);
         length.map(|length| value[..length].to_vec())
     };
@@ -379,7 +379,7 @@ fn assert_tree(root: &Path, sample: &Sample) {
     assert_eq!(xattr("caps", "user.note").unwrap(), b"a\0b");
     assert_eq!(xattr("caps", "user.empty").unwrap(), b"");
     assert_eq!(xattr("caps", "user.none").unwrap_err(), rustix::io::Errno::NODATA);
-    let mut names = vec![0; 100];
+    let mut names = [0; 100];
     let length = rustix::fs::listxattr(root.join("caps"), &mut names[..]).unwrap();
     assert_eq!(&names[..length], b"user.empty\0user.note\0");
     assert!(
@@ -507,7 +507,7 @@ async fn privileged_a_full_disk_is_an_error_for_the_reader_and_passes() {
         })
     })
     .await;
-    assert!(errors.iter().any(|error| *error == Some(libc::ENOSPC)), "{errors:?}");
+    assert!(errors.contains(&Some(libc::ENOSPC)), "{errors:?}");
     assert!(
         errors.iter().all(|error| matches!(error, None | Some(libc::ENOSPC))),
         "{errors:?}"
