@@ -82,6 +82,8 @@ impl<'a> Tree<'a> {
         }
         tree.check_parents()?;
         tree.resolve_links()?;
+        // Large, and no name is looked up any more.
+        tree.by_name = HashMap::new();
         Ok(tree)
     }
 
