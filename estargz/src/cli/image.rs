@@ -307,12 +307,7 @@ impl Loader<'_> {
         media_type: &str,
         chosen: bool,
     ) -> Result<Option<Content>, Failure> {
-        let bad = |error: serde_json::Error| {
-            Failure::new(
-                Code::Runtime,
-                format!("manifest {digest} cannot be understood: {error}"),
-            )
-        };
+        let bad = |error| not_understood("manifest", digest, &error);
         let config: Option<Document> = document.find("config").map_err(bad)?;
         let layers: Vec<Document> = document.find("layers").map_err(bad)?.unwrap_or_default();
         if layers.len() > MAX_LAYERS {
@@ -321,13 +316,6 @@ impl Loader<'_> {
                 format!("manifest {digest} has more than {MAX_LAYERS} layers"),
             ));
         }
-        let kind = |descriptor: &Document| {
-            descriptor
-                .find::<String>("mediaType")
-                .ok()
-                .flatten()
-                .unwrap_or_default()
-        };
         if layers.iter().any(|layer| kind(layer).ends_with("+encrypted")) {
             let line = format!("manifest {digest} has encrypted layers; decrypt the image first");
             return Err(Failure::new(Code::Runtime, line));
@@ -353,43 +341,25 @@ impl Loader<'_> {
             .source
             .bytes(&BlobRef::from_descriptor(config).map_err(bad)?, MAX_CONFIG_BYTES)
             .await?;
-        let bad = |error: serde_json::Error| {
-            Failure::new(
-                Code::Runtime,
-                format!("configuration of manifest {digest} cannot be understood: {error}"),
-            )
-        };
+        let bad = |error| not_understood("configuration of manifest", digest, &error);
         let parsed = Document::parse(&config).map_err(bad)?;
         let platform = Platform::from_document(&parsed);
-        if !chosen && !self.platforms.is_empty() {
-            let admitted = |platform: &Platform| self.platforms.iter().any(|filter| filter.admits(platform));
-            if !platform.as_ref().is_some_and(admitted) {
-                self.seen
-                    .push(platform.map_or_else(|| "unknown".to_owned(), |platform| platform.to_string()));
-                return Ok(None);
-            }
+        if !chosen && !self.admits(platform.as_ref()) {
+            self.seen
+                .push(platform.map_or_else(|| "unknown".to_owned(), |platform| platform.to_string()));
+            return Ok(None);
         }
         let rootfs: Document = parsed.need("rootfs").map_err(bad)?;
         let diff_ids: Vec<String> = rootfs.find("diff_ids").map_err(bad)?.unwrap_or_default();
         if diff_ids.len() != layers.len() {
-            let line = format!(
-                "manifest {digest} has {} layers, its configuration {} diff_ids",
-                layers.len(),
-                diff_ids.len()
-            );
+            let (layers, ids) = (layers.len(), diff_ids.len());
+            let line = format!("manifest {digest} has {layers} layers, its configuration {ids} diff_ids");
             return Err(Failure::new(Code::Mismatch, line));
         }
-        let layers = layers.into_iter().zip(diff_ids).map(|(descriptor, diff_id)| {
-            let blob = BlobRef::from_descriptor(&descriptor)?;
-            let diff_id = diff_id.parse().map_err(serde::de::Error::custom)?;
-            let foreign = is_foreign(&kind(&descriptor));
-            Ok(Layer {
-                descriptor,
-                blob,
-                diff_id,
-                foreign,
-            })
-        });
+        let layers = layers
+            .into_iter()
+            .zip(diff_ids)
+            .map(|(descriptor, diff_id)| Layer::new(descriptor, &diff_id));
         let layers = layers.collect::<Result<_, _>>().map_err(bad)?;
         Ok(Some(Content::Image(Image {
             document,
@@ -398,6 +368,39 @@ impl Loader<'_> {
             layers,
         })))
     }
+
+    fn admits(&self, platform: Option<&Platform>) -> bool {
+        let admitted = |platform| self.platforms.iter().any(|filter| filter.admits(platform));
+        self.platforms.is_empty() || platform.is_some_and(admitted)
+    }
+}
+
+impl Layer {
+    fn new(descriptor: Document, diff_id: &str) -> Result<Self, serde_json::Error> {
+        let blob = BlobRef::from_descriptor(&descriptor)?;
+        let diff_id = diff_id.parse().map_err(serde::de::Error::custom)?;
+        let media_type = kind(&descriptor);
+        let foreign = media_type.contains(".nondistributable.") || media_type.contains(".foreign.");
+        Ok(Self {
+            descriptor,
+            blob,
+            diff_id,
+            foreign,
+        })
+    }
+}
+
+fn not_understood(what: &str, digest: &Digest, error: &serde_json::Error) -> Failure {
+    Failure::new(Code::Runtime, format!("{what} {digest} cannot be understood: {error}"))
+}
+
+/// The media type of a descriptor.
+fn kind(descriptor: &Document) -> String {
+    descriptor
+        .find::<String>("mediaType")
+        .ok()
+        .flatten()
+        .unwrap_or_default()
 }
 
 /// Whether a media type is that of a file system layer.
@@ -413,8 +416,4 @@ fn is_layer(media_type: &str) -> bool {
             | "application/vnd.docker.image.rootfs.foreign.diff.tar"
             | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
     )
-}
-
-fn is_foreign(media_type: &str) -> bool {
-    media_type.contains(".nondistributable.") || media_type.contains(".foreign.")
 }

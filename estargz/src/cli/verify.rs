@@ -49,8 +49,7 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
     let scratch = tempfile::Builder::new().prefix("estargz-").tempdir();
     let here = std::env::temp_dir();
     let scratch = scratch.map_err(|error| Failure::file(Side::Destination, "write to", &here, &error))?;
-    let mut done: HashMap<Key, Result<Report, Failure>> = HashMap::new();
-    let (mut faults, mut chunks, mut skipped) = (0_usize, 0, 0_usize);
+    let mut found = Found::default();
     for (node, image) in tree.images() {
         let platform = image
             .platform
@@ -58,23 +57,22 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
             .map_or_else(|| "unknown platform".to_owned(), ToString::to_string);
         for (number, layer) in image.layers.iter().enumerate() {
             if layer.foreign {
-                skipped += 1;
+                found.skipped += 1;
                 continue;
             }
             let annotation = layer.descriptor.annotation(TOC_DIGEST_ANNOTATION);
             let key = (layer.blob.digest.clone(), annotation.clone(), layer.diff_id.clone());
-            if !done.contains_key(&key) {
+            if !found.done.contains_key(&key) {
                 let task = progress.layer(&layer.blob.digest, layer.blob.size);
                 let result = check(&source, layer, annotation, scratch.path(), &cancel).await;
                 cancel
                     .check()
                     .map_err(|error| Failure::new(Code::Interrupted, error.to_string()))?;
                 task.finish(if result.is_ok() { "good" } else { "BAD" });
-                chunks += result.as_ref().map_or(0, |report| report.chunks);
-                done.insert(key.clone(), result);
+                found.done.insert(key.clone(), result);
             }
-            if let Some(Err(failure)) = done.get(&key) {
-                faults += 1;
+            if let Some(Err(failure)) = found.done.get(&key) {
+                found.faults += 1;
                 let (manifest, digest) = (&node.digest, &layer.blob.digest);
                 super::print(&format!(
                     "BAD {platform} manifest {manifest} layer {number} {digest}: {}",
@@ -83,35 +81,46 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
             }
         }
     }
-    let images = tree.images().len();
-    if faults > 0 {
-        // What cannot be read is another matter than what is wrong.
-        let codes = done
-            .values()
-            .filter_map(|result| result.as_ref().err().map(|failure| failure.code));
-        let code = codes
-            .max_by_key(|code| *code == Code::Mismatch)
-            .unwrap_or(Code::Mismatch);
-        return Err(Failure::new(
-            code,
-            format!("{} has {faults} bad layers (named on stdout)", options.source),
-        ));
+    super::print(&found.summary(&options.source, tree.images().len())?)
+}
+
+/// What a run has found so far.
+#[derive(Default)]
+struct Found {
+    done: HashMap<Key, Result<Report, Failure>>,
+    faults: usize,
+    skipped: usize,
+}
+
+impl Found {
+    fn summary(self, source: &Location, images: usize) -> Result<String, Failure> {
+        if self.faults > 0 {
+            // What cannot be read is another matter than what is wrong.
+            let codes = self
+                .done
+                .values()
+                .filter_map(|result| result.as_ref().err().map(|failure| failure.code));
+            let code = codes
+                .max_by_key(|code| *code == Code::Mismatch)
+                .unwrap_or(Code::Mismatch);
+            return Err(Failure::new(
+                code,
+                format!("{source} has {} bad layers (named on stdout)", self.faults),
+            ));
+        }
+        if images == 0 {
+            return Err(Failure::new(Code::Mismatch, format!("{source} holds no image")));
+        }
+        let skipped = match self.skipped {
+            0 => String::new(),
+            skipped => format!(", {skipped} not distributable and not checked"),
+        };
+        let chunks: u64 = self.done.values().flatten().map(|report| report.chunks).sum();
+        Ok(format!(
+            "good: {images} manifests, {} layers, {chunks} chunks{skipped}",
+            self.done.len()
+        ))
     }
-    if images == 0 {
-        return Err(Failure::new(
-            Code::Mismatch,
-            format!("{} holds no image", options.source),
-        ));
-    }
-    let skipped = if skipped > 0 {
-        format!(", {skipped} not distributable and not checked")
-    } else {
-        String::new()
-    };
-    super::print(&format!(
-        "good: {images} manifests, {} layers, {chunks} chunks{skipped}",
-        done.len()
-    ))
 }
 
 async fn check(
