@@ -1,4 +1,5 @@
 //! Real mounts of the service's answers: content through 128 layers, links to layers, deletion, removal. As root.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 //! The whole daemon but for its layers, over a real socket: protocol order, faults, restart. Layers are scripted here,
 //! because a registry that fails at the right moment cannot be had otherwise.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -116,9 +117,12 @@ struct Daemon {
 
 impl Daemon {
     async fn start(place: &Path, layers: &Scripted) -> Self {
-        let mut config = Config::default();
-        config.root = place.join("root");
-        config.socket = place.join("s.sock");
+        let (root, socket) = (place.join("root"), place.join("s.sock"));
+        let mut config = Config {
+            root,
+            socket,
+            ..Config::default()
+        };
         config.metrics.address = None;
         config.layers.mount_timeout = Duration::from_millis(300);
         // Nothing here needs FUSE; the check for it is only made with lazy layers.
