@@ -228,7 +228,10 @@ fn apply(store: &Store, models: &mut Models, op: &Op) {
                 };
                 match models.0.contains_key(key) {
                     true => Err("exists"),
-                    false => Ok(drop(models.0.insert(key.clone(), model))),
+                    false => {
+                        models.0.insert(key.clone(), model);
+                        Ok(())
+                    }
                 }
             });
             let made = store.create(*kind, key, parent.as_deref(), labels, |_| Ok(()));
