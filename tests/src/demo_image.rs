@@ -65,7 +65,7 @@ find /usr/lib/python3/dist-packages/numpy -type d -name tests -prune -exec rm -r
 
 const FUNCTION_SCRIPT: &str = r#"
 cd /srv/function
-touch -d @$SOURCE_DATE_EPOCH *
+touch -d @$EPOCH *
 python3 -m compileall -q .
 ln server.py main.py
 ln -s server.py current
@@ -91,7 +91,7 @@ apt() {
 
 /// Leaves no trace of the moment in a layer.
 const CLEAN_SCRIPT: &str = r#"
-rm -rf /var/log/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/lib/dpkg/*-old /tmp/* /root/.cache
+rm -rf /var/log/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/lib/dpkg/*-old /tmp/* /root/.cache
 "#;
 
 /// cap_net_bind_service=ep, as setcap(8) writes it.
@@ -220,7 +220,9 @@ impl<'a> Build<'a> {
         let mut command = Command::new("/usr/sbin/chroot");
         command.arg(&merged).args(["sh", "-euc", &format!("{APT_FUNCTION}{script}{CLEAN_SCRIPT}")]);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C").env("TZ", "UTC");
-        command.env("DEBIAN_FRONTEND", "noninteractive").env("SOURCE_DATE_EPOCH", EPOCH.to_string());
+        // Not SOURCE_DATE_EPOCH: with it Python compiles bytecode that reads its source at each import, which no ordinary
+        // image has. Bytecode by time stamps is reproducible here, for packages fix their files' times.
+        command.env("DEBIAN_FRONTEND", "noninteractive").env("EPOCH", EPOCH.to_string()).env("PYTHONHASHSEED", "0");
         if let Some(proxy) = apt_proxy()? {
             command.env("http_proxy", proxy);
         }

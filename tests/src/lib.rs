@@ -22,6 +22,7 @@ pub mod proxy;
 pub mod registry;
 pub mod requirements;
 pub mod run;
+pub mod scenario;
 pub mod snapshots;
 pub mod snapshotter;
 pub mod sweep;
