@@ -1,4 +1,12 @@
 //! Reader, writer and verifier for seekable eStargz layers.
 
 pub mod digest;
+pub mod footer;
+pub mod gzip;
+pub mod index;
+pub mod input;
+pub mod order;
+pub mod reader;
 pub mod toc;
+pub mod verify;
+pub mod writer;

@@ -1,12 +1,24 @@
-//! The table of contents of an eStargz layer: its JSON form and its limits.
+//! The table of contents of an eStargz layer: its JSON form, the gzip member that carries it, and its limits.
 //!
-//! Source of the format: stargz-snapshotter's `docs/estargz.md` and the bytes that its writer emits.
+//! [`Toc::parse`] is the only way in for bytes from outside. It checks the form and the limits below; what the entries
+//! mean together (the tree, the chunks) is checked where it is used, by [`crate::index::build`]. The digest that
+//! identifies a layer is over the exact JSON bytes, so [`Toc::to_json`] writes them as the reference writer does.
+//!
+//! Source of the format: stargz-snapshotter's `docs/estargz.md` and the bytes that its writer emits; docs/format.md.
+
+mod json;
+mod member;
+pub mod time;
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Serialize;
 
 use crate::digest::Digest;
+
+pub use member::{TocDocument, encode_member, parse_member};
 
 /// Name of the tar entry that holds the TOC.
 pub const TOC_TAR_NAME: &str = "stargz.index.json";
@@ -21,8 +33,37 @@ pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.diges
 /// Layer descriptor annotation with the size of the uncompressed layer in bytes.
 pub const UNCOMPRESSED_SIZE_ANNOTATION: &str = "io.containers.estargz.uncompressed-size";
 
+/// The format version that is read and written.
+pub const VERSION: u32 = 1;
+
+/// Largest TOC in bytes of JSON, 256 MiB: room for 600 000 regular files at the 420 bytes that the reference writer
+/// spends on one. The largest layers seen in the field have a tenth of that.
+pub const MAX_TOC_BYTES: usize = 256 << 20;
+/// Largest TOC member in compressed bytes, 96 MiB. A file costs 60 to 100 bytes compressed (its digests do not
+/// compress), so a TOC of [`MAX_TOC_BYTES`] fits.
+pub const MAX_TOC_MEMBER_BYTES: u64 = 96 << 20;
+/// Most entries in a TOC, 2^20. An entry in memory takes about 350 bytes, so this also bounds parsing to some 600 MB.
+pub const MAX_ENTRIES: usize = 1 << 20;
+/// Longest name of an entry in bytes; the kernel's PATH_MAX.
+pub const MAX_PATH_BYTES: usize = 4096;
+/// Longest single name in a path in bytes; the kernel's NAME_MAX.
+pub const MAX_NAME_BYTES: usize = 255;
+/// Longest link target in bytes; the kernel's PATH_MAX without its NUL.
+pub const MAX_LINK_BYTES: usize = 4095;
+/// Longest name of an extended attribute in bytes; the kernel's XATTR_NAME_MAX.
+pub const MAX_XATTR_NAME_BYTES: usize = 255;
+/// Largest value of an extended attribute in bytes; the kernel's XATTR_SIZE_MAX.
+pub const MAX_XATTR_VALUE_BYTES: usize = 64 << 10;
+/// Most bytes of attribute names on one file, a NUL behind each; the kernel's XATTR_LIST_MAX.
+pub const MAX_XATTR_LIST_BYTES: usize = 64 << 10;
+/// Largest chunk in bytes, 64 MiB: 16 times what writers use by default. A chunk is the unit of verification, so it
+/// has to fit in memory several times over.
+pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
+/// Deepest path in components. Bounds every walk from a file up to the root.
+pub const MAX_DEPTH: usize = 1024;
+
 /// The TOC document.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Toc {
     /// Format version; 1 is the only one.
     pub version: u32,
@@ -31,7 +72,7 @@ pub struct Toc {
 }
 
 /// What a TOC entry describes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EntryType {
     /// Directory.
@@ -55,7 +96,7 @@ pub enum EntryType {
 /// One entry of the TOC, its fields in the order in which the reference writer emits them.
 ///
 /// Absent numbers are 0 and absent texts are empty, as the format has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TocEntry {
     /// Name as it stands in the tar stream.
@@ -64,58 +105,177 @@ pub struct TocEntry {
     #[serde(rename = "type")]
     pub kind: EntryType,
     /// Size of a regular file in bytes.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub size: u64,
     /// Modification time, RFC 3339 in UTC; empty for the epoch.
-    #[serde(default, rename = "modtime", skip_serializing_if = "String::is_empty")]
+    #[serde(rename = "modtime", skip_serializing_if = "String::is_empty")]
     pub mod_time: String,
     /// Target of a symbolic or hard link.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub link_name: String,
     /// Permission bits with setuid, setgid and sticky; file type bits are not to be relied on.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub mode: u64,
     /// Owner.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub uid: u64,
     /// Group.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub gid: u64,
     /// Owner's name.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub user_name: String,
     /// Group's name.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub group_name: String,
     /// Offset in the blob of the compressed member that holds the chunk.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub offset: u64,
     /// Offset of the chunk in the uncompressed member.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub inner_offset: u64,
     /// Major number of a device.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub dev_major: u64,
     /// Minor number of a device.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub dev_minor: u64,
-    /// Extended attributes, values in base64.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    /// Extended attributes, values in base64; see [`encode_xattr`].
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub xattrs: BTreeMap<String, String>,
     /// Digest of the whole regular file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
     /// Offset of the chunk in its file.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub chunk_offset: u64,
     /// Size of the chunk in bytes; 0 is "up to the end of the file".
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub chunk_size: u64,
     /// Digest of the chunk's uncompressed bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub chunk_digest: Option<Digest>,
+}
+
+impl TocEntry {
+    /// An entry of which everything but name and type is absent.
+    pub fn new(name: impl Into<String>, kind: EntryType) -> Self {
+        Self {
+            name: name.into(),
+            kind,
+            size: 0,
+            mod_time: String::new(),
+            link_name: String::new(),
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            user_name: String::new(),
+            group_name: String::new(),
+            offset: 0,
+            inner_offset: 0,
+            dev_major: 0,
+            dev_minor: 0,
+            xattrs: BTreeMap::new(),
+            digest: None,
+            chunk_offset: 0,
+            chunk_size: 0,
+            chunk_digest: None,
+        }
+    }
+}
+
+/// Why bytes are not a TOC that can be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TocError {
+    /// The document is larger than any that is read.
+    #[error("the TOC is larger than the limit of {limit} bytes ({form})")]
+    TooLarge {
+        /// The limit that was met.
+        limit: u64,
+        /// "compressed" or "uncompressed".
+        form: &'static str,
+    },
+    /// The document as a whole is not what it should be.
+    #[error("the TOC is not a JSON document of the expected form")]
+    Document {
+        /// What the parser says, with line and column.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// One entry is not what it should be. Entries count from 0.
+    #[error("entry {entry} of the TOC is not valid at field `{field}`")]
+    Entry {
+        /// Position of the entry in the TOC.
+        entry: usize,
+        /// JSON key at which the entry fails, "type" also if that is missing.
+        field: &'static str,
+        /// What the parser says, with line and column.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A version of the format that this library does not know.
+    #[error("the TOC is of version {found}; only version {VERSION} is known")]
+    Version {
+        /// The version in the document.
+        found: u64,
+    },
+    /// The TOC member does not unfold to a tar stream.
+    #[error("the TOC member of {compressed} bytes is not a sound gzip member that holds a tar entry")]
+    Member {
+        /// Compressed bytes at hand.
+        compressed: usize,
+        /// What the inflater or the tar reader says.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The first tar entry in the TOC member is not the TOC.
+    #[error("the TOC member begins with the tar entry {found:?} instead of {TOC_TAR_NAME:?}")]
+    WrongEntry {
+        /// Name of the entry, made printable; empty if there is none.
+        found: String,
+    },
+}
+
+impl Toc {
+    /// Reads the JSON form. Unknown keys are ignored, absent and null values are zero.
+    pub fn parse(json: &[u8]) -> Result<Self, TocError> {
+        json::parse(json)
+    }
+
+    /// Writes the JSON form, byte for byte as the reference writer does (Go's `json.MarshalIndent` with tabs).
+    pub fn to_json(&self) -> Vec<u8> {
+        json::write(self)
+    }
+}
+
+/// The value of an extended attribute as the TOC has it.
+pub fn encode_xattr(value: &[u8]) -> String {
+    BASE64.encode(value)
+}
+
+/// The value of an extended attribute from its form in the TOC; `None` if that is not base64.
+pub fn decode_xattr(text: &str) -> Option<Vec<u8>> {
+    BASE64.decode(text).ok()
+}
+
+/// The components of a name or hard link target: no empty ones, no `.`, and `..` resolved without leaving the root.
+pub fn clean_path(name: &str) -> Vec<&str> {
+    let mut components = Vec::new();
+    for component in name.split('/') {
+        match component {
+            "" | "." => {}
+            ".." => {
+                components.pop();
+            }
+            _ => components.push(component),
+        }
+    }
+    components
 }
 
 fn is_zero(n: &u64) -> bool {
     *n == 0
 }
+
+#[cfg(test)]
+mod tests;

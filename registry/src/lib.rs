@@ -1,1 +1,34 @@
 //! OCI distribution client: credentials, manifests, ranged blob reads, uploads.
+//!
+//! One [`Client`] serves a whole process; it is cheap to clone and keeps connections, tokens and the final addresses of
+//! redirected blobs. Everything that a server says is treated as hostile: bodies are bounded ([`limits`]), digests are
+//! checked, redirects are followed by hand so that credentials never reach another host, and every wait is bounded by
+//! *progress*, not by total time. Callers: the `estargz` command (whole images) and the snapshotter's fetch engine
+//! (manifests and [`Client::blob_range`]).
+
+mod auth;
+mod blob;
+mod body;
+mod client;
+mod credentials;
+mod digest;
+mod error;
+mod exchange;
+pub mod limits;
+mod manifest;
+mod range;
+mod reference;
+mod retry;
+mod upload;
+mod urls;
+
+pub use blob::BlobStream;
+pub use client::{Client, ClientOptions};
+pub use credentials::{CredentialError, Credentials, Login};
+pub use digest::{Digest, DigestError, Hasher};
+pub use error::{Error, ErrorClass, Fault};
+pub use manifest::{MANIFEST_ACCEPT, Manifest};
+pub use range::{RangeResponse, RangeSpec};
+pub use reference::{Reference, ReferenceError, Version};
+pub use retry::RetryPolicy;
+pub use upload::{Progress, Upload, Uploaded};

@@ -1,0 +1,350 @@
+//! Answering a registry's `WWW-Authenticate`: basic authentication and the bearer token flow, with a token cache.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use http::header::{CONTENT_TYPE, HeaderMap, WWW_AUTHENTICATE};
+use http::{Method, StatusCode};
+use reqwest::RequestBuilder;
+use url::Url;
+
+use crate::body;
+use crate::client::Client;
+use crate::credentials::Login;
+use crate::error::Fault;
+use crate::exchange::Endpoint;
+use crate::limits::{MAX_TOKEN_BYTES, MAX_TOKENS};
+
+/// Lifetime of a token whose server names none (the value of the token specification).
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
+/// Name under which identity tokens are presented.
+const CLIENT_ID: &str = "hullspeed";
+
+/// What a request is allowed to do once authorised, in the token server's words.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Scope(Vec<String>);
+
+impl Scope {
+    pub(crate) fn pull(repository: &str) -> Self {
+        Self(vec![format!("repository:{repository}:pull")])
+    }
+
+    pub(crate) fn push(repository: &str) -> Self {
+        Self(vec![format!("repository:{repository}:pull,push")])
+    }
+
+    /// Adds reading of another repository, for mounting its blobs.
+    pub(crate) fn and_pull(mut self, repository: &str) -> Self {
+        self.0.push(format!("repository:{repository}:pull"));
+        self
+    }
+}
+
+/// A ready `Authorization`.
+#[derive(Clone)]
+pub(crate) enum Authorization {
+    Basic { username: String, password: String },
+    Bearer(String),
+}
+
+impl Authorization {
+    pub(crate) fn apply(&self, request: RequestBuilder) -> RequestBuilder {
+        // reqwest marks both headers as sensitive, which keeps them out of Debug output.
+        match self {
+            Self::Basic { username, password } => request.basic_auth(username, Some(password)),
+            Self::Bearer(token) => request.bearer_auth(token),
+        }
+    }
+}
+
+impl fmt::Debug for Authorization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Authorization(redacted)")
+    }
+}
+
+/// What a registry wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Challenge {
+    Basic,
+    Bearer { realm: Url, service: Option<String> },
+}
+
+impl Challenge {
+    /// The first challenge of an answer that this client can meet, bearer before basic.
+    pub(crate) fn from_headers(headers: &HeaderMap) -> Result<Self, Fault> {
+        let bad = |reason: String| Fault::Header {
+            name: "www-authenticate",
+            reason,
+        };
+        let mut basic = false;
+        for value in headers.get_all(WWW_AUTHENTICATE) {
+            let text = value.to_str().map_err(|_| bad("not text".to_owned()))?;
+            let Ok(challenges) = http_auth::parse_challenges(text) else {
+                continue;
+            };
+            for challenge in challenges {
+                basic |= challenge.scheme.eq_ignore_ascii_case("basic");
+                if !challenge.scheme.eq_ignore_ascii_case("bearer") {
+                    continue;
+                }
+                let find = |name: &str| {
+                    let found = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
+                    found.map(|(_, value)| value.to_unescaped())
+                };
+                let realm = find("realm").ok_or_else(|| bad("bearer challenge without a realm".to_owned()))?;
+                let realm = Url::parse(&realm).map_err(|_| bad("realm is not a URL".to_owned()))?;
+                return Ok(Self::Bearer {
+                    realm,
+                    service: find("service"),
+                });
+            }
+        }
+        if basic {
+            Ok(Self::Basic)
+        } else {
+            Err(bad("no scheme that this client knows (Bearer, Basic)".to_owned()))
+        }
+    }
+}
+
+/// Authorisations by registry and scope, and the last challenge of each registry.
+#[derive(Default)]
+pub(crate) struct Tokens {
+    slots: Mutex<HashMap<(String, Scope), Arc<Slot>>>,
+    challenges: Mutex<HashMap<String, Challenge>>,
+}
+
+/// One registry and scope; its lock makes token requests single-flight.
+pub(crate) type Slot = tokio::sync::Mutex<Option<Grant>>;
+
+/// An authorisation with its lifetime.
+#[derive(Debug, Clone)]
+pub(crate) struct Grant {
+    pub(crate) authorization: Authorization,
+    /// Tells renewals apart.
+    pub(crate) issued: Instant,
+    expires: Option<Instant>,
+}
+
+impl Grant {
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.expires.is_none_or(|expires| expires > Instant::now())
+    }
+}
+
+impl Tokens {
+    pub(crate) fn slot(&self, origin: &str, scope: &Scope) -> Arc<Slot> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        if slots.len() >= MAX_TOKENS {
+            slots.retain(|_, slot| Arc::strong_count(slot) > 1);
+        }
+        Arc::clone(slots.entry((origin.to_owned(), scope.clone())).or_default())
+    }
+
+    pub(crate) fn challenge(&self, origin: &str) -> Option<Challenge> {
+        self.challenges
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(origin)
+            .cloned()
+    }
+
+    pub(crate) fn note_challenge(&self, origin: &str, challenge: &Challenge) {
+        let mut challenges = self.challenges.lock().unwrap_or_else(PoisonError::into_inner);
+        if challenges.len() >= MAX_TOKENS {
+            challenges.clear();
+        }
+        challenges.insert(origin.to_owned(), challenge.clone());
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct TokenAnswer {
+    token: Option<String>,
+    access_token: Option<String>,
+    expires_in: Option<u64>,
+}
+
+impl Client {
+    /// Meets `challenge` from scratch: credentials are read again, a new token is asked for.
+    pub(crate) async fn authenticate(
+        &self,
+        endpoint: &Endpoint,
+        scope: &Scope,
+        challenge: &Challenge,
+    ) -> Result<Grant, Fault> {
+        let login = self
+            .credentials()
+            .login(&endpoint.name)
+            .await
+            .map_err(Fault::Credentials)?;
+        match challenge {
+            Challenge::Basic => match login {
+                Some(Login::Basic { username, password }) => {
+                    let authorization = Authorization::Basic { username, password };
+                    Ok(Grant {
+                        authorization,
+                        issued: Instant::now(),
+                        expires: None,
+                    })
+                }
+                Some(Login::IdentityToken(_)) => Err(self.unauthorized(Some("an identity token is of no use here"))),
+                None => Err(self.unauthorized(None)),
+            },
+            Challenge::Bearer { realm, service } => self.token(endpoint, scope, realm, service.as_deref(), login).await,
+        }
+    }
+
+    pub(crate) fn unauthorized(&self, problem: Option<&str>) -> Fault {
+        let places = self.credentials().places();
+        let hint = problem.map_or_else(
+            || format!("none is known; looked at: {places}; log in or name an auth file"),
+            |problem| format!("{problem}; login from: {places}"),
+        );
+        Fault::Unauthorized { hint }
+    }
+
+    async fn token(
+        &self,
+        endpoint: &Endpoint,
+        scope: &Scope,
+        realm: &Url,
+        service: Option<&str>,
+        login: Option<Login>,
+    ) -> Result<Grant, Fault> {
+        let realm_host = realm.host_str().unwrap_or_default().to_owned();
+        let refused = |reason: String| Fault::Token {
+            realm: realm_host.clone(),
+            reason,
+        };
+        if realm.scheme() != "https" && (realm.scheme() != "http" || endpoint.origin.scheme() != "http") {
+            return Err(refused("its address is not https".to_owned()));
+        }
+        let anonymous = login.is_none();
+        let issued = Instant::now();
+        let response = self.head_of(self.token_request(realm, service, scope, login)?).await?;
+        let status = response.status();
+        if !status.is_success() {
+            let reason = body::reason(response, self.idle()).await;
+            return Err(match status {
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::BAD_REQUEST if anonymous => {
+                    self.unauthorized(None)
+                }
+                StatusCode::TOO_MANY_REQUESTS => Fault::RateLimited {
+                    retry_after: None,
+                    reason,
+                },
+                status if status.is_server_error() => Fault::Server {
+                    status: status.as_u16(),
+                    retry_after: None,
+                    reason,
+                },
+                status => refused(format!("refused with status {}: {reason}", status.as_u16())),
+            });
+        }
+        let bytes = body::collect(response, MAX_TOKEN_BYTES, self.idle()).await?;
+        let answer: TokenAnswer =
+            serde_json::from_slice(&bytes).map_err(|_| refused("answer is not a token".to_owned()))?;
+        let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
+        let token = token.ok_or_else(|| refused("answer holds no token".to_owned()))?;
+        // Used up a little before its end, so that no request starts with a token that dies on the way.
+        let lifetime = answer
+            .expires_in
+            .map_or(DEFAULT_LIFETIME, Duration::from_secs)
+            .min(Duration::from_secs(86400));
+        let lifetime = lifetime.saturating_sub((lifetime / 5).min(Duration::from_secs(30)));
+        Ok(Grant {
+            authorization: Authorization::Bearer(token),
+            issued,
+            expires: Some(issued + lifetime),
+        })
+    }
+
+    fn token_request(
+        &self,
+        realm: &Url,
+        service: Option<&str>,
+        scope: &Scope,
+        login: Option<Login>,
+    ) -> Result<RequestBuilder, Fault> {
+        let scopes = scope.0.iter().map(String::as_str);
+        if let Some(Login::IdentityToken(token)) = login {
+            let mut form = url::form_urlencoded::Serializer::new(String::new());
+            form.append_pair("grant_type", "refresh_token")
+                .append_pair("client_id", CLIENT_ID);
+            form.append_pair("scope", &scopes.collect::<Vec<_>>().join(" "))
+                .append_pair("refresh_token", &token);
+            if let Some(service) = service {
+                form.append_pair("service", service);
+            }
+            let request = self.http(realm)?.request(Method::POST, realm.clone());
+            return Ok(request
+                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(form.finish()));
+        }
+        let mut url = realm.clone();
+        url.query_pairs_mut()
+            .extend_pairs(service.map(|service| ("service", service)));
+        url.query_pairs_mut().extend_pairs(scopes.map(|scope| ("scope", scope)));
+        let request = self.http(&url)?.request(Method::GET, url);
+        Ok(match login {
+            Some(Login::Basic { username, password }) => request.basic_auth(username, Some(password)),
+            _ => request,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn challenge(values: &[&'static str]) -> Result<Challenge, Fault> {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(WWW_AUTHENTICATE, HeaderValue::from_static(value));
+        }
+        Challenge::from_headers(&headers)
+    }
+
+    #[test]
+    fn bearer_is_preferred_and_nonsense_is_refused() {
+        let bearer = challenge(&[
+            r#"Basic realm="x""#,
+            r#"BEARER realm="https://a.io/token?x=1",service="a, \"b\"",scope="s""#,
+        ]);
+        let realm = Url::parse("https://a.io/token?x=1").unwrap();
+        assert_eq!(
+            bearer.unwrap(),
+            Challenge::Bearer {
+                realm,
+                service: Some("a, \"b\"".to_owned())
+            }
+        );
+        assert_eq!(challenge(&[r#"Basic realm="x""#]).unwrap(), Challenge::Basic);
+        for bad in [
+            &[][..],
+            &["Negotiate"],
+            &[r#"Bearer service="x""#],
+            &[r#"Bearer realm="not a url""#],
+            &["=,=,,\""],
+        ] {
+            assert!(challenge(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn idle_slots_are_dropped_when_there_are_too_many() {
+        let tokens = Tokens::default();
+        let held = tokens.slot("held", &Scope::pull("r"));
+        for n in 0..MAX_TOKENS * 3 {
+            tokens.slot("h", &Scope::pull(&n.to_string()));
+        }
+        assert!(tokens.slots.lock().unwrap().len() <= MAX_TOKENS);
+        assert!(Arc::ptr_eq(&held, &tokens.slot("held", &Scope::pull("r"))));
+    }
+}

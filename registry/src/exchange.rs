@@ -1,0 +1,286 @@
+//! One request from start to end: authorisation, redirects by hand, re-authentication, retries.
+//!
+//! Invariants: an `Authorization` is only ever sent to the registry's own origin (scheme, host and port); https is never
+//! left for http on the word of a redirect; the number of requests made for one [`Ask`] is bounded.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{ACCEPT_ENCODING, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER};
+use http::{Method, StatusCode};
+use reqwest::{RequestBuilder, Response};
+use url::Url;
+
+use crate::auth::{Authorization, Challenge, Grant, Scope, Slot};
+use crate::body;
+use crate::client::Client;
+use crate::error::{Error, Fault};
+use crate::limits::{CONNECT_TIMEOUT, MAX_REDIRECTS};
+use crate::upload::FileBody;
+
+/// A registry's API root.
+#[derive(Debug, Clone)]
+pub(crate) struct Endpoint {
+    /// The registry as the image names it; credentials are filed under it.
+    pub(crate) name: String,
+    /// Scheme, host and port.
+    pub(crate) origin: Url,
+}
+
+/// What to ask.
+pub(crate) struct Ask {
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+    pub(crate) scope: Scope,
+    pub(crate) headers: HeaderMap,
+    pub(crate) payload: Payload,
+    /// For error messages: "pull of manifest x of a/b".
+    pub(crate) asked: String,
+}
+
+/// What to send along.
+#[derive(Clone)]
+pub(crate) enum Payload {
+    None,
+    Bytes(Bytes),
+    File(FileBody),
+}
+
+/// An answer and the address that gave it.
+pub(crate) struct Answer {
+    pub(crate) response: Response,
+    pub(crate) url: Url,
+}
+
+impl Ask {
+    pub(crate) fn new(method: Method, url: Url, scope: Scope, asked: String) -> Self {
+        let mut headers = HeaderMap::new();
+        // Stored bytes as they are: a transfer coding would change ranges, sizes and digests.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        Self {
+            method,
+            url,
+            scope,
+            headers,
+            payload: Payload::None,
+            asked,
+        }
+    }
+
+    pub(crate) fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.append(name, value);
+        self
+    }
+}
+
+impl Client {
+    /// Sends until a success, a final fault, or the end of the attempts.
+    pub(crate) async fn send(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Answer, Error> {
+        let mut attempt = 0;
+        loop {
+            match self.send_once(endpoint, ask).await {
+                Ok(answer) => return Ok(answer),
+                Err(fault) => self
+                    .pause(&mut attempt, fault)
+                    .await
+                    .map_err(|fault| fault.at(&endpoint.name, &ask.asked))?,
+            }
+        }
+    }
+
+    /// Waits before the next attempt, or gives the fault back if there is none.
+    pub(crate) async fn pause(&self, attempt: &mut u32, fault: Fault) -> Result<(), Fault> {
+        let policy = self.retry();
+        if !fault.is_transient() || *attempt + 1 >= policy.attempts {
+            return Err(fault);
+        }
+        let wait = policy.wait(*attempt, fault.retry_after());
+        tracing::debug!(%fault, attempt = *attempt, ?wait, "registry request is tried again");
+        *attempt += 1;
+        tokio::time::sleep(wait).await;
+        Ok(())
+    }
+
+    /// Sends once, authenticating as the registry wants it; any status but success is a fault.
+    pub(crate) async fn send_once(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Answer, Fault> {
+        if !same_origin(&ask.url, &endpoint.origin) {
+            // The final address of a redirected blob, or an upload address elsewhere: no credentials go there.
+            return self.judge(self.follow(endpoint, ask, None).await?).await;
+        }
+        let origin = endpoint.origin.as_str();
+        let slot = self.tokens().slot(origin, &ask.scope);
+        let known = self.known_grant(endpoint, &ask.scope, &slot).await?;
+        let answer = self
+            .follow(endpoint, ask, known.as_ref().map(|grant| &grant.authorization))
+            .await?;
+        let status = answer.response.status();
+        let from_registry = same_origin(&answer.url, &endpoint.origin);
+        // Some registries answer 403 to a token that has expired; a token made for this very request is believed.
+        let renewable = status == StatusCode::UNAUTHORIZED || (status == StatusCode::FORBIDDEN && known.is_some());
+        if !from_registry || !renewable {
+            return self.judge(answer).await;
+        }
+        let challenge = match Challenge::from_headers(answer.response.headers()) {
+            Ok(challenge) => challenge,
+            Err(fault) if status == StatusCode::UNAUTHORIZED => return Err(fault),
+            Err(_) => match self.tokens().challenge(origin) {
+                Some(challenge) => challenge,
+                None => return self.judge(answer).await,
+            },
+        };
+        drop(answer);
+        self.tokens().note_challenge(origin, &challenge);
+        let grant = self
+            .renew(endpoint, &ask.scope, &slot, &challenge, known.as_ref())
+            .await?;
+        let answer = self.follow(endpoint, ask, Some(&grant.authorization)).await?;
+        if answer.response.status() == StatusCode::UNAUTHORIZED && same_origin(&answer.url, &endpoint.origin) {
+            *slot.lock().await = None;
+        }
+        self.judge(answer).await
+    }
+
+    /// The grant in the slot, made anew if it has expired or if this registry is known to want one.
+    async fn known_grant(&self, endpoint: &Endpoint, scope: &Scope, slot: &Slot) -> Result<Option<Grant>, Fault> {
+        let mut held = slot.lock().await;
+        if let Some(grant) = held.as_ref().filter(|grant| grant.is_fresh()) {
+            return Ok(Some(grant.clone()));
+        }
+        *held = None;
+        if let Some(challenge) = self.tokens().challenge(endpoint.origin.as_str()) {
+            *held = Some(self.authenticate(endpoint, scope, &challenge).await?);
+        }
+        Ok(held.clone())
+    }
+
+    /// A grant newer than `used`: another request's renewal, or an own one from scratch.
+    async fn renew(
+        &self,
+        endpoint: &Endpoint,
+        scope: &Scope,
+        slot: &Slot,
+        challenge: &Challenge,
+        used: Option<&Grant>,
+    ) -> Result<Grant, Fault> {
+        let mut held = slot.lock().await;
+        let newer = |grant: &&Grant| grant.is_fresh() && used.is_none_or(|used| grant.issued > used.issued);
+        if let Some(grant) = held.as_ref().filter(newer) {
+            return Ok(grant.clone());
+        }
+        *held = None;
+        let grant = self.authenticate(endpoint, scope, challenge).await?;
+        *held = Some(grant.clone());
+        Ok(grant)
+    }
+
+    /// Follows redirects of reads by hand.
+    async fn follow(&self, endpoint: &Endpoint, ask: &Ask, auth: Option<&Authorization>) -> Result<Answer, Fault> {
+        let mut url = ask.url.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = self
+                .http(&url)?
+                .request(ask.method.clone(), url.clone())
+                .headers(ask.headers.clone());
+            if let Some(auth) = auth.filter(|_| same_origin(&url, &endpoint.origin)) {
+                request = auth.apply(request);
+            }
+            let response = match &ask.payload {
+                Payload::None => self.head_of(request).await?,
+                Payload::Bytes(bytes) => self.head_of(request.body(bytes.clone())).await?,
+                Payload::File(file) => file.send(request, self.idle()).await?,
+            };
+            let read = matches!(ask.method, Method::GET | Method::HEAD);
+            if !read || !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Answer { response, url });
+            }
+            url = self.redirect_target(&response, &url)?;
+        }
+        Err(Fault::Redirect(format!("more than {MAX_REDIRECTS} in a row")))
+    }
+
+    fn redirect_target(&self, response: &Response, from: &Url) -> Result<Url, Fault> {
+        let next = location(response, from)?;
+        if from.scheme() == "https" && next.scheme() != "https" && !self.is_plain(&authority(&next)) {
+            return Err(Fault::Redirect(format!(
+                "from https to {} at {}",
+                next.scheme(),
+                authority(&next)
+            )));
+        }
+        Ok(next)
+    }
+
+    /// The head of the answer to a request with a small or no body.
+    pub(crate) async fn head_of(&self, request: RequestBuilder) -> Result<Response, Fault> {
+        let wait = self.idle() + CONNECT_TIMEOUT;
+        let sent = tokio::time::timeout(wait, request.send())
+            .await
+            .map_err(|_| Fault::Stalled(wait))?;
+        sent.map_err(Fault::connect)
+    }
+
+    /// Turns every status but success into a fault.
+    async fn judge(&self, answer: Answer) -> Result<Answer, Fault> {
+        let status = answer.response.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let seconds = answer
+            .response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let retry_after = seconds.map(Duration::from_secs);
+        let reason = body::reason(answer.response, self.idle()).await;
+        Err(match status {
+            StatusCode::UNAUTHORIZED => self.unauthorized(Some("the one given was refused")),
+            StatusCode::FORBIDDEN => Fault::Denied { reason },
+            StatusCode::NOT_FOUND | StatusCode::GONE => Fault::NotFound { reason },
+            StatusCode::TOO_MANY_REQUESTS => Fault::RateLimited { retry_after, reason },
+            StatusCode::REQUEST_TIMEOUT => Fault::Server {
+                status: 408,
+                retry_after,
+                reason,
+            },
+            // What a server does not implement it will not implement a second later.
+            status if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED => Fault::Server {
+                status: status.as_u16(),
+                retry_after,
+                reason,
+            },
+            status => Fault::Status {
+                status: status.as_u16(),
+                reason,
+            },
+        })
+    }
+}
+
+/// The `Location` of an answer, resolved against the address that gave it.
+pub(crate) fn location(response: &Response, from: &Url) -> Result<Url, Fault> {
+    let bad = |reason: &str| Fault::Header {
+        name: "location",
+        reason: reason.to_owned(),
+    };
+    let value = response.headers().get(LOCATION).ok_or_else(|| bad("missing"))?;
+    let text = value.to_str().map_err(|_| bad("not text"))?;
+    let mut url = from.join(text).map_err(|_| bad("not a URL"))?;
+    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+        return Err(bad("not an http address"));
+    }
+    // A name and password in the address would be sent as credentials.
+    let cleared = url.set_username("").and_then(|()| url.set_password(None));
+    cleared.map_err(|()| bad("not an http address"))?;
+    Ok(url)
+}
+
+pub(crate) fn same_origin(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
+}
+
+/// Host and, if it is not the scheme's own, port.
+pub(crate) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port()
+        .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}

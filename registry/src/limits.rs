@@ -1,0 +1,32 @@
+//! Every bound of this crate in one place.
+
+use std::time::Duration;
+
+/// Largest manifest or index that is read (the distribution specification asks registries to accept this much).
+pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
+/// Largest answer of a token server.
+pub const MAX_TOKEN_BYTES: u64 = 1 << 20;
+/// Part of an error body that is read to quote the server's reason.
+pub const MAX_ERROR_BYTES: u64 = 8 << 10;
+/// Longest reason quoted from a server.
+pub const MAX_REASON_CHARS: usize = 200;
+/// Largest docker configuration file.
+pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Redirects followed for one request.
+pub const MAX_REDIRECTS: usize = 5;
+/// Token slots kept; beyond it the unused ones are dropped.
+pub const MAX_TOKENS: usize = 512;
+/// Final addresses of redirected blobs kept; beyond it the oldest are dropped.
+pub const MAX_URLS: usize = 4096;
+/// Longest wait that a `Retry-After` can impose.
+pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// Time to open a connection, TLS included.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Default time without a single byte after which a transfer counts as stalled.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time a registry has to store an upload whose last byte it has received.
+pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Time a credential helper has.
+pub const HELPER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Piece size in which an upload is read from its file.
+pub const UPLOAD_CHUNK_BYTES: usize = 256 << 10;
