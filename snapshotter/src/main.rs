@@ -1,0 +1,79 @@
+//! `hullspeed-snapshotter`: arguments, configuration, log lines, runtime; the daemon itself is in the library.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser as _;
+use hullspeed_snapshotter::cli::{Cli, Command};
+use hullspeed_snapshotter::config::{self, Config, Loaded};
+use hullspeed_snapshotter::layer::LayerMounts;
+use hullspeed_snapshotter::run::{self, RunError};
+use hullspeed_snapshotter::snapshot::no_layers::NoLayers;
+use hullspeed_snapshotter::telemetry;
+
+/// Wrong flags or configuration, as sysexits.h has it.
+const EX_USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be said if the terminal is gone.
+            let _ = error.print();
+            return if error.use_stderr() {
+                EX_USAGE.into()
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let Loaded { config, unknown } = match config::load(&cli.options.sources()) {
+        Ok(loaded) => loaded,
+        Err(error) => return fail(&run::describe(&error), EX_USAGE),
+    };
+    if cli.command() == Command::CheckConfig {
+        let lines = unknown
+            .iter()
+            .map(|key| format!("# warning: {key} is unknown and ignored\n"));
+        let text = lines.collect::<String>() + &config.to_toml();
+        let printed = std::io::stdout().write_all(text.as_bytes());
+        return if printed.is_ok() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
+    }
+    if let Err(error) = telemetry::start(&config.log) {
+        return fail(&run::describe(&error), EX_USAGE);
+    }
+    for key in unknown {
+        tracing::warn!(key, "unknown key in the configuration is ignored");
+    }
+    match serve(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&run::describe(&error), error.exit_code()),
+    }
+}
+
+fn serve(config: Config) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::Process)?;
+    runtime.block_on(async {
+        let stop = run::stop_signal()?;
+        run::run(
+            config,
+            |_config, _metrics| async { Ok(Arc::new(NoLayers) as Arc<dyn LayerMounts>) },
+            stop,
+        )
+        .await
+    })
+}
+
+fn fail(message: &str, code: u8) -> ExitCode {
+    // Nothing can be said if the terminal is gone.
+    let _ = writeln!(std::io::stderr(), "hullspeed-snapshotter: {message}");
+    code.into()
+}

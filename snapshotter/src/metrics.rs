@@ -1,0 +1,8 @@
+//! Prometheus metrics of the daemon.
+//!
+//! [`defs`] names every family; labels are closed enums or short fixed texts, so the number of series is bounded. A
+//! [`Metrics`] is cheap to clone (its families share their state) and is handed to every part that counts something.
+
+pub mod defs;
+
+pub use defs::Metrics;

@@ -1,0 +1,229 @@
+//! Builds the daemon's parts, serves, and takes them down in order.
+//!
+//! Start: root and its lock, metadata, layers, socket, then the mounts of before in the background; a start never
+//! waits for a network. Stop: no new requests, those under way are drained within a bound, layers are unmounted, the
+//! socket is removed, and at last the lock is given up.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hullspeed_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::grpc::Snapshots;
+use crate::http::Endpoint;
+use crate::layer::{Cause, LayerMounts};
+use crate::metrics::Metrics;
+use crate::snapshot::store::StoreError;
+use crate::snapshot::{self, Service, ServiceOptions, chain};
+use root::Root;
+use socket::Socket;
+
+mod notify;
+mod root;
+mod socket;
+
+/// Requests of one connection under way at once; containerd has one connection.
+const MAX_REQUESTS: usize = 256;
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The root cannot be used.
+    #[error(transparent)]
+    Root(#[from] root::RootError),
+    /// The socket cannot be used.
+    #[error(transparent)]
+    Socket(#[from] socket::SocketError),
+    /// The kernel offers no FUSE.
+    #[error(
+        "cannot open {}; load the fuse module and run as root, or set layers.lazy = false to unpack every layer",
+        path.display()
+    )]
+    Fuse {
+        /// The device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Metadata or snapshot directories cannot be used.
+    #[error("cannot open the snapshots")]
+    Snapshots(#[source] Box<snapshot::Error>),
+    /// The layers cannot be started.
+    #[error("cannot start lazy layers")]
+    Layers(#[source] Cause),
+    /// The address of the metrics cannot be bound.
+    #[error("cannot listen on metrics.address = \"{address}\"; choose another address, or \"\" for none")]
+    Metrics {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The gRPC server failed.
+    #[error("the server failed")]
+    Server(#[source] tonic::transport::Error),
+    /// A signal handler or the like cannot be installed.
+    #[error("cannot set up the process")]
+    Process(#[source] io::Error),
+}
+
+impl RunError {
+    /// The exit code, from sysexits.h where it has one.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Root(error) if error.is_running() => 75,
+            Self::Socket(error) if error.is_running() => 75,
+            Self::Root(_) | Self::Socket(_) => 73,
+            Self::Snapshots(error) => match error.as_ref() {
+                snapshot::Error::Store(error) if error.is_damage() => 65,
+                snapshot::Error::Store(StoreError::Open { .. }) | snapshot::Error::Directory { .. } => 73,
+                _ => 70,
+            },
+            Self::Fuse { .. } | Self::Layers(_) | Self::Metrics { .. } => 69,
+            Self::Server(_) | Self::Process(_) => 70,
+        }
+    }
+}
+
+/// Runs the daemon until `stop`. `layers` makes the lazy layers once the root is locked.
+pub async fn run<F>(
+    config: Config,
+    layers: impl FnOnce(Arc<Config>, Metrics) -> F,
+    stop: impl Future<Output = ()>,
+) -> Result<(), RunError>
+where
+    F: Future<Output = Result<Arc<dyn LayerMounts>, Cause>>,
+{
+    let config = Arc::new(config);
+    let root = Root::lock(&config.root)?;
+    if config.layers.lazy {
+        check_fuse()?;
+    }
+    // Before anything is mounted, so that an address or a socket in use leaves no trace.
+    let socket = Socket::bind(&config.socket).await?;
+    let endpoint = bind_metrics(&config).await?;
+    let mut registry = Registry::default();
+    let metrics = Metrics::register(&mut registry);
+    let layers = layers(Arc::clone(&config), metrics.clone())
+        .await
+        .map_err(RunError::Layers)?;
+    let service = open_service(&config, layers, metrics.clone())?;
+
+    let stopping = CancellationToken::new();
+    let stopped = CancellationToken::new();
+    let _stop_http = stopped.clone().drop_guard();
+    if let Some(endpoint) = endpoint {
+        tokio::spawn(endpoint.serve(Arc::new(registry), stopping.clone(), stopped.clone()));
+    }
+    let restoring = tokio::spawn({
+        let service = service.clone();
+        async move { service.restore().await }
+    });
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %config.root.display(),
+        socket = %config.socket.display(), lazy = config.layers.lazy, "serving");
+    notify::send("READY=1");
+    let served = serve(
+        socket,
+        Snapshots::new(service.clone(), metrics),
+        stop,
+        &stopping,
+        config.stop_timeout,
+    )
+    .await;
+    restoring.abort();
+    service.shutdown(config.stop_timeout).await;
+    drop(root);
+    tracing::info!("stopped");
+    served
+}
+
+fn open_service(config: &Config, layers: Arc<dyn LayerMounts>, metrics: Metrics) -> Result<Service, RunError> {
+    Service::open(ServiceOptions {
+        root: config.root.clone(),
+        layers,
+        metrics,
+        mount_timeout: config.layers.mount_timeout,
+        restore_parallelism: config.layers.restore_parallelism,
+    })
+    .map_err(|error| RunError::Snapshots(Box::new(error)))
+}
+
+fn check_fuse() -> Result<(), RunError> {
+    let path = PathBuf::from("/dev/fuse");
+    let opened = std::fs::File::options().read(true).write(true).open(&path);
+    opened.map(drop).map_err(|source| RunError::Fuse { path, source })
+}
+
+async fn bind_metrics(config: &Config) -> Result<Option<Endpoint>, RunError> {
+    let Some(address) = config.metrics.address else {
+        return Ok(None);
+    };
+    match Endpoint::bind(address).await {
+        Ok(endpoint) => {
+            let bound = endpoint.address().map_err(RunError::Process)?;
+            tracing::info!(address = %bound, "metrics are at /metrics");
+            Ok(Some(endpoint))
+        }
+        Err(source) if config.metrics.explicit => Err(RunError::Metrics { address, source }),
+        Err(error) => {
+            tracing::warn!(%address, %error, "no metrics: the default address cannot be bound; set metrics.address");
+            Ok(None)
+        }
+    }
+}
+
+/// Answers requests until `stop`, then waits at most `drain` for those under way.
+async fn serve(
+    mut socket: Socket,
+    snapshots: Snapshots,
+    stop: impl Future<Output = ()>,
+    stopping: &CancellationToken,
+    drain: Duration,
+) -> Result<(), RunError> {
+    let incoming = UnixListenerStream::new(socket.take_listener());
+    let server = tonic::transport::Server::builder()
+        .concurrency_limit_per_connection(MAX_REQUESTS)
+        .add_service(SnapshotsServer::new(snapshots))
+        .serve_with_incoming_shutdown(incoming, stopping.clone().cancelled_owned());
+    tokio::pin!(server);
+    tokio::select! {
+        served = &mut server => return served.map_err(RunError::Server),
+        () = stop => {}
+    }
+    tracing::info!("stopping");
+    notify::send("STOPPING=1");
+    stopping.cancel();
+    match tokio::time::timeout(drain, server).await {
+        Ok(served) => served.map_err(RunError::Server),
+        Err(_) => {
+            tracing::warn!(waited = ?drain, "requests did not end in time and are abandoned");
+            Ok(())
+        }
+    }
+}
+
+/// Resolves when the process is asked to stop.
+pub fn stop_signal() -> Result<impl Future<Output = ()>, RunError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Process)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Process)?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// One line for a person: the error with its causes.
+pub fn describe(error: &(dyn std::error::Error + 'static)) -> String {
+    chain(error)
+}

@@ -1,0 +1,649 @@
+//! Snapshot metadata in `<root>/meta.redb`.
+//!
+//! Every method is one transaction, and blocks: callers are on the blocking pool. The rules of containerd's metadata
+//! storage are kept here (which state allows what, which error comes first), so that a model can be compared with it.
+//!
+//! # Layout (schema 1)
+//! - `meta`: `schema`, `next_id`;
+//! - `snapshots`: name → [`record::Record`] as JSON;
+//! - `children`: (id of parent, id of child) → nothing;
+//! - `layers`: (TOC digest, id of snapshot) → nothing, the uses of each lazy layer.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use estargz::digest::Digest;
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+
+use super::{Error, Info, Kind, Labels};
+use crate::layer::{LayerOrigin, Usage};
+use record::Record;
+
+pub mod record;
+#[cfg(test)]
+mod tests;
+
+/// Longest key, name or parent accepted.
+pub const MAX_NAME_BYTES: usize = 4096;
+
+/// Version of the layout that this program reads and writes.
+const SCHEMA: u64 = 1;
+
+type Names = TableDefinition<'static, &'static str, &'static [u8]>;
+type LayerUses = TableDefinition<'static, (&'static [u8; 32], u64), ()>;
+
+const META: TableDefinition<'static, &'static str, u64> = TableDefinition::new("meta");
+const SNAPSHOTS: Names = TableDefinition::new("snapshots");
+const CHILDREN: TableDefinition<'static, (u64, u64), ()> = TableDefinition::new("children");
+const LAYERS: LayerUses = TableDefinition::new("layers");
+
+/// Why the metadata cannot be used. None of these is the fault of a request.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file cannot be opened.
+    #[error("cannot open {}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: redb::Error,
+    },
+    /// The file is not a metadata file, or is damaged.
+    #[error(
+        "{} is damaged or not a metadata file; restore it, or move it away together with the directory snapshots and \
+         remove all snapshots of this snapshotter from containerd",
+        path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        detail: String,
+    },
+    /// The file was written by another version.
+    #[error("{} has schema {found}, this program reads schema {SCHEMA}", path.display())]
+    Schema {
+        /// The file.
+        path: PathBuf,
+        /// Version found.
+        found: u64,
+    },
+    /// A transaction failed.
+    #[error("a transaction failed")]
+    Transaction(#[source] Box<redb::Error>),
+    /// A record cannot be decoded.
+    #[error("the record of snapshot {name:?} cannot be decoded")]
+    Record {
+        /// Name of the snapshot.
+        name: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Records contradict each other.
+    #[error("the records contradict each other at snapshot {name:?}")]
+    Inconsistent {
+        /// Name of the snapshot.
+        name: String,
+    },
+}
+
+impl StoreError {
+    /// Whether the disk is full.
+    pub fn is_storage_full(&self) -> bool {
+        matches!(self, Self::Transaction(error)
+            if matches!(error.as_ref(), redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull))
+    }
+
+    /// Whether what is stored cannot be right.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } | Self::Schema { .. } | Self::Record { .. } | Self::Inconsistent { .. } => true,
+            Self::Transaction(error) => matches!(error.as_ref(), redb::Error::Corrupted(_)),
+            Self::Open { .. } => false,
+        }
+    }
+}
+
+/// redb has an error type per kind of call; all of them mean the same to us.
+fn failed(error: impl Into<redb::Error>) -> Error {
+    Error::Store(StoreError::Transaction(Box::new(error.into())))
+}
+
+/// A snapshot with what is above and below it, enough to make its mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// The snapshot's directory number.
+    pub id: u64,
+    /// State.
+    pub kind: Kind,
+    /// Ancestors' directory numbers, nearest first.
+    pub parents: Vec<u64>,
+    /// Lazy layers among the ancestors, each once.
+    pub layers: Vec<LayerOrigin>,
+}
+
+/// A snapshot as found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The snapshot's directory number.
+    pub id: u64,
+    /// What clients see.
+    pub info: Info,
+    /// Usage noted at commit.
+    pub usage: Usage,
+    /// The lazy layer that the snapshot is.
+    pub layer: Option<LayerOrigin>,
+}
+
+/// What a removal leaves to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Removed {
+    /// The snapshot's directory number.
+    pub id: u64,
+    /// The layer that no snapshot refers to any more.
+    pub unused_layer: Option<Digest>,
+}
+
+/// What to change in an update.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LabelChange {
+    /// All labels are replaced.
+    All,
+    /// One label is set, or removed where the new labels lack it.
+    One(String),
+}
+
+/// The metadata database.
+#[derive(Debug)]
+pub struct Store {
+    db: Database,
+    /// Least directory number to give next. Numbers are not reused within a run even if a transaction fails, because
+    /// the directory of the failed one may be under removal.
+    floor: AtomicU64,
+}
+
+impl Store {
+    /// Opens or makes the metadata at `path`. `floor` is a directory number above all that exist on disk.
+    pub fn open(path: &Path, floor: u64) -> Result<Self, StoreError> {
+        let db = open_database(path)?;
+        let store = Self {
+            db,
+            floor: AtomicU64::new(floor),
+        };
+        store.check_schema(path)?;
+        Ok(store)
+    }
+
+    fn check_schema(&self, path: &Path) -> Result<(), StoreError> {
+        let open = |source: redb::Error| StoreError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        let tx = self.db.begin_write().map_err(|e| open(e.into()))?;
+        let found = {
+            let mut meta = tx.open_table(META).map_err(|e| open(e.into()))?;
+            let found = meta.get("schema").map_err(|e| open(e.into()))?.map(|v| v.value());
+            if found.is_none() {
+                meta.insert("schema", SCHEMA).map_err(|e| open(e.into()))?;
+            }
+            found
+        };
+        match found {
+            Some(SCHEMA) => tx.abort().map_err(|e| open(e.into())),
+            Some(found) => Err(StoreError::Schema {
+                path: path.to_owned(),
+                found,
+            }),
+            None => {
+                // Tables exist from the start, so that readers need not handle their absence.
+                tx.open_table(SNAPSHOTS).map_err(|e| open(e.into()))?;
+                tx.open_table(CHILDREN).map_err(|e| open(e.into()))?;
+                tx.open_table(LAYERS).map_err(|e| open(e.into()))?;
+                tx.commit().map_err(|e| open(e.into()))
+            }
+        }
+    }
+
+    /// The snapshot called `key`.
+    pub fn find(&self, key: &str) -> Result<Found, Error> {
+        let tx = self.db.begin_read().map_err(failed)?;
+        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+        let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+        Ok(record.into_found(key))
+    }
+
+    /// The snapshot that makes a remote `target` on top of `parent` unnecessary: the one of that name, or a lazy one
+    /// that was given another name because two chains with the same name have different parents.
+    pub fn find_target(&self, target: &str, parent: Option<&str>) -> Result<Option<String>, Error> {
+        let tx = self.db.begin_read().map_err(failed)?;
+        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+        find_target(&table, target, parent)
+    }
+
+    /// The active or view snapshot `key` with its ancestors.
+    pub fn chain(&self, key: &str) -> Result<Chain, Error> {
+        let tx = self.db.begin_read().map_err(failed)?;
+        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+        let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+        if record.kind == Kind::Committed {
+            return Err(Error::NoMounts { key: key.to_owned() });
+        }
+        let (parents, layers) = ancestors(&table, record.parent.as_deref())?;
+        Ok(Chain {
+            id: record.id,
+            kind: record.kind,
+            parents,
+            layers,
+        })
+    }
+
+    /// What a new snapshot on `parent` would stand on; its own number is not known yet.
+    pub fn ground(&self, parent: Option<&str>) -> Result<(Vec<u64>, Vec<LayerOrigin>), Error> {
+        let tx = self.db.begin_read().map_err(failed)?;
+        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+        committed_parent(&table, parent)?;
+        ancestors(&table, parent)
+    }
+
+    /// Makes an active or view snapshot. `make` makes its directory and is called before the transaction commits.
+    pub fn create(
+        &self,
+        kind: Kind,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        make: impl FnOnce(u64) -> Result<(), Error>,
+    ) -> Result<Chain, Error> {
+        let tx = self.db.begin_write().map_err(failed)?;
+        let id = self.next_id(&tx)?;
+        let chain = {
+            let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let above = committed_parent(&table, parent)?;
+            if table.get(key).map_err(failed)?.is_some() {
+                return Err(Error::AlreadyExists { key: key.to_owned() });
+            }
+            let record = Record::new(id, kind, parent, labels, None, SystemTime::now());
+            write(&mut table, key, &record)?;
+            add_child(&tx, above.as_ref(), id)?;
+            let (parents, layers) = ancestors(&table, parent)?;
+            Chain {
+                id,
+                kind,
+                parents,
+                layers,
+            }
+        };
+        make(id)?;
+        tx.commit().map_err(failed)?;
+        Ok(chain)
+    }
+
+    /// Makes the committed snapshot of a mounted lazy layer and gives the name it got: `target`, or a longer one if
+    /// that belongs to a chain with another parent. Fails with [`Error::TargetExists`] if it is there already.
+    pub fn create_remote(
+        &self,
+        target: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        origin: &LayerOrigin,
+        make: impl FnOnce(u64) -> Result<(), Error>,
+    ) -> Result<String, Error> {
+        let tx = self.db.begin_write().map_err(failed)?;
+        let id = self.next_id(&tx)?;
+        let name = {
+            let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            if find_target(&table, target, parent)?.is_some() {
+                return Err(Error::TargetExists {
+                    target: target.to_owned(),
+                });
+            }
+            let above = committed_parent(&table, parent)?;
+            let taken = table.get(target).map_err(failed)?.is_some();
+            let name = if taken {
+                format!("{target}#{id}")
+            } else {
+                target.to_owned()
+            };
+            let record = Record::new(id, Kind::Committed, parent, labels, Some(origin), SystemTime::now());
+            write(&mut table, &name, &record)?;
+            add_child(&tx, above.as_ref(), id)?;
+            let mut layers = tx.open_table(LAYERS).map_err(failed)?;
+            layers.insert((origin.toc_digest.as_bytes(), id), ()).map_err(failed)?;
+            name
+        };
+        make(id)?;
+        tx.commit().map_err(failed)?;
+        Ok(name)
+    }
+
+    /// Makes the active snapshot `key`, whose directory number must still be `id`, the committed snapshot `name`.
+    pub fn commit(
+        &self,
+        id: u64,
+        key: &str,
+        name: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        usage: Usage,
+    ) -> Result<(), Error> {
+        let tx = self.db.begin_write().map_err(failed)?;
+        {
+            let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let record = read(&table, key)?
+                .filter(|record| record.id == id)
+                .ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+            if table.get(name).map_err(failed)?.is_some() {
+                return Err(Error::AlreadyExists { key: name.to_owned() });
+            }
+            if record.kind != Kind::Active {
+                return Err(Error::NotActive { key: key.to_owned() });
+            }
+            let parent = rebased_parent(key, record.parent.as_deref(), parent)?;
+            let above = match parent {
+                None => None,
+                Some(parent) => Some(new_parent(&table, parent)?),
+            };
+            let mut committed = Record::new(id, Kind::Committed, parent, labels, None, SystemTime::now());
+            committed.usage = usage.into();
+            table.remove(key).map_err(failed)?;
+            write(&mut table, name, &committed)?;
+            add_child(&tx, above.as_ref(), id)?;
+        }
+        tx.commit().map_err(failed)
+    }
+
+    /// Removes a snapshot without children.
+    pub fn remove(&self, key: &str) -> Result<Removed, Error> {
+        let tx = self.db.begin_write().map_err(failed)?;
+        let removed = {
+            let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+            let mut children = tx.open_table(CHILDREN).map_err(failed)?;
+            if children
+                .range((record.id, 0)..=(record.id, u64::MAX))
+                .map_err(failed)?
+                .next()
+                .is_some()
+            {
+                return Err(Error::HasChildren { key: key.to_owned() });
+            }
+            if let Some(parent) = record.parent.as_deref() {
+                let above = read(&table, parent)?
+                    .ok_or_else(|| Error::Store(StoreError::Inconsistent { name: key.to_owned() }))?;
+                children.remove((above.id, record.id)).map_err(failed)?;
+            }
+            table.remove(key).map_err(failed)?;
+            let mut unused_layer = None;
+            if let Some(origin) = &record.layer {
+                let toc = origin.toc_digest;
+                let mut layers = tx.open_table(LAYERS).map_err(failed)?;
+                layers.remove((toc.as_bytes(), record.id)).map_err(failed)?;
+                let mut uses = layers
+                    .range((toc.as_bytes(), 0)..=(toc.as_bytes(), u64::MAX))
+                    .map_err(failed)?;
+                unused_layer = uses.next().is_none().then_some(toc);
+            }
+            Removed {
+                id: record.id,
+                unused_layer,
+            }
+        };
+        tx.commit().map_err(failed)?;
+        Ok(removed)
+    }
+
+    /// Changes labels and gives the snapshot as it is then. A label without a value is removed, as containerd does.
+    pub fn update(&self, key: &str, labels: &Labels, changes: &[LabelChange]) -> Result<Info, Error> {
+        let tx = self.db.begin_write().map_err(failed)?;
+        let info = {
+            let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let mut record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+            for change in changes {
+                match change {
+                    LabelChange::All => record.labels = labels.clone(),
+                    LabelChange::One(name) => {
+                        let value = labels.get(name).cloned().unwrap_or_default();
+                        record.labels.insert(name.clone(), value);
+                    }
+                }
+            }
+            record.labels.retain(|_, value| !value.is_empty());
+            record.touch(SystemTime::now());
+            write(&mut table, key, &record)?;
+            record.into_found(key).info
+        };
+        tx.commit().map_err(failed)?;
+        Ok(info)
+    }
+
+    /// An unchanging view of all snapshots, to be read in pages.
+    pub fn listing(&self) -> Result<Listing, Error> {
+        Ok(Listing {
+            tx: self.db.begin_read().map_err(failed)?,
+            last: None,
+        })
+    }
+
+    /// Directory numbers of all snapshots. While `with` runs no snapshot is made, so that a directory seen by it
+    /// without a snapshot is garbage.
+    pub fn with_ids<T>(&self, with: impl FnOnce(&std::collections::HashSet<u64>) -> T) -> Result<T, Error> {
+        let tx = self.db.begin_write().map_err(failed)?;
+        let ids = {
+            let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let mut ids = std::collections::HashSet::new();
+            for entry in table.iter().map_err(failed)? {
+                let (name, bytes) = entry.map_err(failed)?;
+                ids.insert(decode(name.value(), bytes.value())?.id);
+            }
+            ids
+        };
+        let result = with(&ids);
+        tx.abort().map_err(failed)?;
+        Ok(result)
+    }
+
+    /// Whether any snapshot refers to the layer.
+    pub fn layer_in_use(&self, toc: &Digest) -> Result<bool, Error> {
+        let tx = self.db.begin_read().map_err(failed)?;
+        let layers = tx.open_table(LAYERS).map_err(failed)?;
+        let mut uses = layers
+            .range((toc.as_bytes(), 0)..=(toc.as_bytes(), u64::MAX))
+            .map_err(failed)?;
+        Ok(uses.next().is_some())
+    }
+
+    fn next_id(&self, tx: &WriteTransaction) -> Result<u64, Error> {
+        let mut meta = tx.open_table(META).map_err(failed)?;
+        let stored = meta.get("next_id").map_err(failed)?.map_or(1, |v| v.value());
+        let id = stored.max(self.floor.load(Ordering::Relaxed)).max(1);
+        self.floor.store(id + 1, Ordering::Relaxed);
+        meta.insert("next_id", id + 1).map_err(failed)?;
+        Ok(id)
+    }
+}
+
+/// An unchanging view of all snapshots in order of their names.
+pub struct Listing {
+    tx: ReadTransaction,
+    last: Option<String>,
+}
+
+impl Listing {
+    /// The next `limit` snapshots, or none after the last.
+    pub fn page(&mut self, limit: usize) -> Result<Option<Vec<Found>>, Error> {
+        use std::ops::Bound;
+        let table = self.tx.open_table(SNAPSHOTS).map_err(failed)?;
+        let from = self.last.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+        let mut page = Vec::new();
+        for entry in table
+            .range::<&str>((from, Bound::Unbounded))
+            .map_err(failed)?
+            .take(limit)
+        {
+            let (name, bytes) = entry.map_err(failed)?;
+            page.push(decode(name.value(), bytes.value())?.into_found(name.value()));
+        }
+        let Some(last) = page.last() else { return Ok(None) };
+        self.last = Some(last.info.name.clone());
+        Ok(Some(page))
+    }
+}
+
+/// Opens and checks the whole file, which is as small as there are few snapshots: redb trusts its pages later on.
+fn open_database(path: &Path) -> Result<Database, StoreError> {
+    let damaged = |detail: String| StoreError::Damaged { path: path.to_owned(), detail };
+    // On some damage redb fails an assertion, which must not be how the daemon ends.
+    let opened = std::panic::catch_unwind(|| {
+        let mut db = Database::create(path)?;
+        let sound = db.check_integrity()?;
+        Ok::<_, redb::Error>((db, sound))
+    });
+    match opened {
+        Ok(Ok((db, sound))) => {
+            if !sound {
+                tracing::warn!(path = %path.display(), "the metadata was damaged and is repaired");
+            }
+            Ok(db)
+        }
+        Ok(Err(redb::Error::Corrupted(detail))) => Err(damaged(detail)),
+        Ok(Err(redb::Error::Io(error))) if error.kind() == std::io::ErrorKind::InvalidData => {
+            Err(damaged(error.to_string()))
+        }
+        Ok(Err(source)) => Err(StoreError::Open { path: path.to_owned(), source }),
+        Err(_) => Err(damaged("its pages contradict each other".to_owned())),
+    }
+}
+
+fn read(table: &impl ReadableTable<&'static str, &'static [u8]>, name: &str) -> Result<Option<Record>, Error> {
+    table
+        .get(name)
+        .map_err(failed)?
+        .map(|bytes| decode(name, bytes.value()))
+        .transpose()
+}
+
+fn decode(name: &str, bytes: &[u8]) -> Result<Record, Error> {
+    serde_json::from_slice(bytes).map_err(|source| {
+        Error::Store(StoreError::Record {
+            name: name.to_owned(),
+            source,
+        })
+    })
+}
+
+fn write(table: &mut redb::Table<'_, &'static str, &'static [u8]>, name: &str, record: &Record) -> Result<(), Error> {
+    let bytes = serde_json::to_vec(record).map_err(|source| {
+        Error::Store(StoreError::Record {
+            name: name.to_owned(),
+            source,
+        })
+    })?;
+    table.insert(name, bytes.as_slice()).map_err(failed)?;
+    Ok(())
+}
+
+fn add_child(tx: &WriteTransaction, parent: Option<&Record>, child: u64) -> Result<(), Error> {
+    if let Some(parent) = parent {
+        tx.open_table(CHILDREN)
+            .map_err(failed)?
+            .insert((parent.id, child), ())
+            .map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn find_target(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    target: &str,
+    parent: Option<&str>,
+) -> Result<Option<String>, Error> {
+    match read(table, target)? {
+        None => return Ok(None),
+        Some(record) if record.kind == Kind::Committed && record.parent.as_deref() == parent => {
+            return Ok(Some(target.to_owned()));
+        }
+        Some(_) => {}
+    }
+    let prefix = format!("{target}#");
+    for entry in table.range::<&str>(prefix.as_str()..).map_err(failed)? {
+        let (name, bytes) = entry.map_err(failed)?;
+        if !name.value().starts_with(&prefix) {
+            break;
+        }
+        let record = decode(name.value(), bytes.value())?;
+        if record.layer.is_some() && record.parent.as_deref() == parent {
+            return Ok(Some(name.value().to_owned()));
+        }
+    }
+    Ok(None)
+}
+
+/// The parent of a new snapshot.
+fn committed_parent(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    parent: Option<&str>,
+) -> Result<Option<Record>, Error> {
+    let Some(parent) = parent else { return Ok(None) };
+    match read(table, parent)? {
+        None => Err(Error::ParentNotFound {
+            parent: parent.to_owned(),
+        }),
+        Some(record) if record.kind != Kind::Committed => Err(Error::ParentNotCommitted {
+            parent: parent.to_owned(),
+        }),
+        Some(record) => Ok(Some(record)),
+    }
+}
+
+/// The parent that a commit ends up with.
+fn new_parent(table: &impl ReadableTable<&'static str, &'static [u8]>, parent: &str) -> Result<Record, Error> {
+    match read(table, parent)? {
+        None => Err(Error::ParentNotFound {
+            parent: parent.to_owned(),
+        }),
+        Some(record) if record.kind != Kind::Committed => Err(Error::NewParentNotCommitted {
+            parent: parent.to_owned(),
+        }),
+        Some(record) => Ok(record),
+    }
+}
+
+/// A commit may give a parent to a snapshot that has none, and may repeat the one it has.
+fn rebased_parent<'a>(key: &str, has: Option<&'a str>, wanted: Option<&'a str>) -> Result<Option<&'a str>, Error> {
+    match (has, wanted) {
+        (Some(has), Some(wanted)) if has != wanted => Err(Error::ParentChanged {
+            key: key.to_owned(),
+            parent: wanted.to_owned(),
+        }),
+        (has, wanted) => Ok(has.or(wanted)),
+    }
+}
+
+/// Numbers and lazy layers of the chain that ends at `parent`, nearest first.
+fn ancestors(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    parent: Option<&str>,
+) -> Result<(Vec<u64>, Vec<LayerOrigin>), Error> {
+    let mut ids = Vec::new();
+    let mut layers: Vec<LayerOrigin> = Vec::new();
+    let mut next = parent.map(str::to_owned);
+    while let Some(name) = next {
+        let record =
+            read(table, &name)?.ok_or_else(|| Error::Store(StoreError::Inconsistent { name: name.clone() }))?;
+        // Numbers fall towards the root except after a rebase; a repeated one would be an endless loop.
+        if ids.contains(&record.id) {
+            return Err(Error::Store(StoreError::Inconsistent { name }));
+        }
+        ids.push(record.id);
+        if let Some(origin) = record.layer
+            && !layers.iter().any(|known| known.toc_digest == origin.toc_digest)
+        {
+            layers.push(origin.into());
+        }
+        next = record.parent;
+    }
+    Ok((ids, layers))
+}

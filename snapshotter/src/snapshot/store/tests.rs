@@ -1,0 +1,348 @@
+//! The store against a model: random operations must give the same results and the same errors.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A snapshot of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Model {
+    kind: Kind,
+    parent: Option<String>,
+    labels: Labels,
+    layer: Option<u8>,
+}
+
+/// Names of the errors that an operation can have.
+fn name(error: &Error) -> &'static str {
+    match error {
+        Error::NotFound { .. } => "not found",
+        Error::ParentNotFound { .. } => "parent not found",
+        Error::AlreadyExists { .. } => "exists",
+        Error::TargetExists { .. } => "target exists",
+        Error::ParentNotCommitted { .. } => "parent not committed",
+        Error::NewParentNotCommitted { .. } => "new parent not committed",
+        Error::ParentChanged { .. } => "parent changed",
+        Error::NotActive { .. } => "not active",
+        Error::NoMounts { .. } => "no mounts",
+        Error::HasChildren { .. } => "has children",
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Create { kind: Kind, key: String, parent: Option<String>, labels: Labels },
+    Remote { target: String, parent: Option<String>, layer: u8 },
+    Commit { key: String, name: String, parent: Option<String>, labels: Labels },
+    Remove { key: String },
+    Update { key: String, labels: Labels, changes: Vec<LabelChange> },
+    Chain { key: String },
+    Reopen,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Models(BTreeMap<String, Model>);
+
+impl Models {
+    fn committed_parent(&self, parent: Option<&str>) -> Result<(), &'static str> {
+        match parent.map(|parent| self.0.get(parent)) {
+            None => Ok(()),
+            Some(None) => Err("parent not found"),
+            Some(Some(parent)) if parent.kind != Kind::Committed => Err("parent not committed"),
+            Some(Some(_)) => Ok(()),
+        }
+    }
+
+    fn target(&self, target: &str, parent: Option<&str>) -> bool {
+        let fits = |model: &Model| model.kind == Kind::Committed && model.parent.as_deref() == parent;
+        let numbered = |name: &str| name.strip_prefix(target).is_some_and(|rest| rest.starts_with('#'));
+        match self.0.get(target) {
+            None => false,
+            Some(model) if fits(model) => true,
+            Some(_) => self.0.iter().any(|(name, model)| numbered(name) && fits(model) && model.layer.is_some()),
+        }
+    }
+
+    fn commit(&mut self, key: &str, name: &str, parent: Option<&str>, labels: &Labels) -> Result<(), &'static str> {
+        let old = self.0.get(key).cloned().ok_or("not found")?;
+        if self.0.contains_key(name) {
+            return Err("exists");
+        }
+        if old.kind != Kind::Active {
+            return Err("not active");
+        }
+        let parent = match (old.parent, parent) {
+            (Some(has), Some(wanted)) if has != wanted => return Err("parent changed"),
+            (has, wanted) => has.or(wanted.map(str::to_owned)),
+        };
+        if let Some(parent) = &parent {
+            match self.0.get(parent) {
+                None => return Err("parent not found"),
+                Some(model) if model.kind != Kind::Committed => return Err("new parent not committed"),
+                Some(_) => {}
+            }
+        }
+        self.0.remove(key);
+        let model = Model { kind: Kind::Committed, parent, labels: without_empty(labels), layer: None };
+        self.0.insert(name.to_owned(), model);
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &str) -> Result<Option<u8>, &'static str> {
+        let model = self.0.get(key).cloned().ok_or("not found")?;
+        if self.0.values().any(|other| other.parent.as_deref() == Some(key)) {
+            return Err("has children");
+        }
+        self.0.remove(key);
+        Ok(model.layer.filter(|layer| !self.0.values().any(|other| other.layer == Some(*layer))))
+    }
+
+    fn update(&mut self, key: &str, labels: &Labels, changes: &[LabelChange]) -> Result<Labels, &'static str> {
+        let model = self.0.get_mut(key).ok_or("not found")?;
+        for change in changes {
+            match change {
+                LabelChange::All => model.labels = labels.clone(),
+                LabelChange::One(name) => match labels.get(name) {
+                    Some(value) => drop(model.labels.insert(name.clone(), value.clone())),
+                    None => drop(model.labels.remove(name)),
+                },
+            }
+        }
+        model.labels = without_empty(&model.labels);
+        Ok(model.labels.clone())
+    }
+
+    fn depth(&self, key: &str) -> Result<usize, &'static str> {
+        let model = self.0.get(key).ok_or("not found")?;
+        if model.kind == Kind::Committed {
+            return Err("no mounts");
+        }
+        let mut depth = 0;
+        let mut next = model.parent.as_ref();
+        while let Some(parent) = next {
+            depth += 1;
+            next = self.0[parent].parent.as_ref();
+        }
+        Ok(depth)
+    }
+}
+
+fn without_empty(labels: &Labels) -> Labels {
+    labels.iter().filter(|(_, value)| !value.is_empty()).map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+fn origin(layer: u8) -> LayerOrigin {
+    let digest = Digest::from_bytes([layer; 32]);
+    LayerOrigin { toc_digest: digest, image: "image".to_owned(), layer_digest: digest }
+}
+
+fn any_name() -> impl Strategy<Value = String> {
+    (0..6u8).prop_map(|n| format!("n{n}"))
+}
+
+fn any_parent() -> impl Strategy<Value = Option<String>> {
+    proptest::option::of(any_name())
+}
+
+fn any_labels() -> impl Strategy<Value = Labels> {
+    proptest::collection::btree_map("[ab]", "[xy]?", 0..3)
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    let kind = prop_oneof![3 => Just(Kind::Active), 1 => Just(Kind::View)];
+    let change = prop_oneof![Just(LabelChange::All), "[ab]".prop_map(LabelChange::One)];
+    prop_oneof![
+        6 => (kind, any_name(), any_parent(), any_labels())
+            .prop_map(|(kind, key, parent, labels)| Op::Create { kind, key, parent, labels }),
+        3 => (any_name(), any_parent(), 0..2u8)
+            .prop_map(|(target, parent, layer)| Op::Remote { target, parent, layer }),
+        6 => (any_name(), any_name(), any_parent(), any_labels())
+            .prop_map(|(key, name, parent, labels)| Op::Commit { key, name, parent, labels }),
+        4 => any_name().prop_map(|key| Op::Remove { key }),
+        2 => (any_name(), any_labels(), proptest::collection::vec(change, 1..3))
+            .prop_map(|(key, labels, changes)| Op::Update { key, labels, changes }),
+        2 => any_name().prop_map(|key| Op::Chain { key }),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+fn apply(store: &Store, models: &mut Models, op: &Op) {
+    let wrong = |error: Error| name(&error);
+    match op {
+        Op::Create { kind, key, parent, labels } => {
+            let expected = models.committed_parent(parent.as_deref()).and_then(|()| {
+                let layer = None;
+                let model = Model { kind: *kind, parent: parent.clone(), labels: without_empty(labels), layer };
+                match models.0.contains_key(key) {
+                    true => Err("exists"),
+                    false => Ok(drop(models.0.insert(key.clone(), model))),
+                }
+            });
+            let made = store.create(*kind, key, parent.as_deref(), labels, |_| Ok(()));
+            assert_eq!(made.map(drop).map_err(wrong), expected);
+        }
+        Op::Remote { target, parent, layer } => {
+            let labels = Labels::new();
+            let made = store.create_remote(target, parent.as_deref(), &labels, &origin(*layer), |_| Ok(()));
+            let expected = match models.target(target, parent.as_deref()) {
+                true => Err("target exists"),
+                false => models.committed_parent(parent.as_deref()),
+            };
+            match (made, expected) {
+                (Ok(name), Ok(())) => {
+                    assert_eq!(name != *target, models.0.contains_key(target));
+                    assert!(!models.0.contains_key(&name) && name.starts_with(target));
+                    let kind = Kind::Committed;
+                    models.0.insert(name, Model { kind, parent: parent.clone(), labels, layer: Some(*layer) });
+                }
+                (made, expected) => assert_eq!(made.map(drop).map_err(wrong), expected),
+            }
+        }
+        Op::Commit { key, name, parent, labels } => {
+            let id = store.find(key).map_or(u64::MAX, |found| found.id);
+            let usage = Usage { bytes: id, inodes: 1 };
+            let committed = store.commit(id, key, name, parent.as_deref(), labels, usage);
+            let succeeded = committed.is_ok();
+            assert_eq!(committed.map_err(wrong), models.commit(key, name, parent.as_deref(), labels));
+            if succeeded {
+                let found = store.find(name).unwrap();
+                assert_eq!((found.id, found.usage), (id, usage));
+            }
+        }
+        Op::Remove { key } => {
+            let removed = store.remove(key).map(|removed| removed.unused_layer).map_err(wrong);
+            assert_eq!(removed, models.remove(key).map(|layer| layer.map(|layer| origin(layer).toc_digest)));
+        }
+        Op::Update { key, labels, changes } => {
+            let updated = store.update(key, labels, changes).map(|info| info.labels).map_err(wrong);
+            assert_eq!(updated, models.update(key, labels, changes));
+        }
+        Op::Chain { key } => {
+            let chain = store.chain(key).map(|chain| chain.parents.len()).map_err(wrong);
+            assert_eq!(chain, models.depth(key));
+        }
+        Op::Reopen => {}
+    }
+}
+
+fn assert_same(store: &Store, models: &Models) {
+    let mut listing = store.listing().unwrap();
+    let mut listed = BTreeMap::new();
+    while let Some(page) = listing.page(2).unwrap() {
+        for Found { info, layer, .. } in page {
+            let layer = layer.map(|origin| origin.toc_digest.as_bytes()[0]);
+            assert!(info.created <= info.updated);
+            let model = Model { kind: info.kind, parent: info.parent, labels: info.labels, layer };
+            assert!(listed.insert(info.name, model).is_none());
+        }
+    }
+    assert_eq!(listed, models.0);
+    let ids = store.with_ids(Clone::clone).unwrap();
+    assert_eq!(ids.len(), models.0.len(), "every snapshot has a number of its own");
+    for layer in 0..2 {
+        let used = models.0.values().any(|model| model.layer == Some(layer));
+        assert_eq!(store.layer_in_use(&origin(layer).toc_digest).unwrap(), used);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn the_store_behaves_as_its_model(ops in proptest::collection::vec(any_op(), 1..60)) {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("meta.redb");
+        let mut store = Store::open(&path, 1).unwrap();
+        let mut models = Models::default();
+        for op in &ops {
+            if matches!(op, Op::Reopen) {
+                drop(store);
+                store = Store::open(&path, 1).unwrap();
+            }
+            apply(&store, &mut models, op);
+        }
+        assert_same(&store, &models);
+    }
+}
+
+#[test]
+fn a_failed_directory_undoes_the_snapshot_and_its_number_is_not_used_again() {
+    let place = tempfile::tempdir().unwrap();
+    let store = Store::open(&place.path().join("meta.redb"), 7).unwrap();
+    let labels = Labels::new();
+    let mut numbers = Vec::new();
+    let failed = store.create(Kind::Active, "a", None, &labels, |id| {
+        numbers.push(id);
+        Err(Error::Stopping)
+    });
+    assert!(matches!(failed, Err(Error::Stopping)));
+    assert!(matches!(store.find("a"), Err(Error::NotFound { .. })));
+    let made = store.create(Kind::Active, "a", None, &labels, |_| Ok(())).unwrap();
+    assert_eq!((numbers, made.id), (vec![7], 8));
+}
+
+#[test]
+fn a_listing_does_not_see_later_changes() {
+    let place = tempfile::tempdir().unwrap();
+    let store = Store::open(&place.path().join("meta.redb"), 1).unwrap();
+    for key in ["a", "b", "c"] {
+        store.create(Kind::Active, key, None, &Labels::new(), |_| Ok(())).unwrap();
+    }
+    let mut listing = store.listing().unwrap();
+    assert_eq!(listing.page(1).unwrap().unwrap()[0].info.name, "a");
+    store.remove("b").unwrap();
+    let names: Vec<_> = listing.page(9).unwrap().unwrap().into_iter().map(|found| found.info.name).collect();
+    assert_eq!(names, ["b", "c"]);
+    assert!(listing.page(9).unwrap().is_none());
+}
+
+#[test]
+fn another_schema_and_foreign_files_are_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("meta.redb");
+    drop(Store::open(&path, 1).unwrap());
+    {
+        let db = Database::open(&path).unwrap();
+        let tx = db.begin_write().unwrap();
+        tx.open_table(META).unwrap().insert("schema", 2).unwrap();
+        tx.commit().unwrap();
+    }
+    assert!(matches!(Store::open(&path, 1), Err(StoreError::Schema { found: 2, .. })));
+    std::fs::write(&path, "this is not a database, whatever its name says".repeat(200)).unwrap();
+    let error = Store::open(&path, 1).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
+    assert!(error.to_string().contains(path.to_str().unwrap()));
+}
+
+#[test]
+fn a_damaged_file_is_an_error_and_never_a_panic() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("meta.redb");
+    let store = Store::open(&path, 1).unwrap();
+    for n in 0..40 {
+        store.create(Kind::Active, &format!("key {n}"), None, &Labels::new(), |_| Ok(())).unwrap();
+    }
+    drop(store);
+    let whole = std::fs::read(&path).unwrap();
+    for length in [0, 1, 9, 64, 320, 4096, 5000, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        use_if_it_opens(&path);
+    }
+    for at in (0..whole.len()).step_by(whole.len() / 60) {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x55;
+        std::fs::write(&path, &damaged).unwrap();
+        use_if_it_opens(&path);
+    }
+}
+
+fn use_if_it_opens(path: &Path) {
+    if let Ok(store) = Store::open(path, 1) {
+        let _ = store.find("key 3");
+        let _ = store.create(Kind::Active, "new", None, &Labels::new(), |_| Ok(()));
+        let _ = store.remove("key 5");
+        let _ = store.with_ids(|ids| ids.len());
+    }
+}
