@@ -3,6 +3,18 @@
 //! [`LayerMounts`] is the seam between [`crate::snapshot`], which knows chains of snapshots and never a registry, and
 //! the mounts of layers, which know blobs and never a snapshot. A layer is identified by its TOC digest.
 
+pub mod cache;
+pub mod fetch;
+pub mod fs;
+pub mod fuse;
+mod image;
+pub mod layers;
+mod open;
+pub mod source;
+mod sys;
+#[cfg(test)]
+mod testing;
+
 use std::path::PathBuf;
 
 use async_trait::async_trait;

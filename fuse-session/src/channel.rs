@@ -1,0 +1,125 @@
+//! The descriptor shared by all workers: one message per read, one answer per write.
+//!
+//! Requests read through a cloned device descriptor die with it, so there is exactly one descriptor and no clones. An
+//! answer goes out through a [`Responder`], which answers EIO if it is dropped: no path leaves a caller waiting.
+
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use zerocopy::IntoBytes;
+
+use crate::abi::OutHeader;
+use crate::reply::Reply;
+
+/// The session's device descriptor.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    fd: OwnedFd,
+}
+
+/// What one read gave.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// A message of so many bytes.
+    Message(usize),
+    /// Nothing this time: a signal, or a request that was given up while it was read.
+    Retry,
+    /// The file system is unmounted, or the connection was aborted.
+    Ended,
+    /// The read failed in another way.
+    Failed(Errno),
+}
+
+impl Channel {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// Waits for the next message.
+    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Received {
+        match rustix::io::read(&self.fd, buffer) {
+            // The device never gives an empty message; a socket in its place does when the peer is gone.
+            Ok(0) => Received::Ended,
+            Ok(len) => Received::Message(len),
+            Err(Errno::INTR | Errno::NOENT | Errno::AGAIN) => Received::Retry,
+            Err(Errno::NODEV | Errno::CONNABORTED) => Received::Ended,
+            Err(errno) => Received::Failed(errno),
+        }
+    }
+
+    /// Answers a request.
+    pub(crate) fn send(&self, unique: u64, reply: &Reply) {
+        match self.write(unique, reply) {
+            Ok(()) => {}
+            // The caller gave up, or the session ended: nobody is waiting.
+            Err(errno @ (Errno::NOENT | Errno::NODEV | Errno::NOTCONN | Errno::CONNABORTED | Errno::PIPE)) => {
+                tracing::trace!(unique, %errno, "answer not wanted any more");
+            }
+            Err(errno) => {
+                tracing::error!(unique, %errno, len = reply.payload().len(), "kernel refused an answer");
+                // If the kernel dropped the request together with the bad answer, this one is refused with ENOENT.
+                let _ = self.write(unique, &Reply::Error(libc::EIO));
+            }
+        }
+    }
+
+    fn write(&self, unique: u64, reply: &Reply) -> Result<(), Errno> {
+        let payload = reply.payload();
+        let len = u32::try_from(size_of::<OutHeader>() + payload.len()).map_err(|_| Errno::INVAL)?;
+        let header = OutHeader {
+            len,
+            error: reply.error_code(),
+            unique,
+        };
+        let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(payload)];
+        let parts = if payload.is_empty() { &parts[..1] } else { &parts[..] };
+        loop {
+            match rustix::io::writev(&self.fd, parts) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+}
+
+/// The duty to answer one request.
+#[derive(Debug)]
+pub(crate) struct Responder {
+    channel: Arc<Channel>,
+    unique: Option<u64>,
+}
+
+impl Responder {
+    pub(crate) fn new(channel: Arc<Channel>, unique: u64) -> Self {
+        Self {
+            channel,
+            unique: Some(unique),
+        }
+    }
+
+    /// For requests the kernel expects no answer to.
+    pub(crate) fn silent(channel: Arc<Channel>) -> Self {
+        Self { channel, unique: None }
+    }
+
+    pub(crate) fn send(mut self, reply: &Reply) {
+        if let Some(unique) = self.unique.take() {
+            self.channel.send(unique, reply);
+        }
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        if let Some(unique) = self.unique.take() {
+            self.channel.send(unique, &Reply::Error(libc::EIO));
+        }
+    }
+}

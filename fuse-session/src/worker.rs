@@ -1,0 +1,181 @@
+//! The session loop: read, decode, poll once in place, answer or hand over.
+//!
+//! Several workers block in a read on the same descriptor; the kernel wakes exactly one per request. A handler that can
+//! answer at once costs no hop between threads. One that cannot goes to the runtime together with its duty to answer.
+//!
+//! The poll in place uses a no-op waker, which loses nothing: a spawned task is polled at least once, and that poll
+//! both sees whatever became ready meanwhile and registers the task's own waker.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use futures_util::FutureExt;
+use tokio::runtime::Handle;
+
+use crate::channel::{Channel, Received, Responder};
+use crate::dispatch::{self, Shareable};
+use crate::lifetime::{End, Lifetime};
+use crate::mount::DeviceNumber;
+use crate::pending::Pending;
+use crate::reply::Reply;
+use crate::request::{Caller, Operation, Request};
+
+/// Room for one request. The largest of a read-only mount is a BATCH_FORGET, which the kernel cuts to fit; names are
+/// at most a page long. The kernel insists on 8 KiB at least.
+pub(crate) const READ_BUFFER_BYTES: usize = 16 * 1024;
+
+/// Failed reads in a row after which the session is given up, so that an error that stays cannot become a busy loop.
+const FAILED_READS_MAX: u32 = 64;
+
+type Answer = Pin<Box<dyn Future<Output = std::thread::Result<Reply>> + Send>>;
+
+/// One worker thread's view of the session.
+pub(crate) struct Worker<FS> {
+    pub(crate) index: usize,
+    pub(crate) fs: Arc<FS>,
+    pub(crate) channel: Arc<Channel>,
+    pub(crate) pending: Arc<Pending>,
+    pub(crate) lifetime: Arc<Lifetime>,
+    pub(crate) runtime: Handle,
+    pub(crate) device: DeviceNumber,
+}
+
+impl<FS: Shareable> Worker<FS> {
+    /// Serves until the session ends; the first worker to leave gives up what is pending, the last tells the file
+    /// system. A session given up on a living connection cuts that off: callers get an error instead of silence.
+    pub(crate) fn run(self) {
+        let _context = self.runtime.enter();
+        let end = self.serve_until_end();
+        self.pending.end();
+        if let End::Failed(_) = end
+            && let Err(errno) = crate::abort::abort(self.device)
+        {
+            tracing::debug!(%errno, "cannot cut the connection off");
+        }
+        if self.lifetime.leave(end) {
+            self.destroy();
+        }
+    }
+
+    fn serve_until_end(&self) -> End {
+        let mut buffer = vec![0; READ_BUFFER_BYTES];
+        let mut failures = 0;
+        loop {
+            match self.channel.receive(&mut buffer) {
+                Received::Message(len) => {
+                    failures = 0;
+                    // Handlers' panics are caught where they are polled; this is for their destructors.
+                    if catch_unwind(AssertUnwindSafe(|| self.serve(&buffer[..len]))).is_err() {
+                        tracing::error!("panic while a request was served");
+                    }
+                }
+                Received::Retry => {}
+                Received::Ended => return End::Unmounted,
+                Received::Failed(errno) => {
+                    failures += 1;
+                    tracing::warn!(%errno, failures, "reading a request failed");
+                    if failures >= FAILED_READS_MAX {
+                        tracing::error!(%errno, "giving the session up");
+                        return End::Failed(errno.raw_os_error());
+                    }
+                }
+            }
+        }
+    }
+
+    fn serve(&self, message: &[u8]) {
+        let Request { caller, operation } = match Request::decode(message) {
+            Ok(request) => request,
+            Err(error) => {
+                tracing::error!(%error, "request not understood");
+                if let Some(unique) = error.unique() {
+                    self.channel.send(unique, &Reply::Error(libc::EIO));
+                }
+                return;
+            }
+        };
+        match operation {
+            Operation::Interrupt { unique } => self.interrupt(caller, unique),
+            Operation::Refused { opcode, errno } => {
+                tracing::debug!(opcode, errno, "operation refused");
+                self.channel.send(caller.unique, &Reply::Error(errno));
+            }
+            Operation::Destroy => self.channel.send(caller.unique, &Reply::Empty),
+            Operation::Ignored => {}
+            operation => self.work(caller, operation),
+        }
+    }
+
+    /// An interrupt whose request is not found is answered EAGAIN: the kernel drops it if the request has been
+    /// answered, and sends it again if not.
+    fn interrupt(&self, caller: Caller, unique: u64) {
+        if !self.pending.interrupt(unique) {
+            self.channel.send(caller.unique, &Reply::Error(libc::EAGAIN));
+        }
+    }
+
+    fn work(&self, caller: Caller, operation: Operation) {
+        let responder = match &operation {
+            Operation::Forget { .. } => Responder::silent(Arc::clone(&self.channel)),
+            _ => Responder::new(Arc::clone(&self.channel), caller.unique),
+        };
+        let slot = self.pending.slot(self.index);
+        slot.begin(caller.unique);
+        let handler = dispatch::answer(Arc::clone(&self.fs), caller, operation);
+        let mut answer: Answer = Box::pin(AssertUnwindSafe(handler).catch_unwind());
+        match answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(outcome) => responder.send(&settled(outcome, caller)),
+            Poll::Pending => self.hand_over(caller, answer, responder),
+        }
+        slot.end();
+    }
+
+    fn hand_over(&self, caller: Caller, answer: Answer, responder: Responder) {
+        let Ok(mut permit) = self.pending.admit(self.pending.slot(self.index), caller.unique) else {
+            tracing::error!(
+                unique = caller.unique,
+                node = caller.node,
+                "too many requests pending, request failed"
+            );
+            return responder.send(&Reply::Error(libc::EIO));
+        };
+        // Not detached without a bound: the permit is the bound, and the session's end makes the task return.
+        self.runtime.spawn(async move {
+            let reply = tokio::select! {
+                biased;
+                outcome = answer => settled(outcome, caller),
+                () = permit.unwanted(caller.pid) => {
+                    tracing::debug!(unique = caller.unique, node = caller.node, pid = caller.pid, "request given up");
+                    Reply::Error(libc::EINTR)
+                }
+            };
+            responder.send(&reply);
+        });
+    }
+
+    fn destroy(&self) {
+        let fs = Arc::clone(&self.fs);
+        let asker = fuse3::raw::Request::default();
+        let mut farewell = Box::pin(AssertUnwindSafe(async move { fs.destroy(asker).await }).catch_unwind());
+        if farewell
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()))
+            .is_pending()
+        {
+            self.runtime.spawn(farewell);
+        }
+    }
+}
+
+/// A handler that panicked answers EIO; the panic's message went to the panic hook.
+fn settled(outcome: std::thread::Result<Reply>, caller: Caller) -> Reply {
+    outcome.unwrap_or_else(|_| {
+        tracing::error!(unique = caller.unique, node = caller.node, "handler panicked");
+        Reply::Error(libc::EIO)
+    })
+}
+
+#[cfg(test)]
+mod tests;

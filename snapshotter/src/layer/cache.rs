@@ -1,0 +1,29 @@
+//! The layer cache on disk: one directory per layer, named by its TOC digest.
+//!
+//! ```text
+//! <root>/layers/<hex toc digest>/
+//!   toc       the verified TOC bytes             index     their compact form, mapped into memory
+//!   data      sparse; every chunk of every regular file at the place that the index gives it, uncompressed
+//!   resident  checkpoint of the bitmap of resident chunks
+//!   origin    where the layer came from          mnt/      where it is mounted
+//! ```
+//!
+//! Invariants, all of them kept in this module and its children:
+//! - a layer directory appears under its name only when `toc`, `index`, `data` and `origin` are in place and durable;
+//! - a byte reaches `data` only through [`CachedLayer::store`], which compares the chunk's digest first;
+//! - a bit reaches `resident` only after the data under it is durable ([`CachedLayer::checkpoint`]).
+//!
+//! [`LayerStore`] opens and creates layers for [`super::layers`]; the fetch engine writes and the filesystem reads a
+//! [`CachedLayer`]. All calls are synchronous; those that sync files belong on a blocking thread.
+
+mod files;
+mod layer;
+mod residency;
+mod store;
+
+#[cfg(test)]
+mod tests;
+
+pub use layer::{CachedLayer, StoreError};
+pub use residency::{Residency, ResidencyError};
+pub use store::{CacheError, LayerStore, Origin};

@@ -1,0 +1,281 @@
+//! The directory of all cached layers: creating a layer whole, and opening what is there.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use estargz::digest::Digest;
+use estargz::index::{self, BlobLayout, LayerIndex};
+use estargz::toc::Toc;
+use serde::{Deserialize, Serialize};
+
+use super::files;
+use super::layer::{CachedLayer, RESIDENT};
+use super::residency::{Binding, Residency};
+use crate::layer::{Usage, sys};
+
+/// Prefix of directories that are not layers yet; removed when the store is opened.
+const UNFINISHED: &str = ".new-";
+/// Largest `origin` file read.
+const MAX_ORIGIN_BYTES: u64 = 64 << 10;
+/// Largest `toc` file read: the largest TOC that the library accepts, which checks it again.
+const MAX_TOC_FILE_BYTES: u64 = estargz::toc::MAX_TOC_BYTES as u64;
+
+/// Why a layer of the cache cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// A file or directory cannot be read or written.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The failure.
+        #[source]
+        source: io::Error,
+    },
+    /// The TOC cannot be used; it was verified, so it is the image that is at fault.
+    #[error("the TOC cannot be used")]
+    Toc(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The TOC does not have the digest that names it.
+    #[error("the TOC has digest {found} instead of {expected}")]
+    TocDigest {
+        /// Digest that names the layer.
+        expected: Digest,
+        /// Digest of the bytes.
+        found: Digest,
+    },
+}
+
+/// Where a layer came from: enough to fetch the rest of it, and to build its index again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Reference of the image it was first mounted for.
+    pub image: String,
+    /// Digest of the layer's compressed blob.
+    pub layer_digest: Digest,
+    /// Size of the compressed blob.
+    pub blob_size: u64,
+    /// Where the TOC begins in the blob.
+    pub toc_offset: u64,
+}
+
+impl Origin {
+    fn layout(&self) -> BlobLayout {
+        BlobLayout { blob_size: self.blob_size, toc_offset: self.toc_offset }
+    }
+}
+
+/// All layers of one cache root.
+#[derive(Debug)]
+pub struct LayerStore {
+    root: PathBuf,
+    /// Makes the names of unfinished directories distinct.
+    unfinished: AtomicU64,
+}
+
+impl LayerStore {
+    /// Opens `<root>/layers`, making it if it is not there, and removes what an interrupted creation left.
+    pub fn open(root: &Path) -> Result<Self, CacheError> {
+        let root = root.join("layers");
+        fs::create_dir_all(&root).map_err(io_error("create", &root))?;
+        for entry in fs::read_dir(&root).map_err(io_error("list", &root))? {
+            let entry = entry.map_err(io_error("list", &root))?;
+            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                fs::remove_dir_all(entry.path()).map_err(io_error("remove the unfinished layer", &entry.path()))?;
+            }
+        }
+        Ok(Self { root, unfinished: AtomicU64::new(0) })
+    }
+
+    /// Directory of a layer, there or not.
+    pub fn path(&self, toc_digest: &Digest) -> PathBuf {
+        self.root.join(toc_digest.hex())
+    }
+
+    /// Whether the layer's TOC is here, so that mounting it needs no request.
+    pub fn contains(&self, toc_digest: &Digest) -> bool {
+        self.path(toc_digest).is_dir()
+    }
+
+    /// Creates a layer from its TOC, all of it or nothing.
+    pub fn create(&self, toc_digest: &Digest, toc_json: &[u8], origin: &Origin) -> Result<CachedLayer, CacheError> {
+        verify(toc_digest, toc_json)?;
+        let index = build_index(toc_json, origin, toc_digest)?;
+        let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
+        let temporary = self.root.join(format!("{UNFINISHED}{}-{number}", toc_digest.hex()));
+        let written = self.write_layer(&temporary, toc_json, &index, origin).and_then(|()| self.publish(&temporary, toc_digest));
+        if let Err(error) = written {
+            // What failed is what is reported; the next start removes the rest.
+            let _ = fs::remove_dir_all(&temporary);
+            return Err(error);
+        }
+        self.open_layer(toc_digest)
+    }
+
+    fn write_layer(&self, dir: &Path, toc: &[u8], index: &[u8], origin: &Origin) -> Result<(), CacheError> {
+        fs::create_dir(dir).map_err(io_error("create", dir))?;
+        for (name, bytes) in [("toc", toc), ("index", index), ("origin", &encode_origin(origin))] {
+            files::write_synced(&dir.join(name), bytes).map_err(io_error("write", &dir.join(name)))?;
+        }
+        let size = open_index_bytes(index)?.data_size();
+        let data = dir.join("data");
+        File::create(&data).and_then(|file| file.set_len(size).and_then(|()| file.sync_all())).map_err(io_error("create", &data))?;
+        fs::create_dir(dir.join("mnt")).map_err(io_error("create", &dir.join("mnt")))?;
+        files::sync_dir(dir).map_err(io_error("sync", dir))
+    }
+
+    fn publish(&self, temporary: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
+        let path = self.path(toc_digest);
+        match fs::rename(temporary, &path) {
+            Ok(()) => files::sync_dir(&self.root).map_err(io_error("sync", &self.root)),
+            // Somebody else finished the same layer; what a TOC digest names is always the same.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && path.is_dir() => {
+                fs::remove_dir_all(temporary).map_err(io_error("remove", temporary))
+            }
+            Err(error) => Err(io_error("rename", temporary)(error)),
+        }
+    }
+
+    /// Opens a layer that is on disk; `None` if it is not.
+    ///
+    /// An index that is damaged or of another version is built again from the TOC, whose digest is compared first.
+    pub fn load(&self, toc_digest: &Digest) -> Result<Option<CachedLayer>, CacheError> {
+        if !self.contains(toc_digest) {
+            return Ok(None);
+        }
+        self.open_layer(toc_digest).map(Some)
+    }
+
+    fn open_layer(&self, toc_digest: &Digest) -> Result<CachedLayer, CacheError> {
+        let dir = self.path(toc_digest);
+        let (index, index_digest) = match map_index(&dir, toc_digest) {
+            Ok(mapped) => mapped,
+            Err(reason) => {
+                tracing::warn!(dir = %dir.display(), reason, "building the layer's index again");
+                self.rebuild_index(&dir, toc_digest)?;
+                map_index(&dir, toc_digest).map_err(|reason| CacheError::Toc(reason.into()))?
+            }
+        };
+        let binding = Binding { toc: *toc_digest, index: index_digest };
+        let path = dir.join("data");
+        let data = File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(io_error("open", &path))?;
+        let length = data.metadata().map_err(io_error("stat", &path))?.len();
+        let residency = if length == index.data_size() {
+            load_residency(&dir, &binding, index.chunk_count())?
+        } else {
+            tracing::warn!(path = %path.display(), length, expected = index.data_size(), "data has a wrong length; starting empty");
+            Self::reset_data(&dir, &data, index.data_size())?;
+            Residency::empty(index.chunk_count())
+        };
+        let mount_point = dir.join("mnt");
+        match fs::create_dir(&mount_point) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("create", &mount_point)(error)),
+            _ => Ok(CachedLayer::new(dir, binding, index, data, residency)),
+        }
+    }
+
+    fn reset_data(dir: &Path, data: &File, size: u64) -> Result<(), CacheError> {
+        match fs::remove_file(dir.join(RESIDENT)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &dir.join(RESIDENT))(error)),
+            _ => {}
+        }
+        data.set_len(0).and_then(|()| data.set_len(size)).map_err(io_error("resize", &dir.join("data")))
+    }
+
+    fn rebuild_index(&self, dir: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
+        let origin = self.origin(toc_digest)?;
+        let path = dir.join("toc");
+        let toc = files::read_bounded(&path, MAX_TOC_FILE_BYTES)
+            .and_then(|toc| toc.ok_or_else(|| io::ErrorKind::NotFound.into()))
+            .map_err(io_error("read", &path))?;
+        verify(toc_digest, &toc)?;
+        let index = build_index(&toc, &origin, toc_digest)?;
+        files::replace(dir, "index", &index).map_err(io_error("write", &dir.join("index")))
+    }
+
+    /// Bytes allocated for a layer's files and their number; zero for a layer that is not here.
+    pub fn usage(&self, toc_digest: &Digest) -> Usage {
+        // `mnt` is left out: asking for it would ask the mounted filesystem.
+        let path = self.path(toc_digest);
+        let files = ["", "toc", "index", "data", RESIDENT, "origin"];
+        let allocated = files.iter().filter_map(|name| fs::symlink_metadata(path.join(name)).ok()).map(|metadata| metadata.blocks() * 512);
+        allocated.fold(Usage::default(), |sum, bytes| Usage { bytes: sum.bytes + bytes, inodes: sum.inodes + 1 })
+    }
+
+    /// Removes a layer that cannot be used; it must not be mounted.
+    pub fn discard(&self, toc_digest: &Digest) -> Result<(), CacheError> {
+        let path = self.path(toc_digest);
+        let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
+        let temporary = self.root.join(format!("{UNFINISHED}{}-{number}", toc_digest.hex()));
+        // Renamed first: half a layer must never be found under the layer's name.
+        fs::rename(&path, &temporary).map_err(io_error("rename", &path))?;
+        fs::remove_dir_all(&temporary).map_err(io_error("remove", &temporary))
+    }
+
+    /// Where a cached layer came from.
+    pub fn origin(&self, toc_digest: &Digest) -> Result<Origin, CacheError> {
+        let path = self.path(toc_digest).join("origin");
+        let bytes = files::read_bounded(&path, MAX_ORIGIN_BYTES).and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()));
+        bytes
+            .and_then(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::from))
+            .map_err(io_error("read", &path))
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CacheError {
+    let path = path.to_owned();
+    move |source| CacheError::Io { action, path, source }
+}
+
+fn encode_origin(origin: &Origin) -> Vec<u8> {
+    serde_json::to_vec(origin).expect("texts and numbers always have a JSON form")
+}
+
+fn verify(toc_digest: &Digest, toc_json: &[u8]) -> Result<(), CacheError> {
+    let found = Digest::of(toc_json);
+    if found == *toc_digest { Ok(()) } else { Err(CacheError::TocDigest { expected: *toc_digest, found }) }
+}
+
+fn build_index(toc_json: &[u8], origin: &Origin, toc_digest: &Digest) -> Result<Vec<u8>, CacheError> {
+    let toc = Toc::parse(toc_json).map_err(|error| CacheError::Toc(Box::new(error)))?;
+    index::build(&toc, origin.layout(), *toc_digest).map_err(|error| CacheError::Toc(Box::new(error)))
+}
+
+fn open_index_bytes(bytes: &[u8]) -> Result<LayerIndex<&[u8]>, CacheError> {
+    LayerIndex::open(bytes).map_err(|error| CacheError::Toc(Box::new(error)))
+}
+
+/// Maps and validates the index, with the digest of its bytes; the reason in words if it has to be built again.
+fn map_index(dir: &Path, toc_digest: &Digest) -> Result<(LayerIndex<memmap2::Mmap>, Digest), String> {
+    let file = File::open(dir.join("index")).map_err(|error| error.to_string())?;
+    let map = sys::map_read_only(&file).map_err(|error| error.to_string())?;
+    let digest = Digest::of(&map);
+    let index = LayerIndex::open(map).map_err(|error| error.to_string())?;
+    if index.toc_digest() != *toc_digest {
+        return Err(format!("it is of the layer with TOC {}", index.toc_digest()));
+    }
+    Ok((index, digest))
+}
+
+/// The checkpointed bitmap; empty, with a log line, where it cannot be believed.
+fn load_residency(dir: &Path, binding: &Binding, chunks: u32) -> Result<Residency, CacheError> {
+    let path = dir.join(RESIDENT);
+    // Anything longer than the bitmap of this layer is not one.
+    let limit = u64::from(chunks) / 8 + 4096;
+    match files::read_bounded(&path, limit) {
+        Ok(None) => Ok(Residency::empty(chunks)),
+        Ok(Some(bytes)) => Ok(Residency::decode(&bytes, binding, chunks).unwrap_or_else(|reason| {
+            tracing::warn!(path = %path.display(), %reason, "the layer's content has to be fetched again");
+            Residency::empty(chunks)
+        })),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            tracing::warn!(path = %path.display(), %error, "the layer's content has to be fetched again");
+            Ok(Residency::empty(chunks))
+        }
+        Err(error) => Err(io_error("read", &path)(error)),
+    }
+}

@@ -1,0 +1,150 @@
+//! The cache on a real directory: whole or absent, durable or dropped, verified or refused.
+
+use std::fs;
+
+use estargz::digest::Digest;
+
+use super::*;
+use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified};
+
+fn sample() -> Sample {
+    Sample::uniform(5, 150_000, Packing::default())
+}
+
+/// Stores chunk `id` with its right bytes.
+fn store(sample: &Sample, layer: &CachedLayer, id: u32) -> Result<bool, StoreError> {
+    let chunk = layer.index().chunk(id).unwrap();
+    let path = String::from_utf8(layer.index().path_of(chunk.ino)).unwrap();
+    let start = usize::try_from(chunk.file_offset).unwrap();
+    layer.store(id, &sample.files[&path[1..]][start..start + chunk.size as usize])
+}
+
+#[test]
+fn a_layer_appears_whole_and_loads_again_without_its_toc_being_given() {
+    let (test, sample) = (TestStore::new(), sample());
+    assert!(test.store.load(&sample.toc_digest).unwrap().is_none());
+    drop(sample.create(&test.store));
+    let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+    assert_eq!(layer.toc_digest(), sample.toc_digest);
+    assert_eq!(fs::read(layer.dir().join("toc")).unwrap(), sample.toc_json);
+    assert_eq!(fs::metadata(layer.dir().join("data")).unwrap().len(), layer.index().data_size());
+    assert_eq!(test.store.origin(&sample.toc_digest).unwrap(), sample.origin());
+    let usage = test.store.usage(&sample.toc_digest);
+    assert!(usage.inodes == 5 && (1..100_000).contains(&usage.bytes), "{usage:?}");
+    // Creating it a second time is the same layer.
+    assert_eq!(sample.create(&test.store).dir(), layer.dir());
+    assert_eq!(fs::read_dir(test.dir.path().join("layers")).unwrap().count(), 1);
+}
+
+#[test]
+fn a_toc_with_another_digest_and_an_unusable_toc_leave_nothing_behind() {
+    let (test, sample) = (TestStore::new(), sample());
+    let other = Digest::of(b"other");
+    assert!(matches!(test.store.create(&other, &sample.toc_json, &sample.origin()), Err(CacheError::TocDigest { .. })));
+    let nonsense = Digest::of(b"nonsense");
+    assert!(matches!(test.store.create(&nonsense, b"nonsense", &sample.origin()), Err(CacheError::Toc(_))));
+    assert_eq!(fs::read_dir(test.dir.path().join("layers")).unwrap().count(), 0);
+}
+
+#[test]
+fn an_interrupted_creation_is_cleared_away() {
+    let (test, sample) = (TestStore::new(), sample());
+    let unfinished = test.dir.path().join("layers/.new-0123-0");
+    fs::create_dir(&unfinished).unwrap();
+    fs::write(unfinished.join("toc"), b"half").unwrap();
+    let store = LayerStore::open(test.dir.path()).unwrap();
+    assert!(!unfinished.exists());
+    sample.create(&store);
+}
+
+#[test]
+fn wrong_bytes_are_refused_and_never_reach_the_file() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    for id in 0..layer.index().chunk_count() {
+        let size = layer.index().chunk(id).unwrap().size as usize;
+        for wrong in [vec![1; size], vec![], vec![1; size + 1]] {
+            assert!(matches!(layer.store(id, &wrong), Err(StoreError::Digest { .. })));
+        }
+    }
+    assert!(matches!(layer.store(layer.index().chunk_count(), b""), Err(StoreError::NoChunk { .. })));
+    assert_eq!(layer.residency().count(), 0);
+    assert_only_verified(&layer);
+    assert!(store(&sample, &layer, 3).unwrap());
+    assert!(!store(&sample, &layer, 3).unwrap());
+    assert_only_verified(&layer);
+}
+
+#[test]
+fn after_an_unclean_stop_only_what_was_checkpointed_is_resident() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    store(&sample, &layer, 0).unwrap();
+    store(&sample, &layer, 2).unwrap();
+    assert!(layer.is_dirty());
+    layer.checkpoint().unwrap();
+    assert!(!layer.is_dirty());
+    store(&sample, &layer, 4).unwrap();
+    drop(layer);
+    let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+    let resident: Vec<u32> = (0..layer.index().chunk_count()).filter(|&id| layer.residency().contains(id)).collect();
+    assert_eq!(resident, [0, 2]);
+    let chunk = layer.index().chunk(2).unwrap();
+    let bytes = layer.read(chunk.data_offset..chunk.data_offset + u64::from(chunk.size)).unwrap();
+    assert_eq!(Digest::of(&bytes), chunk.digest);
+}
+
+#[test]
+fn a_damaged_residency_file_or_data_of_another_length_start_empty() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    let (resident, data) = (layer.dir().join("resident"), layer.dir().join("data"));
+    let checkpoint = || {
+        let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+        store(&sample, &layer, 1).unwrap();
+        layer.checkpoint().unwrap();
+    };
+    let count = || test.store.load(&sample.toc_digest).unwrap().unwrap().residency().count();
+    drop(layer);
+    checkpoint();
+    assert_eq!(count(), 1);
+    let good = fs::read(&resident).unwrap();
+    let mut flipped = good.clone();
+    flipped[good.len() / 2] ^= 4;
+    for bad in [&good[..good.len() - 1], &good[..10], &[][..], &flipped[..], &vec![0; 1 << 20][..]] {
+        fs::write(&resident, bad).unwrap();
+        assert_eq!(count(), 0);
+    }
+    checkpoint();
+    fs::File::options().write(true).open(&data).unwrap().set_len(4096).unwrap();
+    assert_eq!(count(), 0);
+    assert_eq!(fs::metadata(&data).unwrap().len(), test.store.load(&sample.toc_digest).unwrap().unwrap().index().data_size());
+    checkpoint();
+    fs::remove_file(&data).unwrap();
+    assert_eq!(count(), 0);
+}
+
+#[test]
+fn a_damaged_index_is_built_again_and_a_damaged_toc_is_an_error() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    store(&sample, &layer, 1).unwrap();
+    layer.checkpoint().unwrap();
+    let dir = layer.dir().to_owned();
+    drop(layer);
+    let good = fs::read(dir.join("index")).unwrap();
+    for bad in [&good[..good.len() / 2], b""] {
+        fs::write(dir.join(".index"), bad).unwrap();
+        fs::rename(dir.join(".index"), dir.join("index")).unwrap();
+        let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+        assert_eq!(fs::read(dir.join("index")).unwrap(), good);
+        // The same index is the same layout, so what was resident still is.
+        assert_eq!(layer.residency().count(), 1);
+    }
+    fs::remove_file(dir.join("index")).unwrap();
+    fs::write(dir.join("toc"), b"damaged").unwrap();
+    assert!(matches!(test.store.load(&sample.toc_digest), Err(CacheError::TocDigest { .. })));
+    test.store.discard(&sample.toc_digest).unwrap();
+    assert!(test.store.load(&sample.toc_digest).unwrap().is_none());
+    sample.create(&test.store);
+}

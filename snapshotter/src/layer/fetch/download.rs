@@ -1,0 +1,159 @@
+//! One range of the blob as a sequence of pieces, whatever happens to the connections that bring it.
+//!
+//! A broken or stalled body is asked for again from the byte where it stopped; what was received is never asked for twice. The
+//! number of attempts is bounded, and so is the time without a byte.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+
+use super::engine::Engine;
+use super::error::FetchError;
+use super::flight::Urgency;
+use crate::layer::source::{BlobSource, ByteStream, Priority, SourceError};
+use crate::metrics::defs::{FetchLabels, KindLabels};
+
+/// Requests without progress between them, after which a range is given up.
+const MAX_FRUITLESS: u32 = 5;
+/// Requests for one range in all: a server that sends a little each time is given up too.
+const MAX_ATTEMPTS: u32 = 20;
+/// Bytes that count as progress.
+const PROGRESS: u64 = 16 << 10;
+/// Pause before the second request; it doubles from there.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+pub(super) struct Download {
+    engine: Arc<Engine>,
+    source: Arc<dyn BlobSource>,
+    position: u64,
+    end: u64,
+    priority: Priority,
+    urgency: Urgency,
+    body: Option<ByteStream>,
+    /// When the request under way was made.
+    asked: Instant,
+    attempts: u32,
+    fruitless: u32,
+    /// Bytes since the last request.
+    received: u64,
+}
+
+impl Download {
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        source: Arc<dyn BlobSource>,
+        range: Range<u64>,
+        priority: Priority,
+        urgency: Urgency,
+    ) -> Self {
+        Self {
+            engine,
+            source,
+            position: range.start,
+            end: range.end,
+            priority,
+            urgency,
+            body: None,
+            asked: Instant::now(),
+            attempts: 0,
+            fruitless: 0,
+            received: 0,
+        }
+    }
+
+    /// The next bytes of the range; `None` after its last.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
+        while self.position < self.end {
+            if self.priority > Priority::Demand && !self.urgency.is_raised() {
+                self.engine.gate.stand_aside().await;
+            }
+            match self.receive().await {
+                Ok(mut piece) => {
+                    let wanted = self.end - self.position;
+                    if piece.len() as u64 > wanted {
+                        piece.truncate(usize::try_from(wanted).unwrap_or(usize::MAX));
+                    }
+                    self.position += piece.len() as u64;
+                    self.received += piece.len() as u64;
+                    if self.position == self.end {
+                        self.close("ok");
+                    }
+                    self.engine.metrics.fetch_bytes.get_or_create(&KindLabels { kind: self.kind() }).inc_by(piece.len() as u64);
+                    return Ok(Some(piece));
+                }
+                Err(error) => self.recover(error).await?,
+            }
+        }
+        Ok(None)
+    }
+
+    async fn receive(&mut self) -> Result<Bytes, SourceError> {
+        let stall = self.engine.options.stall_timeout;
+        let stalled = |_| SourceError::transient(format!("no byte arrived within {stall:?}"));
+        if self.body.is_none() {
+            self.attempts += 1;
+            self.received = 0;
+            self.asked = Instant::now();
+            let request = self.source.read(self.position..self.end, self.priority);
+            self.body = Some(tokio::time::timeout(stall, request).await.map_err(stalled)??);
+        }
+        let Some(body) = &mut self.body else { return Err(SourceError::transient("no body")) };
+        match tokio::time::timeout(stall, body.next()).await.map_err(stalled)? {
+            Some(piece) => piece,
+            None => Err(SourceError::transient(format!("the body ended at {} instead of {}", self.position, self.end))),
+        }
+    }
+
+    /// Ends the request under way and pauses before the next, or gives up.
+    async fn recover(&mut self, error: SourceError) -> Result<(), FetchError> {
+        self.close(error.class());
+        self.fruitless = if self.received >= PROGRESS { 1 } else { self.fruitless + 1 };
+        if !error.is_transient() || self.fruitless >= MAX_FRUITLESS || self.attempts >= MAX_ATTEMPTS {
+            return Err(FetchError::Source { attempts: self.attempts, source: error });
+        }
+        let pause = pause(self.fruitless);
+        tracing::debug!(error = %error, attempt = self.attempts, at = self.position, ?pause, "asking for the rest again");
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
+
+    fn close(&mut self, result: &'static str) {
+        self.body = None;
+        let metrics = &self.engine.metrics;
+        metrics.fetch_requests.get_or_create(&FetchLabels { kind: self.kind(), result }).inc();
+        metrics.fetch_request.observe(self.asked.elapsed().as_secs_f64());
+    }
+
+    fn kind(&self) -> &'static str {
+        self.priority.kind()
+    }
+}
+
+/// Half of the doubled pause, plus up to as much again by chance, so that clients of a failing server drift apart.
+fn pause(fruitless: u32) -> Duration {
+    let doubled = FIRST_PAUSE.saturating_mul(1 << fruitless.saturating_sub(1).min(10)).min(LONGEST_PAUSE);
+    // A fresh `RandomState` is keyed by the process's random source; no more is asked of it here.
+    let chance = RandomState::new().build_hasher().finish() % 1024;
+    doubled / 2 + doubled.mul_f64(f64::from(u32::try_from(chance).unwrap_or(0)) / 2048.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_their_limit_and_vary() {
+        for (fruitless, most) in [(0, 50), (1, 50), (2, 100), (5, 800), (7, 2000), (u32::MAX, 2000)] {
+            let most = Duration::from_millis(most);
+            let pauses: Vec<Duration> = (0..32).map(|_| pause(fruitless)).collect();
+            assert!(pauses.iter().all(|pause| (most / 2..=most).contains(pause)), "{fruitless}: {pauses:?}");
+            assert!(pauses.iter().any(|pause| pause != &pauses[0]));
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! What is being fetched: one entry per member under way, so that no member is fetched twice at a time.
+//!
+//! A [`Claim`] is the right and the duty to fetch one member. It leaves the table when it is settled or dropped, and always after
+//! the resident bits were set; so whoever finds a member neither resident nor in the table, while holding the table, must fetch it.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+use super::error::Failure;
+
+/// How far the fetch of a member is.
+#[derive(Debug, Clone)]
+pub(super) enum Progress {
+    /// On its way.
+    Pending,
+    /// What could be stored is stored; a wrong chunk is being asked for again.
+    Partial,
+    /// Over.
+    Settled(Result<(), Failure>),
+}
+
+/// A fetch that others may wait for.
+#[derive(Debug, Clone)]
+struct Flight {
+    progress: watch::Receiver<Progress>,
+    urgent: Urgency,
+}
+
+/// Whether a reader waits for a group of members, so that it must not pause for other readers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Urgency(Arc<AtomicBool>);
+
+impl Urgency {
+    pub(super) fn raise(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+type Table = HashMap<u32, Flight>;
+
+/// The members of one layer that are under way.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Flights {
+    table: Arc<Mutex<Table>>,
+}
+
+/// The table, held: nothing settles and nothing is claimed meanwhile.
+pub(super) struct HeldFlights<'a> {
+    flights: &'a Flights,
+    table: MutexGuard<'a, Table>,
+}
+
+impl Flights {
+    pub(super) fn hold(&self) -> HeldFlights<'_> {
+        // Every change of the table is one insert or remove, so a panic elsewhere cannot leave it half changed.
+        HeldFlights { flights: self, table: self.table.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.hold().table.is_empty()
+    }
+}
+
+impl HeldFlights<'_> {
+    pub(super) fn contains(&self, member: u32) -> bool {
+        self.table.contains_key(&member)
+    }
+
+    /// Waits for a member under way, as a reader.
+    pub(super) fn join(&self, member: u32) -> Option<watch::Receiver<Progress>> {
+        self.table.get(&member).map(|flight| {
+            flight.urgent.raise();
+            flight.progress.clone()
+        })
+    }
+
+    /// Claims a member that is not under way.
+    pub(super) fn claim(&mut self, member: u32, urgent: &Urgency) -> Option<Claim> {
+        let Entry::Vacant(entry) = self.table.entry(member) else { return None };
+        let (sender, progress) = watch::channel(Progress::Pending);
+        entry.insert(Flight { progress, urgent: urgent.clone() });
+        Some(Claim { member, sender, flights: self.flights.clone() })
+    }
+}
+
+/// The right and the duty to fetch one member.
+///
+/// Dropped without being settled, it tells its waiters by closing the channel; they look again.
+#[derive(Debug)]
+pub(super) struct Claim {
+    member: u32,
+    sender: watch::Sender<Progress>,
+    flights: Flights,
+}
+
+impl Claim {
+    pub(super) fn member(&self) -> u32 {
+        self.member
+    }
+
+    /// Lets waiters look whether their chunks are there already.
+    pub(super) fn announce_partial(&self) {
+        self.sender.send_replace(Progress::Partial);
+    }
+
+    pub(super) fn settle(self, result: Result<(), Failure>) {
+        self.leave();
+        self.sender.send_replace(Progress::Settled(result));
+    }
+
+    fn leave(&self) {
+        self.flights.hold().table.remove(&self.member);
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // After `settle` somebody else may have claimed the member anew; that flight is not ours to remove.
+        if !matches!(*self.sender.borrow(), Progress::Settled(_)) {
+            self.leave();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_member_has_one_claim_and_a_dropped_claim_frees_it() {
+        let flights = Flights::default();
+        let urgent = Urgency::default();
+        let claim = flights.hold().claim(7, &urgent).unwrap();
+        assert!(flights.hold().claim(7, &urgent).is_none());
+        assert!(!urgent.is_raised());
+        let mut waiter = flights.hold().join(7).unwrap();
+        assert!(urgent.is_raised());
+        drop(claim);
+        assert!(waiter.changed().await.is_err());
+        let claim = flights.hold().claim(7, &urgent).unwrap();
+        let waiter = flights.hold().join(7).unwrap();
+        claim.settle(Ok(()));
+        assert!(flights.is_empty());
+        assert!(matches!(*waiter.borrow(), Progress::Settled(Ok(()))));
+    }
+}

@@ -1,0 +1,189 @@
+//! One group of claimed members: one request, its body cut into members as it arrives.
+//!
+//! Each run of whole members goes to the decompression threads at once, and their waiters are woken from there, so a reader
+//! waits for its own chunk and not for the end of the body. The memory for a member is reserved before its bytes are taken.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinSet;
+
+use super::decode;
+use super::download::Download;
+use super::error::FetchError;
+use super::flight::{Claim, Urgency};
+use super::gate::Slot;
+use super::layer::LayerFetch;
+use super::plan;
+use crate::layer::source::Priority;
+
+/// Members to fetch together; in blob order.
+pub(super) struct Group {
+    pub(super) claims: VecDeque<Claim>,
+    pub(super) priority: Priority,
+    pub(super) urgency: Urgency,
+}
+
+/// A whole member and the memory reserved for it.
+struct Received {
+    claim: Claim,
+    bytes: Bytes,
+    _memory: Option<OwnedSemaphorePermit>,
+}
+
+/// The state of a body being cut.
+struct Cutter {
+    fetch: Arc<LayerFetch>,
+    claims: VecDeque<Claim>,
+    buffer: BytesMut,
+    /// Blob offset of the buffer's first byte.
+    start: u64,
+    /// Reserved for the member at the front.
+    memory: Option<OwnedSemaphorePermit>,
+    jobs: JoinSet<()>,
+}
+
+/// Fetches a group and settles every claim of it.
+pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
+    let Some(range) = range_of(&fetch, &group.claims) else { return };
+    let source = fetch.remote().source.clone();
+    let mut download = Download::new(fetch.engine().clone(), source, range.clone(), group.priority, group.urgency);
+    let mut cutter = Cutter {
+        fetch,
+        claims: group.claims,
+        buffer: BytesMut::new(),
+        start: range.start,
+        memory: None,
+        jobs: JoinSet::new(),
+    };
+    let result = loop {
+        cutter.cut().await;
+        match download.next().await {
+            Ok(Some(piece)) => cutter.buffer.extend_from_slice(&piece),
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
+    cutter.memory = None;
+    cutter.buffer = BytesMut::new();
+    // What the jobs still do is local, or asks for a slot of its own.
+    drop(slot);
+    if let Err(error) = result {
+        cutter.give_up(error);
+    }
+    while cutter.jobs.join_next().await.is_some() {}
+    cutter.fetch.group_done();
+}
+
+fn range_of(fetch: &LayerFetch, claims: &VecDeque<Claim>) -> Option<std::ops::Range<u64>> {
+    let members = claims.front()?.member()..claims.back()?.member() + 1;
+    Some(plan::blob_range(fetch.layer().index(), &members))
+}
+
+impl Cutter {
+    /// Hands all whole members at the buffer's start to the decompression threads, and makes room for the next.
+    async fn cut(&mut self) {
+        let mut ready = Vec::new();
+        while let Some(claim) = self.claims.front() {
+            let member = plan::member_range(self.fetch.layer().index(), claim.member());
+            if self.memory.is_none() {
+                let bytes = (member.end - member.start) + plan::unfolded_size(self.fetch.layer().index(), claim.member());
+                let engine = self.fetch.engine().clone();
+                self.memory = engine.try_reserve(bytes);
+                if self.memory.is_none() {
+                    // Nothing may be held back here while waiting for memory that others give back.
+                    self.start_job(std::mem::take(&mut ready));
+                    self.memory = engine.reserve(bytes).await;
+                }
+            }
+            let have = self.start + self.buffer.len() as u64;
+            if have < member.end {
+                // Tar headers between members are not needed.
+                self.skip_to(member.start.min(have));
+                break;
+            }
+            self.skip_to(member.start);
+            let length = usize::try_from(member.end - member.start).unwrap_or(usize::MAX).min(self.buffer.len());
+            let bytes = self.buffer.split_to(length).freeze();
+            self.start = member.end;
+            if let Some(claim) = self.claims.pop_front() {
+                ready.push(Received { claim, bytes, _memory: self.memory.take() });
+            }
+        }
+        self.start_job(ready);
+    }
+
+    fn skip_to(&mut self, offset: u64) {
+        let skip = usize::try_from(offset.saturating_sub(self.start)).unwrap_or(usize::MAX).min(self.buffer.len());
+        if skip > 0 {
+            bytes::Buf::advance(&mut self.buffer, skip);
+            self.start += skip as u64;
+        }
+    }
+
+    fn start_job(&mut self, ready: Vec<Received>) {
+        if !ready.is_empty() {
+            self.jobs.spawn(settle(self.fetch.clone(), ready));
+        }
+        // Forgets the jobs that are over.
+        while self.jobs.try_join_next().is_some() {}
+    }
+
+    fn give_up(&mut self, error: FetchError) {
+        let names = &self.fetch.remote().names;
+        tracing::error!(image = %names.image, layer = %names.layer_digest, members = self.claims.len(), error = &error as &dyn std::error::Error, "a range of the layer cannot be fetched");
+        let failure = Arc::new(error);
+        for claim in self.claims.drain(..) {
+            claim.settle(Err(failure.clone()));
+        }
+    }
+}
+
+/// Stores what was received; what is wrong is asked for once more.
+async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
+    let layer = fetch.layer().clone();
+    let metrics = fetch.engine().metrics.clone();
+    let store = move || {
+        let mut wrong = Vec::new();
+        for Received { claim, bytes, _memory } in ready {
+            match decode::store_member(&layer, &metrics, claim.member(), &bytes) {
+                Ok(()) => claim.settle(Ok(())),
+                Err(error @ FetchError::Corrupt { .. }) => {
+                    claim.announce_partial();
+                    wrong.push((claim, error));
+                }
+                Err(error) => claim.settle(Err(Arc::new(error))),
+            }
+        }
+        wrong
+    };
+    // If decoding panicked, the claims are dropped and their waiters look again.
+    let wrong = fetch.engine().decode(store).await.unwrap_or_default();
+    for (claim, error) in wrong {
+        fetch.log_corruption(&error, "wrong bytes from the registry; asking once more");
+        let result = refetch(&fetch, claim.member()).await;
+        if let Err(error) = &result {
+            fetch.log_corruption(error, "wrong bytes from the registry, again; the reader gets an error");
+        }
+        claim.settle(result.map_err(Arc::new));
+    }
+}
+
+/// Asks for one member alone, from scratch.
+async fn refetch(fetch: &Arc<LayerFetch>, member: u32) -> Result<(), FetchError> {
+    let engine = fetch.engine();
+    let range = plan::member_range(fetch.layer().index(), member);
+    let _slot = engine.gate.enter(Priority::Demand).await;
+    let _memory = engine.reserve((range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member)).await;
+    let source = fetch.remote().source.clone();
+    let mut download = Download::new(engine.clone(), source, range, Priority::Demand, Urgency::default());
+    let mut bytes = BytesMut::new();
+    while let Some(piece) = download.next().await? {
+        bytes.extend_from_slice(&piece);
+    }
+    let (layer, metrics) = (fetch.layer().clone(), engine.metrics.clone());
+    let store = move || decode::store_member(&layer, &metrics, member, &bytes);
+    engine.decode(store).await.unwrap_or(Err(FetchError::Abandoned))
+}

@@ -1,0 +1,247 @@
+//! The fetch engine's view of one layer.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
+
+use estargz::digest::Digest;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::engine::Engine;
+use super::error::{Failure, FetchError};
+use super::flight::{Flights, Progress, Urgency};
+use super::group::{self, Group};
+use super::plan::{self, Reach};
+use super::readahead::Readahead;
+use crate::layer::cache::CachedLayer;
+use crate::layer::source::{BlobSource, Priority};
+use crate::metrics::defs::SourceLabels;
+
+/// How often a reader looks again after a fetch that died; more would hide a fault.
+const MAX_ROUNDS: u32 = 4;
+
+/// What log lines call a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerNames {
+    /// Reference of the image that the layer is fetched for.
+    pub image: String,
+    /// Digest of the compressed blob.
+    pub layer_digest: Digest,
+}
+
+/// Where a layer is fetched from.
+pub(super) struct Remote {
+    pub(super) source: Arc<dyn BlobSource>,
+    pub(super) names: LayerNames,
+}
+
+/// Makes chunks of one layer resident.
+pub struct LayerFetch {
+    engine: Arc<Engine>,
+    layer: Arc<CachedLayer>,
+    remote: RwLock<Arc<Remote>>,
+    flights: Flights,
+    readahead: Mutex<Readahead>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What a reader waits for: chunks, and the fetch of the member that holds them.
+struct Wait {
+    chunks: Range<u32>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl LayerFetch {
+    /// A layer that is fetched from `source` as far as it is not resident.
+    pub fn new(engine: Arc<Engine>, layer: Arc<CachedLayer>, source: Arc<dyn BlobSource>, names: LayerNames) -> Arc<Self> {
+        let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
+        let remote = RwLock::new(Arc::new(Remote { source, names }));
+        let stop = engine.stop_signal();
+        Arc::new(Self { engine, layer, remote, flights: Flights::default(), readahead, tasks: TaskTracker::new(), stop })
+    }
+
+    /// Fetches from another source from now on; requests under way end at the old one.
+    pub fn set_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
+        *self.remote.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Remote { source, names });
+    }
+
+    pub(super) fn remote(&self) -> Arc<Remote> {
+        // A reference is all that the lock guards.
+        self.remote.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    pub(super) fn flights(&self) -> &Flights {
+        &self.flights
+    }
+
+    /// Runs a task of this layer until it ends or the layer is closed.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        let task = async move {
+            // A task that is dropped frees its claims and slots.
+            stop.run_until_cancelled(task).await;
+        };
+        self.tasks.spawn_on(task, self.engine.runtime());
+    }
+
+    /// Ends all fetches of this layer and waits for them; readers that still wait get an error.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Counts bytes given to a reader.
+    pub fn count_read(&self, resident: bool, bytes: usize) {
+        let source = if resident { "cache" } else { "registry" };
+        self.engine.metrics.read_bytes.get_or_create(&SourceLabels { source }).inc_by(bytes as u64);
+    }
+
+    /// The layer in the cache.
+    pub fn layer(&self) -> &Arc<CachedLayer> {
+        &self.layer
+    }
+
+    /// Returns when all of `chunks` are resident. Needs no runtime to be polled on.
+    pub async fn ensure(self: &Arc<Self>, chunks: Range<u32>) -> Result<(), Failure> {
+        if self.layer.residency().contains_all(chunks.clone()) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let result = self.wait_for(&chunks).await;
+        self.engine.metrics.read_stall.observe(began.elapsed().as_secs_f64());
+        result
+    }
+
+    async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>) -> Result<(), Failure> {
+        for _ in 0..MAX_ROUNDS {
+            if self.stop.is_cancelled() {
+                break;
+            }
+            let waits = self.start(chunks);
+            if waits.is_empty() {
+                return Ok(());
+            }
+            for wait in waits {
+                self.follow(wait).await?;
+            }
+        }
+        Err(Arc::new(FetchError::Abandoned))
+    }
+
+    /// Waits until the chunks are there or their fetch is over, whichever is first.
+    async fn follow(&self, mut wait: Wait) -> Result<(), Failure> {
+        while !self.layer.residency().contains_all(wait.chunks.clone()) {
+            let progress = wait.progress.borrow_and_update().clone();
+            match progress {
+                Progress::Settled(result) => return result,
+                // A fetch that died says nothing more; the caller looks again.
+                Progress::Pending | Progress::Partial if wait.progress.changed().await.is_err() => return Ok(()),
+                Progress::Pending | Progress::Partial => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts to fetch what of `chunks` is neither resident nor under way.
+    fn start(self: &Arc<Self>, chunks: &Range<u32>) -> Vec<Wait> {
+        let missing = self.missing_members(chunks);
+        let mut waits = Vec::with_capacity(missing.len());
+        let mut groups = Vec::new();
+        {
+            let mut flights = self.flights.hold();
+            let mut wanted = Vec::new();
+            for (&member, needed) in &missing {
+                if let Some(progress) = flights.join(member) {
+                    waits.push(Wait { chunks: needed.clone(), progress });
+                } else if !self.layer.residency().contains_all(needed.clone()) {
+                    wanted.push(member);
+                }
+            }
+            let free = |member: u32| !flights.contains(member) && self.is_missing(member);
+            for members in self.plan(&wanted, free) {
+                let urgency = Urgency::default();
+                let claims = members.filter_map(|member| flights.claim(member, &urgency)).collect();
+                groups.push(Group { claims, priority: Priority::Demand, urgency });
+            }
+            for member in wanted {
+                if let (Some(progress), Some(needed)) = (flights.join(member), missing.get(&member)) {
+                    waits.push(Wait { chunks: needed.clone(), progress });
+                }
+            }
+        }
+        for group in groups {
+            let fetch = self.clone();
+            self.spawn(async move {
+                let engine = fetch.engine.clone();
+                let slot = engine.gate.enter(group.priority).await;
+                group::run(fetch, group, slot).await;
+            });
+        }
+        waits
+    }
+
+    fn plan(&self, wanted: &[u32], free: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
+        let Some(&first) = wanted.first() else { return Vec::new() };
+        let index = self.layer.index();
+        let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let window = readahead.window(plan::member_range(index, first).start);
+        let groups = plan::groups(index, wanted, free, Reach { window, max: self.engine.options.max_range });
+        if let Some(last) = groups.last() {
+            readahead.reached(plan::blob_range(index, last).end);
+        }
+        groups
+    }
+
+    /// The members of those of `chunks` that are not resident, each with the chunks needed of it.
+    fn missing_members(&self, chunks: &Range<u32>) -> BTreeMap<u32, Range<u32>> {
+        let mut missing: BTreeMap<u32, Range<u32>> = BTreeMap::new();
+        for chunk in chunks.clone().filter(|&chunk| !self.layer.residency().contains(chunk)) {
+            if let Some(entry) = self.layer.index().chunk(chunk) {
+                missing.entry(entry.member).or_insert(chunk..chunk + 1).end = chunk + 1;
+            }
+        }
+        missing
+    }
+
+    /// Whether any chunk of the member is not resident.
+    pub(super) fn is_missing(&self, member: u32) -> bool {
+        self.layer.index().member(member).is_some_and(|member| !self.layer.residency().contains_all(member.chunks))
+    }
+
+    /// Makes a layer that has just become complete durable as such.
+    pub(super) fn group_done(self: &Arc<Self>) {
+        if self.layer.residency().is_complete() && self.layer.is_dirty() {
+            let layer = self.layer.clone();
+            self.spawn(async move {
+                let result = tokio::task::spawn_blocking(move || layer.checkpoint().map_err(|error| (layer, error))).await;
+                if let Ok(Err((layer, error))) = result {
+                    tracing::error!(dir = %layer.dir().display(), %error, "cannot record that the layer is complete");
+                }
+            });
+        }
+    }
+
+    /// Names image, layer, file and chunk of wrong bytes.
+    pub(super) fn log_corruption(&self, error: &FetchError, what: &'static str) {
+        let names = &self.remote().names;
+        let (image, layer) = (names.image.as_str(), names.layer_digest);
+        let FetchError::Corrupt { chunk, .. } = error else {
+            tracing::error!(image, %layer, error = error as &dyn std::error::Error, "{what}");
+            return;
+        };
+        let entry = self.layer.index().chunk(*chunk);
+        let file = entry.as_ref().map(|entry| self.layer.index().path_of(entry.ino)).unwrap_or_default();
+        let offset = entry.as_ref().map_or(0, |entry| entry.file_offset);
+        let file = String::from_utf8_lossy(&file);
+        tracing::error!(image, %layer, %file, chunk, offset, error = error as &dyn std::error::Error, "{what}");
+    }
+}

@@ -1,0 +1,118 @@
+//! Image manifests: the sizes and TOC digests of an image's layers, fetched once per image.
+//!
+//! The labels of a snapshot name a layer and not its size. With the manifest the first request for a layer can ask for
+//! exactly the right range, and all layers of the image can be opened at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use estargz::digest::Digest;
+use estargz::toc::TOC_DIGEST_ANNOTATION;
+use hullspeed_registry::{Client, Reference, Version};
+use serde::Deserialize;
+
+use super::source::SourceError;
+use super::source::registry::{registry_digest, source_error};
+
+/// Manifests kept.
+const MAX_MANIFESTS: u64 = 256;
+/// How long a manifest is kept; it never changes, so this only frees memory.
+const KEPT_FOR: Duration = Duration::from_secs(600);
+/// Layers of one image looked at; overlayfs can stack no more than 500.
+const MAX_LAYERS: usize = 512;
+/// The manifest types that have layers.
+const ACCEPT: &[&str] =
+    &["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
+
+/// A layer as the manifest describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LayerDescriptor {
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+    pub(super) toc_digest: Option<Digest>,
+}
+
+/// Manifests by digest.
+#[derive(Debug)]
+pub(super) struct Manifests {
+    kept: moka::future::Cache<Digest, Arc<[LayerDescriptor]>>,
+}
+
+#[derive(Deserialize)]
+struct Document {
+    #[serde(default)]
+    layers: Vec<Descriptor>,
+}
+
+#[derive(Deserialize)]
+struct Descriptor {
+    digest: String,
+    size: u64,
+    #[serde(default)]
+    annotations: std::collections::BTreeMap<String, String>,
+}
+
+impl Manifests {
+    pub(super) fn new() -> Self {
+        Self { kept: moka::future::Cache::builder().max_capacity(MAX_MANIFESTS).time_to_live(KEPT_FOR).build() }
+    }
+
+    /// The layers of the image whose manifest has `digest`; one request for any number of concurrent callers.
+    pub(super) async fn layers(
+        &self,
+        client: &Client,
+        image: &Reference,
+        digest: &Digest,
+    ) -> Result<Arc<[LayerDescriptor]>, Arc<SourceError>> {
+        let fetch = async {
+            let version = Version::Digest(registry_digest(digest));
+            // The client compares the digest, so what is parsed is what containerd resolved.
+            let manifest = client.manifest(image, &version, ACCEPT).await.map_err(source_error)?;
+            parse(&manifest.bytes)
+        };
+        self.kept.try_get_with(*digest, fetch).await
+    }
+}
+
+fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
+    let document: Document = serde_json::from_slice(bytes).map_err(|error| SourceError::Permanent {
+        what: "the image's manifest is not one".to_owned(),
+        class: "protocol",
+        cause: Some(Box::new(error)),
+    })?;
+    // A layer named by another algorithm is never asked for, as the labels could not name it either.
+    let describe = |layer: Descriptor| {
+        let toc_digest = layer.annotations.get(TOC_DIGEST_ANNOTATION).and_then(|digest| digest.parse().ok());
+        Some(LayerDescriptor { digest: layer.digest.parse().ok()?, size: layer.size, toc_digest })
+    };
+    Ok(document.layers.into_iter().take(MAX_LAYERS).filter_map(describe).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_without_a_usable_toc_digest_have_none_and_nonsense_is_an_error() {
+        let digest = Digest::of(b"layer");
+        let toc = Digest::of(b"toc");
+        let text = format!(
+            r#"{{"schemaVersion":2,"layers":[
+                {{"digest":"{digest}","size":7,"annotations":{{"{TOC_DIGEST_ANNOTATION}":"{toc}"}}}},
+                {{"digest":"{digest}","size":8,"annotations":{{"{TOC_DIGEST_ANNOTATION}":"nonsense"}}}},
+                {{"digest":"sha512:00","size":9}}]}}"#
+        );
+        let layers = parse(text.as_bytes()).unwrap();
+        assert_eq!(
+            &layers[..],
+            [
+                LayerDescriptor { digest, size: 7, toc_digest: Some(toc) },
+                LayerDescriptor { digest, size: 8, toc_digest: None }
+            ]
+        );
+        for bad in ["", "[]", r#"{"layers":[{"digest":1}]}"#, r#"{"layers":[{"digest":"x","size":-1}]}"#] {
+            assert!(parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+        assert!(parse(br#"{"manifests":[]}"#).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,266 @@
+//! The mounts of layers: one FUSE mount per layer, shared by all snapshots and images that use it.
+//!
+//! [`Layers`] implements [`LayerMounts`]. A layer has a [`Slot`] while somebody wants it; what happens to one layer happens one
+//! after the other under the slot's locks, and different layers do not wait for each other. Work runs in tasks of its own, so a
+//! caller that gives up leaves a layer mounted or not, and never half.
+
+mod mounted;
+mod opening;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use async_trait::async_trait;
+use estargz::digest::Digest;
+use futures_util::{StreamExt, stream};
+use hullspeed_registry::{ClientOptions, Credentials};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::mounted::Mounted;
+use super::cache::{CacheError, LayerStore};
+use super::fetch::{Engine, FetchOptions};
+use super::image::Manifests;
+use super::source::registry::Registries;
+use super::{Cause, LayerMount, LayerMounts, LayerOrigin, LayerRequest, NotLazy, Usage};
+use crate::config::Config;
+use crate::metrics::Metrics;
+
+/// Layers opened (TOC fetched, parsed and indexed) at once; bounds the memory for TOCs.
+const MAX_OPENING: usize = 16;
+/// Layers unmounted or checkpointed at once.
+const PARALLEL: usize = 16;
+/// The FUSE device.
+const FUSE_DEVICE: &str = "/dev/fuse";
+
+/// Why layers cannot be mounted at all.
+#[derive(Debug, thiserror::Error)]
+pub enum LayersError {
+    /// There is no FUSE on this machine, or this process may not use it.
+    #[error("cannot open {FUSE_DEVICE}; lazy layers need the fuse kernel module and root (modprobe fuse, or set layers.lazy = false)")]
+    Fuse(#[source] std::io::Error),
+    /// The layer cache cannot be used.
+    #[error("the layer cache cannot be used")]
+    Cache(#[source] CacheError),
+}
+
+/// All layers of this daemon.
+pub struct Layers {
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What the tasks of all layers share.
+struct Shared {
+    config: Config,
+    store: LayerStore,
+    engine: Arc<Engine>,
+    registries: Arc<Registries>,
+    manifests: Manifests,
+    /// Manifests whose layers were opened ahead lately.
+    opened_ahead: moka::future::Cache<Digest, ()>,
+    opening: Semaphore,
+    slots: Mutex<HashMap<Digest, Arc<Slot>>>,
+    metrics: Metrics,
+    runtime: Handle,
+    stopping: AtomicBool,
+}
+
+/// A layer that somebody wants.
+#[derive(Default)]
+struct Slot {
+    /// Held while the layer's TOC is fetched, so that it is fetched once.
+    opening: tokio::sync::Mutex<()>,
+    /// Held while the layer is mounted or unmounted.
+    mounted: tokio::sync::Mutex<Option<Mounted>>,
+    /// The mounted layer's part in the cache, for those who must not wait.
+    live: Mutex<Option<Arc<super::fetch::LayerFetch>>>,
+}
+
+impl Layers {
+    /// Layers under `config.root`, fetched and served on `runtime`. Finds out whether there is a FUSE device.
+    pub fn new(config: &Config, metrics: Metrics, runtime: Handle) -> Result<Self, LayersError> {
+        if config.layers.lazy {
+            std::fs::File::options().read(true).write(true).open(FUSE_DEVICE).map_err(LayersError::Fuse)?;
+        }
+        let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
+        let store = LayerStore::open(&root).map_err(LayersError::Cache)?;
+        let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
+        let options = ClientOptions {
+            plain_http: config.registry.plain_http.clone(),
+            credentials: Credentials::from_environment(),
+            ca_file: config.registry.ca_file.clone(),
+            idle_timeout: config.registry.stall_timeout,
+            ..ClientOptions::default()
+        };
+        let shared = Arc::new(Shared {
+            config: config.clone(),
+            store,
+            engine,
+            registries: Arc::new(Registries::new(options)),
+            manifests: Manifests::new(),
+            opened_ahead: opening::recently_opened(),
+            opening: Semaphore::new(MAX_OPENING),
+            slots: Mutex::new(HashMap::new()),
+            metrics,
+            runtime: runtime.clone(),
+            stopping: AtomicBool::new(false),
+        });
+        let layers = Self { shared, tasks: TaskTracker::new(), stop: CancellationToken::new() };
+        layers.spawn_checkpoints(&runtime);
+        Ok(layers)
+    }
+
+    /// Makes residency durable every now and then.
+    fn spawn_checkpoints(&self, runtime: &Handle) {
+        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        let mut ticks = {
+            let _guard = runtime.enter();
+            tokio::time::interval(shared.config.cache.checkpoint_interval)
+        };
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let checkpoints = async move {
+            loop {
+                ticks.tick().await;
+                shared.checkpoint_all().await;
+            }
+        };
+        self.tasks.spawn_on(async move { stop.run_until_cancelled(checkpoints).await }, runtime);
+    }
+
+    /// Runs `work` to its end, whether or not the caller waits for it.
+    async fn detached<T: Send + 'static>(&self, work: impl Future<Output = Result<T, NotLazy>> + Send + 'static) -> Result<T, NotLazy> {
+        if self.shared.stopping.load(Ordering::Acquire) {
+            return Err(NotLazy::Refused { why: "the daemon is stopping" });
+        }
+        let task = self.tasks.spawn_on(work, &self.shared.runtime);
+        task.await.unwrap_or(Err(NotLazy::Refused { why: "the mount was interrupted" }))
+    }
+}
+
+impl Shared {
+    /// The layer's slot, made if nobody wanted the layer until now.
+    fn slot(&self, toc_digest: &Digest) -> Arc<Slot> {
+        self.slots().entry(*toc_digest).or_default().clone()
+    }
+
+    fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Arc<Slot>>> {
+        // Every change is one insert or remove.
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets a slot that nobody uses; the caller's reference does not count.
+    fn forget(&self, toc_digest: &Digest, slot: Arc<Slot>) {
+        let mut slots = self.slots();
+        let unmounted = slot.mounted.try_lock().is_ok_and(|mounted| mounted.is_none());
+        // References are taken only under the lock of the table, so nobody else can take one now.
+        if unmounted && Arc::strong_count(&slot) == 2 {
+            slots.remove(toc_digest);
+        }
+    }
+
+    async fn checkpoint_all(&self) {
+        let live: Vec<_> = self.slots().values().filter_map(|slot| slot.live()).filter(|fetch| fetch.layer().is_dirty()).collect();
+        stream::iter(live).for_each_concurrent(PARALLEL, |fetch| async move { mounted::checkpoint(&fetch).await }).await;
+    }
+
+    async fn unmount_all(&self) {
+        let slots: Vec<_> = self.slots().drain().collect();
+        stream::iter(slots)
+            .for_each_concurrent(PARALLEL, |(toc_digest, slot)| async move { self.unmount(&toc_digest, &slot).await })
+            .await;
+    }
+}
+
+impl Slot {
+    fn live(&self) -> Option<Arc<super::fetch::LayerFetch>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_live(&self, fetch: Option<Arc<super::fetch::LayerFetch>>) {
+        *self.live.lock().unwrap_or_else(PoisonError::into_inner) = fetch;
+    }
+}
+
+/// A cache error as a reason to leave the layer to containerd.
+fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
+    match error {
+        CacheError::Io { ref path, .. } => NotLazy::CacheIo { path: path.clone(), cause: Box::new(error) },
+        CacheError::Toc(cause) => NotLazy::TocInvalid { layer, cause },
+        CacheError::TocDigest { expected, found } => {
+            let cause: Cause = format!("the TOC on disk has digest {found} instead of {expected}").into();
+            NotLazy::CacheIo { path: root, cause }
+        }
+    }
+}
+
+#[async_trait]
+impl LayerMounts for Layers {
+    async fn mount(&self, request: LayerRequest) -> Result<LayerMount, NotLazy> {
+        if !self.shared.config.layers.lazy {
+            return Err(NotLazy::Disabled);
+        }
+        let Some(toc_digest) = request.toc_digest else {
+            return Err(NotLazy::NoTocDigest { layer: request.layer_digest });
+        };
+        let (shared, began) = (self.shared.clone(), Instant::now());
+        self.detached(async move {
+            let slot = shared.slot(&toc_digest);
+            let result = shared.mount(&slot, toc_digest, &request).await;
+            shared.forget(&toc_digest, slot);
+            shared.metrics.layer_mount.observe(began.elapsed().as_secs_f64());
+            result
+        })
+        .await
+    }
+
+    async fn restore(&self, origin: LayerOrigin) -> Result<LayerMount, NotLazy> {
+        if !self.shared.config.layers.lazy {
+            return Err(NotLazy::Disabled);
+        }
+        let shared = self.shared.clone();
+        self.detached(async move {
+            let slot = shared.slot(&origin.toc_digest);
+            let result = shared.restore(&slot, &origin).await;
+            shared.forget(&origin.toc_digest, slot);
+            result
+        })
+        .await
+    }
+
+    async fn release(&self, toc_digest: &Digest) {
+        let (shared, toc_digest) = (self.shared.clone(), *toc_digest);
+        // A task of its own for the same reason as mounting: it must not stop in the middle.
+        let released = self.detached(async move {
+            let slot = shared.slot(&toc_digest);
+            shared.unmount(&toc_digest, &slot).await;
+            shared.forget(&toc_digest, slot);
+            Ok(())
+        });
+        // Refused only while stopping, which unmounts everything.
+        let _ = released.await;
+    }
+
+    fn usage(&self, toc_digest: &Digest) -> Usage {
+        self.shared.store.usage(toc_digest)
+    }
+
+    async fn shutdown(&self) {
+        if self.shared.stopping.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.stop.cancel();
+        self.shared.unmount_all().await;
+        self.shared.engine.stop();
+        self.tasks.close();
+        self.tasks.wait().await;
+        // What was being mounted when the stop came.
+        self.shared.unmount_all().await;
+    }
+}

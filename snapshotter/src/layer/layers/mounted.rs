@@ -1,0 +1,216 @@
+//! One mounted layer, from its directory in the cache to its FUSE session and back.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+
+use estargz::digest::Digest;
+use fuse_session::{MountConfig, Session};
+use rustix::mount::UnmountFlags;
+
+use super::{Shared, Slot, cache_error};
+use crate::layer::cache::{CacheError, CachedLayer};
+use crate::layer::fetch::{LayerFetch, LayerNames};
+use crate::layer::fs::LayerFs;
+use crate::layer::fuse::LayerFuse;
+use crate::layer::source::BlobSource;
+use crate::layer::source::registry::RegistryBlob;
+use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
+
+/// Mounts stacked on one mount point that are cleared away; more than one only after crashes in between.
+const MAX_STALE_MOUNTS: usize = 16;
+/// Digits of the TOC digest in the mount table.
+const SHORT_DIGEST: usize = 16;
+
+/// A layer's mount and what serves it.
+pub(super) struct Mounted {
+    session: Session,
+    fetch: Arc<LayerFetch>,
+}
+
+impl Shared {
+    /// Mounts a layer, fetching its TOC first if it is not here.
+    pub(super) async fn mount(self: &Arc<Self>, slot: &Slot, toc_digest: Digest, request: &LayerRequest) -> Result<LayerMount, NotLazy> {
+        let names = LayerNames { image: request.image.clone(), layer_digest: request.layer_digest };
+        let mut mounted = slot.mounted.lock().await;
+        if let Some(mount) = self.mount_of(mounted.as_ref()) {
+            self.renew_source(mounted.as_ref(), names);
+            return Ok(mount);
+        }
+        self.discard_dead(slot, &mut mounted).await;
+        let layer = match self.load(toc_digest, request.layer_digest).await {
+            Ok(Some(layer)) => layer,
+            Ok(None) => self.open_and_load(slot, toc_digest, request).await?,
+            Err(error @ (NotLazy::TocInvalid { .. } | NotLazy::CacheIo { .. })) => {
+                tracing::warn!(toc = %toc_digest, error = &error as &dyn std::error::Error, "the cached layer cannot be used; fetching its TOC again");
+                self.discard(toc_digest, request.layer_digest).await?;
+                self.open_and_load(slot, toc_digest, request).await?
+            }
+            Err(error) => return Err(error),
+        };
+        let (mount, fetch) = self.serve(slot, &mut mounted, layer, names).await?;
+        if self.config.fetch.prefetch {
+            fetch.start_prefetch();
+        }
+        Ok(mount)
+    }
+
+    async fn open_and_load(self: &Arc<Self>, slot: &Slot, toc_digest: Digest, request: &LayerRequest) -> Result<CachedLayer, NotLazy> {
+        self.open_for(slot, toc_digest, request).await?;
+        let path = self.store.path(&toc_digest);
+        self.load(toc_digest, request.layer_digest).await?.ok_or(NotLazy::NotCached { toc: toc_digest, path })
+    }
+
+    /// Mounts a layer from what is on disk.
+    pub(super) async fn restore(self: &Arc<Self>, slot: &Slot, origin: &LayerOrigin) -> Result<LayerMount, NotLazy> {
+        let mut mounted = slot.mounted.lock().await;
+        if let Some(mount) = self.mount_of(mounted.as_ref()) {
+            return Ok(mount);
+        }
+        self.discard_dead(slot, &mut mounted).await;
+        let path = self.store.path(&origin.toc_digest);
+        let layer = self.load(origin.toc_digest, origin.layer_digest).await?;
+        let layer = layer.ok_or(NotLazy::NotCached { toc: origin.toc_digest, path })?;
+        let names = LayerNames { image: origin.image.clone(), layer_digest: origin.layer_digest };
+        Ok(self.serve(slot, &mut mounted, layer, names).await?.0)
+    }
+
+    fn mount_of(&self, mounted: Option<&Mounted>) -> Option<LayerMount> {
+        let mounted = mounted.filter(|mounted| mounted.session.is_alive())?;
+        let layer = mounted.fetch.layer();
+        Some(LayerMount { toc_digest: layer.toc_digest(), path: layer.mount_point() })
+    }
+
+    /// The image that was pulled last is the one whose registry and credentials most likely work.
+    fn renew_source(&self, mounted: Option<&Mounted>, names: LayerNames) {
+        if let Some(mounted) = mounted {
+            let size = mounted.fetch.layer().index().blob_size();
+            mounted.fetch.set_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
+        }
+    }
+
+    pub(super) fn source(&self, image: &str, layer_digest: &Digest, size: Option<u64>) -> Arc<dyn BlobSource> {
+        Arc::new(RegistryBlob::new(self.registries.clone(), image, layer_digest, size))
+    }
+
+    async fn load(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<Option<CachedLayer>, NotLazy> {
+        self.with_store(layer_digest, toc_digest, move |shared| shared.store.load(&toc_digest)).await
+    }
+
+    async fn discard(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<(), NotLazy> {
+        let mount_point = self.store.path(&toc_digest).join("mnt");
+        self.with_store(layer_digest, toc_digest, move |shared| {
+            // A mount left there would keep the directory from being removed; what cannot be detached is reported by that.
+            let _ = detach_stale(&mount_point);
+            shared.store.discard(&toc_digest)
+        })
+        .await
+    }
+
+    /// Runs blocking work on the cache.
+    pub(super) async fn with_store<T: Send + 'static>(
+        self: &Arc<Self>,
+        layer_digest: Digest,
+        toc_digest: Digest,
+        work: impl FnOnce(&Self) -> Result<T, CacheError> + Send + 'static,
+    ) -> Result<T, NotLazy> {
+        let shared = self.clone();
+        let result = tokio::task::spawn_blocking(move || work(&shared)).await;
+        let path = self.store.path(&toc_digest);
+        match result {
+            Ok(result) => result.map_err(|error| cache_error(layer_digest, path, error)),
+            Err(panic) => Err(NotLazy::CacheIo { path, cause: Box::new(panic) }),
+        }
+    }
+
+    /// Puts a layer's FUSE session on its mount point.
+    async fn serve(
+        self: &Arc<Self>,
+        slot: &Slot,
+        mounted: &mut Option<Mounted>,
+        layer: CachedLayer,
+        names: LayerNames,
+    ) -> Result<(LayerMount, Arc<LayerFetch>), NotLazy> {
+        let source = self.source(&names.image, &names.layer_digest, Some(layer.index().blob_size()));
+        let fetch = LayerFetch::new(self.engine.clone(), Arc::new(layer), source, names);
+        let mount = LayerMount { toc_digest: fetch.layer().toc_digest(), path: fetch.layer().mount_point() };
+        let fuse = LayerFuse::new(LayerFs::new(fetch.clone()), self.metrics.clone());
+        let (config, path) = (self.mount_config(&mount.toc_digest), mount.path.clone());
+        let session = tokio::task::spawn_blocking(move || mount_session(fuse, &path, config)).await;
+        let session = session.map_err(Into::into).and_then(|session| session);
+        let session = session.map_err(|cause| NotLazy::Mount { path: mount.path.clone(), cause })?;
+        self.metrics.layers_mounted.inc();
+        slot.set_live(Some(fetch.clone()));
+        *mounted = Some(Mounted { session, fetch: fetch.clone() });
+        Ok((mount, fetch))
+    }
+
+    fn mount_config(&self, toc_digest: &Digest) -> MountConfig {
+        let fuse = &self.config.fuse;
+        let mut config = MountConfig::new(self.runtime.clone());
+        config.fs_name = toc_digest.hex().chars().take(SHORT_DIGEST).collect();
+        config.workers = NonZeroUsize::new(fuse.workers).unwrap_or(config.workers);
+        config.max_background = fuse.max_background;
+        config.max_pending = config.max_pending.max(usize::from(fuse.max_background));
+        config.read_ahead_kib = u32::try_from(fuse.read_ahead.bytes() / 1024).unwrap_or(config.read_ahead_kib);
+        config
+    }
+
+    /// Unmounts a layer if it is mounted, and makes its residency durable.
+    pub(super) async fn unmount(&self, toc_digest: &Digest, slot: &Slot) {
+        let mut mounted = slot.mounted.lock().await;
+        if let Some(mounted) = mounted.take() {
+            tracing::debug!(toc = %toc_digest, "unmounting the layer");
+            self.take_down(slot, mounted).await;
+        }
+    }
+
+    /// Clears away a mount that died under us (somebody unmounted it, or its connection was aborted).
+    async fn discard_dead(&self, slot: &Slot, mounted: &mut Option<Mounted>) {
+        if let Some(dead) = mounted.take() {
+            tracing::warn!(path = %dead.session.target().display(), "the layer's mount had ended; mounting it again");
+            self.take_down(slot, dead).await;
+        }
+    }
+
+    async fn take_down(&self, slot: &Slot, mounted: Mounted) {
+        slot.set_live(None);
+        let Mounted { session, fetch } = mounted;
+        let result = tokio::task::spawn_blocking(move || session.unmount()).await;
+        if let Ok(Err(error)) = result {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the layer's mount did not end cleanly");
+        }
+        fetch.close().await;
+        checkpoint(&fetch).await;
+        self.metrics.layers_mounted.dec();
+    }
+}
+
+/// Makes a layer's residency durable; failing costs fetches after an unclean stop, no more.
+pub(super) async fn checkpoint(fetch: &LayerFetch) {
+    let layer = fetch.layer().clone();
+    let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
+    if let Ok(Err(error)) = result {
+        let dir = fetch.layer().dir().display();
+        tracing::error!(%dir, %error, "cannot make durable which chunks are in the cache");
+    }
+}
+
+fn mount_session(fuse: LayerFuse, path: &Path, config: MountConfig) -> Result<Session, crate::layer::Cause> {
+    detach_stale(path)?;
+    Ok(Session::mount(fuse, path, config)?)
+}
+
+/// Detaches what a predecessor that was killed left on the mount point.
+fn detach_stale(path: &Path) -> io::Result<()> {
+    for _ in 0..MAX_STALE_MOUNTS {
+        match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) => tracing::info!(path = %path.display(), "detached a mount left by an earlier process"),
+            // Not a mount point: nothing is left.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Err(io::Error::other(format!("more than {MAX_STALE_MOUNTS} mounts are stacked there")))
+}

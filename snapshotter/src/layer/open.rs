@@ -1,0 +1,220 @@
+//! Opening a layer that is not in the cache: one request for the end of its blob, which holds footer and TOC.
+//!
+//! The TOC's digest is compared before the TOC is parsed; everything taken from it afterwards is what the image's manifest
+//! promised. What else the request brought is handed back, so that it need not be fetched again.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use estargz::digest::Digest;
+use estargz::footer::{FOOTER_SIZE, Footer, FooterError};
+use estargz::toc::{MAX_TOC_MEMBER_BYTES, parse_member};
+use futures_util::StreamExt;
+
+use super::source::{BlobSource, ByteStream, Priority, SourceError};
+use super::{Cause, NotLazy};
+use crate::metrics::Metrics;
+use crate::metrics::defs::{FetchLabels, KindLabels};
+
+/// Share of the blob that the tail request covers, if nothing tells where the TOC begins: one in [`TAIL_SHARE`] bytes. A TOC costs
+/// 60 to 100 compressed bytes per file; layers of Debian packages have about 5 KiB compressed per file.
+const TAIL_SHARE: u64 = 48;
+/// Least tail asked for; a layer of small files has a TOC of one in 60 of its bytes and more.
+const MIN_TAIL: u64 = 128 << 10;
+/// Longest tail asked for by guess. A second request for the rest of a larger TOC costs less than this does.
+const MAX_TAIL: u64 = 4 << 20;
+/// Attempts for each of the two requests.
+const MAX_ATTEMPTS: u32 = 3;
+/// Pause before the second attempt; doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where to look for a layer's TOC.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Expected {
+    /// Digest of the blob.
+    pub(super) layer: Digest,
+    /// Digest of the TOC in the manifest.
+    pub(super) toc: Digest,
+}
+
+/// A verified TOC and what came with it.
+pub(super) struct OpenedBlob {
+    /// The exact TOC document; its digest is the expected one.
+    pub(super) toc: Vec<u8>,
+    /// Where the TOC member begins.
+    pub(super) toc_offset: u64,
+    /// Size of the whole blob.
+    pub(super) blob_size: u64,
+    /// Bytes of the blob before the TOC that were received too, and where they begin.
+    pub(super) leftover: (u64, Bytes),
+}
+
+/// Length of the first request for a blob of `size` bytes.
+pub(super) fn tail_length(size: Option<u64>) -> u64 {
+    let guess = size.map_or(MIN_TAIL * 2, |size| (size / TAIL_SHARE).clamp(MIN_TAIL, MAX_TAIL));
+    size.map_or(guess, |size| guess.min(size))
+}
+
+/// Reads footer and TOC of `source` and verifies the TOC.
+pub(super) async fn open(
+    source: &dyn BlobSource,
+    image: &str,
+    expected: Expected,
+    metrics: &Metrics,
+    stall: Duration,
+) -> Result<OpenedBlob, NotLazy> {
+    let reader = TailReader { source, metrics, stall };
+    let unreachable = |cause: SourceError| NotLazy::Registry { image: image.to_owned(), layer: expected.layer, cause: Box::new(cause) };
+    let not_estargz = |cause: Cause| NotLazy::NotEstargz { layer: expected.layer, cause };
+    let Received { start, blob_size, bytes: tail } = reader.tail().await.map_err(unreachable)?;
+    let footer = Footer::parse(&tail, blob_size).map_err(|error| match error {
+        FooterError::Unsupported { variant } => NotLazy::Unsupported { layer: expected.layer, what: variant.to_owned() },
+        error => not_estargz(Box::new(error)),
+    })?;
+    let range = footer.toc_range(blob_size);
+    if range.end - range.start > MAX_TOC_MEMBER_BYTES {
+        let length = range.end - range.start;
+        return Err(not_estargz(format!("its footer leaves {length} bytes for the TOC, more than {MAX_TOC_MEMBER_BYTES}").into()));
+    }
+    let (member, leftover) = reader.member(range.clone(), start, tail).await.map_err(unreachable)?;
+    let toc = verify(member, expected).await?;
+    Ok(OpenedBlob { toc, toc_offset: range.start, blob_size, leftover })
+}
+
+/// Unfolds the TOC member and compares the document's digest, before anything looks into it.
+async fn verify(member: Bytes, expected: Expected) -> Result<Vec<u8>, NotLazy> {
+    let invalid = |cause: Cause| NotLazy::TocInvalid { layer: expected.layer, cause };
+    let document = tokio::task::spawn_blocking(move || parse_member(&member)).await;
+    let document = document.map_err(|error| invalid(Box::new(error)))?.map_err(|error| invalid(Box::new(error)))?;
+    if document.digest != expected.toc {
+        return Err(NotLazy::TocMismatch { layer: expected.layer, expected: expected.toc, found: document.digest });
+    }
+    Ok(document.json)
+}
+
+struct TailReader<'a> {
+    source: &'a dyn BlobSource,
+    metrics: &'a Metrics,
+    stall: Duration,
+}
+
+/// A part of the blob.
+#[derive(Debug, Clone)]
+enum Part {
+    Range(Range<u64>),
+    /// The last bytes of a blob whose size is not known.
+    Tail(u64),
+}
+
+/// The end of a blob, received.
+struct Received {
+    start: u64,
+    blob_size: u64,
+    bytes: Bytes,
+}
+
+impl TailReader<'_> {
+    /// The end of the blob.
+    async fn tail(&self) -> Result<Received, SourceError> {
+        let size = self.source.size();
+        let length = tail_length(size);
+        match size {
+            Some(0) => Ok(Received { start: 0, blob_size: 0, bytes: Bytes::new() }),
+            Some(size) => {
+                let received = self.receive(Part::Range(size - length..size)).await?;
+                Ok(Received { blob_size: size, ..received })
+            }
+            None => self.receive(Part::Tail(length)).await,
+        }
+    }
+
+    /// The TOC member, from the tail as far as it is there, and what the tail holds before it.
+    async fn member(&self, toc: Range<u64>, start: u64, mut tail: Bytes) -> Result<(Bytes, (u64, Bytes)), SourceError> {
+        let to_len = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        if toc.start >= start {
+            let before = tail.split_to(to_len(toc.start - start).min(tail.len()));
+            tail.truncate(to_len(toc.end - toc.start));
+            return Ok((tail, (start, before)));
+        }
+        let missing = self.receive(Part::Range(toc.start..start.min(toc.end))).await?;
+        let mut member = BytesMut::from(&missing.bytes[..]);
+        member.extend_from_slice(&tail[..to_len(toc.end.saturating_sub(start)).min(tail.len())]);
+        Ok((member.freeze(), (toc.start, Bytes::new())))
+    }
+
+    /// Asks for a part, several times if need be.
+    async fn receive(&self, part: Part) -> Result<Received, SourceError> {
+        let mut attempt = 1;
+        loop {
+            let result = self.ask(part.clone()).await;
+            let label = result.as_ref().map_or_else(SourceError::class, |_| "ok");
+            self.metrics.fetch_requests.get_or_create(&FetchLabels { kind: "toc", result: label }).inc();
+            match result {
+                Err(error) if error.is_transient() && attempt < MAX_ATTEMPTS => {
+                    tracing::debug!(%error, attempt, "asking for the TOC again");
+                    tokio::time::sleep(FIRST_PAUSE * 2u32.pow(attempt - 1)).await;
+                    attempt += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn ask(&self, part: Part) -> Result<Received, SourceError> {
+        match part {
+            Part::Range(range) => {
+                let body = self.in_time(self.source.read(range.clone(), Priority::Demand)).await?;
+                let bytes = self.collect(body, range.end - range.start).await?;
+                Ok(Received { start: range.start, blob_size: range.end, bytes })
+            }
+            Part::Tail(length) => {
+                let tail = self.in_time(self.source.read_tail(length)).await?;
+                // A source that gives more than was asked for would be read without a bound.
+                let bytes = self.collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length)).await?;
+                Ok(Received { start: tail.start, blob_size: tail.blob_size, bytes })
+            }
+        }
+    }
+
+    async fn in_time<T>(&self, ask: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
+        match tokio::time::timeout(self.stall, ask).await {
+            Ok(result) => result,
+            Err(_) => Err(SourceError::transient(format!("no answer within {:?}", self.stall))),
+        }
+    }
+
+    async fn collect(&self, mut body: ByteStream, length: u64) -> Result<Bytes, SourceError> {
+        let mut bytes = BytesMut::new();
+        while (bytes.len() as u64) < length {
+            let next = async { body.next().await.unwrap_or_else(|| Err(SourceError::transient("the body ended early"))) };
+            let piece = self.in_time(next).await?;
+            self.metrics.fetch_bytes.get_or_create(&KindLabels { kind: "toc" }).inc_by(piece.len() as u64);
+            bytes.extend_from_slice(&piece);
+        }
+        bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+        Ok(bytes.freeze())
+    }
+}
+
+const _: () = assert!(MIN_TAIL > FOOTER_SIZE as u64, "the first request holds the footer");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_bounded_and_never_longer_than_the_blob() {
+        for (size, length) in [
+            (Some(0), 0),
+            (Some(100), 100),
+            (Some(MIN_TAIL), MIN_TAIL),
+            (Some(9_500_000), 9_500_000 / TAIL_SHARE),
+            (Some(48 << 20), 1 << 20),
+            (Some(u64::MAX), MAX_TAIL),
+            (None, 2 * MIN_TAIL),
+        ] {
+            assert_eq!(tail_length(size), length.max(size.map_or(0, |size| size.min(MIN_TAIL))), "{size:?}");
+        }
+    }
+}
