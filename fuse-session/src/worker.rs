@@ -151,6 +151,8 @@ impl<FS: Shareable> Worker<FS> {
                     Reply::Error(libc::EINTR)
                 }
             };
+            // Room is made before the answer is seen: whoever has it finds the request gone.
+            drop(permit);
             responder.send(&reply);
         });
     }
