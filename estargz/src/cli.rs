@@ -25,7 +25,6 @@ use hullspeed_registry::{Client, ClientOptions, Credentials};
 use tokio::signal::unix::{SignalKind, signal};
 
 use failure::{Code, Failure};
-use location::Location;
 use stream::Cancel;
 
 /// Time that work has to clean up after a signal.
@@ -112,13 +111,16 @@ fn processors() -> NonZeroUsize {
 }
 
 /// Runs the command and returns its exit code.
-pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+pub(crate) fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "off".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
@@ -144,7 +146,8 @@ async fn run(verb: Verb, cancel: Cancel) -> Result<(), Failure> {
 
 /// Runs `work`; on a signal its readers and writers start to fail, so that it ends and takes its temporary files along.
 async fn interruptible(work: impl Future<Output = Result<(), Failure>>, cancel: Cancel) -> Result<(), Failure> {
-    let listen = |kind| signal(kind).map_err(|error| Failure::new(Code::Runtime, format!("cannot catch signals: {error}")));
+    let listen =
+        |kind| signal(kind).map_err(|error| Failure::new(Code::Runtime, format!("cannot catch signals: {error}")));
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     let mut work = std::pin::pin!(work);
     let code = tokio::select! {
@@ -160,7 +163,10 @@ async fn interruptible(work: impl Future<Output = Result<(), Failure>>, cancel: 
     match ended {
         // The signal came when everything was done.
         Some(Ok(())) => Ok(()),
-        _ => Err(Failure::new(code, "interrupted; nothing was changed at the destination's name")),
+        _ => Err(Failure::new(
+            code,
+            "interrupted; nothing was changed at the destination's name",
+        )),
     }
 }
 
@@ -176,7 +182,10 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     let text = error.to_string();
     // What is missing stands on lines of its own, up to the usage.
-    let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:"));
     let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
     let line = line.trim_start_matches("error: ");
     Failure::new(Code::Usage, format!("{line} (estargz --help shows what there is)")).report()
@@ -185,6 +194,9 @@ fn usage(error: &clap::Error) -> ExitCode {
 /// Writes a result to stdout.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
-    let written = out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush());
+    let written = out
+        .write_all(text.as_bytes())
+        .and_then(|()| out.write_all(b"\n"))
+        .and_then(|()| out.flush());
     written.map_err(|error| Failure::new(Code::Runtime, format!("cannot write the result to stdout: {error}")))
 }

@@ -27,8 +27,10 @@ use spool::Spool;
 
 /// Uncompressed size of a chunk unless told otherwise, the reference writer's.
 pub const DEFAULT_CHUNK_SIZE: u32 = 4 << 20;
-/// Deflate level unless told otherwise.
-pub const DEFAULT_LEVEL: u32 = 9;
+/// Deflate level unless told otherwise: libdeflate at 6 already makes smaller layers than the reference writer at its 9
+/// (97.4 against 98.2 MB for 213 MB of binaries, Python and documents) in a tenth of its processor time; our 9 gains
+/// another 0.5 % for twice the time.
+pub const DEFAULT_LEVEL: u32 = 6;
 /// Most compressing threads; more are not an error, they just do not start.
 pub const MAX_THREADS: usize = 256;
 /// Most bytes of names, link targets, attributes and other pax records in one layer.

@@ -2,6 +2,7 @@
 //! files. Each has to give a result or an error that says something, in bounded time and memory, and never a panic.
 //!
 //! The generator is seeded: the same mutations on every run. The bodies are those of the fuzz targets.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 #[path = "../fuzz/probes.rs"]
 mod probes;

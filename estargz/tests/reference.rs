@@ -1,4 +1,5 @@
 //! A layer that the reference converter wrote: what it says, byte for byte. How it was made: tests/data/README.md.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use estargz::digest::Digest;
 use estargz::footer::{self, FooterKind};

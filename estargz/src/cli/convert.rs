@@ -7,19 +7,22 @@ mod layers;
 mod report;
 mod rewrite;
 
+use std::io::{Read as _, Write as _};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use estargz::writer::{BuildOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL};
 
 use super::failure::{Code, Failure, Side};
-use super::image::{Content, Node};
+use super::image::Node;
 use super::location::Location;
 use super::progress::Progress;
 use super::stream::Cancel;
+use super::transport::oci_layout::{parent, readable};
 use super::transport::{Source, Target};
 use super::{PlatformArgs, ProgressStyle, RegistryArgs};
-use rewrite::Rewriter;
+use layers::Layers;
+use rewrite::Rewritten;
 
 /// Largest list of prioritized paths.
 const MAX_PRIORITIZE_BYTES: u64 = 64 << 20;
@@ -84,40 +87,108 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
         prioritized,
         spool_dir: Some(target.scratch().to_owned()),
     };
-    let work = layers::Work { source: &source, target: &target, build: &build, progress: &progress, cancel: &cancel };
+    let work = layers::Work {
+        source: &source,
+        target: &target,
+        build: &build,
+        progress: &progress,
+        cancel: &cancel,
+    };
     let converted = layers::convert(&work, &tree).await?;
     note_missing(&progress, &converted, &build.prioritized);
 
-    let mut rewriter = Rewriter::new(&converted);
-    let root = rewriter.node(&tree).map_err(|error| {
-        Failure::new(Code::Runtime, format!("cannot write the new documents: {error}"))
-    })?;
+    let new = rewrite::rewrite(&tree, &converted)
+        .map_err(|error| Failure::new(Code::Runtime, format!("cannot write the new documents: {error}")))?;
     if converted.is_empty() {
-        progress.note("note: nothing here is an image; everything is copied as it is");
+        progress.note("note: nothing here has layers to convert; everything is copied as it is");
     }
-    let Rewriter { outputs, copies, .. } = rewriter;
-    for blob in copies {
-        layers::copy(&work, &blob).await?;
+    layers::copy_others(&work, &new).await?;
+    let report = report::build(&options, &new, &converted, &tree);
+    let digest = new.root.blob.digest.to_string();
+    put_documents(target, new, &cancel).await?;
+    if let Some(path) = &options.digest_file {
+        write_file(path, format!("{digest}\n").as_bytes())?;
     }
-    let mut outputs = outputs.into_iter();
-    let top = outputs.next_back().expect("the root is the last document written");
-    for output in outputs {
-        cancel.check().map_err(|error| Failure::new(Code::Interrupted, error.to_string()))?;
+    if let Some(path) = &options.report {
+        write_file(path, &report?)?;
+    }
+    super::print(&digest)
+}
+
+/// Hands the documents over, what is referred to before what refers to it, the root at last.
+async fn put_documents(target: Target, new: Rewritten, cancel: &Cancel) -> Result<(), Failure> {
+    let interrupted = |error: std::io::Error| Failure::new(Code::Interrupted, error.to_string());
+    for output in new.documents {
+        cancel.check().map_err(interrupted)?;
         match output.media_type {
             Some(media_type) => target.put_manifest(output.bytes, &media_type).await?,
             None => target.put_bytes(output.bytes).await?,
         }
     }
-    cancel.check().map_err(|error| Failure::new(Code::Interrupted, error.to_string()))?;
-    let digest = root.blob.digest.to_string();
-    let media_type = root.media_type;
-    let report = report::build(&options.source, &options.destination, &tree, &converted, &rewriter_digests(&tree, &root.renamed, &digest));
-    target.finish(top.bytes, &media_type).await?;
-    if let Some(path) = &options.digest_file {
-        write_file(path, format!("{digest}\n").as_bytes())?;
+    cancel.check().map_err(interrupted)?;
+    target.finish(new.root.bytes, &new.root.media_type).await
+}
+
+fn read_list(path: &Path) -> Result<Vec<Vec<u8>>, Failure> {
+    let failed = |error: std::io::Error| {
+        let failure = Failure::file(Side::Source, "read", path, &error);
+        failure.during("--prioritize")
+    };
+    let mut text = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(MAX_PRIORITIZE_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(failed)?;
+    if text.len() as u64 > MAX_PRIORITIZE_BYTES {
+        let line = format!(
+            "--prioritize: {} has more than {MAX_PRIORITIZE_BYTES} bytes",
+            path.display()
+        );
+        return Err(Failure::new(Code::Usage, line));
     }
-    if let Some(path) = &options.report {
-        write_file(path, &report::to_json(&report)?)?;
+    let lines = text
+        .split(|&byte| byte == b'\n')
+        .map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    Ok(lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect())
+}
+
+/// Names the prioritized paths that no layer has: they are usually typing errors.
+fn note_missing(progress: &Progress, layers: &Layers, prioritized: &[Vec<u8>]) {
+    if layers.is_empty() {
+        return;
     }
-    super::print(&digest)
+    let missing = |path: &&Vec<u8>| layers.values().all(|layer| layer.missing.contains(*path));
+    let missing: Vec<_> = prioritized
+        .iter()
+        .filter(missing)
+        .map(|path| String::from_utf8_lossy(path))
+        .collect();
+    if !missing.is_empty() {
+        let more = missing.len().saturating_sub(NAMED_MISSING);
+        let more = if more > 0 {
+            format!(" and {more} more")
+        } else {
+            String::new()
+        };
+        let named = missing
+            .iter()
+            .take(NAMED_MISSING)
+            .map(AsRef::as_ref)
+            .collect::<Vec<&str>>()
+            .join(", ");
+        progress.note(&format!("note: in no layer: {named}{more}"));
+    }
+}
+
+/// Writes a small file in one step.
+fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let write = || {
+        let mut file = tempfile::NamedTempFile::new_in(parent(path))?;
+        file.write_all(bytes)?;
+        readable(file.path())?;
+        file.persist(path).map_err(|error| error.error)
+    };
+    write()
+        .map(|_| ())
+        .map_err(|error| Failure::file(Side::Destination, "write to", path, &error))
 }

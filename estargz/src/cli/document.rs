@@ -43,7 +43,8 @@ impl Document {
 
     /// A member that must be there.
     pub(super) fn need<T: DeserializeOwned>(&self, key: &str) -> Result<T, serde_json::Error> {
-        self.find(key)?.ok_or_else(|| serde::de::Error::custom(format!("{key} is missing")))
+        self.find(key)?
+            .ok_or_else(|| serde::de::Error::custom(format!("{key} is missing")))
     }
 
     /// Replaces a member in its place, or adds it at the end.
@@ -88,14 +89,20 @@ pub(super) struct BlobRef {
 
 impl BlobRef {
     pub(super) fn of(bytes: &[u8]) -> Self {
-        Self { digest: Digest::of(bytes), size: bytes.len() as u64 }
+        Self {
+            digest: Digest::of(bytes),
+            size: bytes.len() as u64,
+        }
     }
 
     /// What a descriptor points to.
     pub(super) fn from_descriptor(descriptor: &Document) -> Result<Self, serde_json::Error> {
         let digest: String = descriptor.need("digest")?;
         let digest = digest.parse().map_err(serde::de::Error::custom)?;
-        Ok(Self { digest, size: descriptor.need("size")? })
+        Ok(Self {
+            digest,
+            size: descriptor.need("size")?,
+        })
     }
 
     /// Makes a descriptor point here; data that it had inlined goes.
@@ -171,7 +178,10 @@ mod tests {
     fn annotations_are_added_to_those_there() {
         let mut document = Document::parse(br#"{"annotations":{"k":"v","old":"1"}}"#).unwrap();
         document.annotate(&[("old", "2"), ("new", "3")]).unwrap();
-        assert_eq!(document.to_json().unwrap(), br#"{"annotations":{"k":"v","old":"2","new":"3"}}"#);
+        assert_eq!(
+            document.to_json().unwrap(),
+            br#"{"annotations":{"k":"v","old":"2","new":"3"}}"#
+        );
         assert_eq!(document.annotation("new").as_deref(), Some("3"));
         let mut null = Document::parse(br#"{"annotations":null}"#).unwrap();
         null.annotate(&[("k", "v")]).unwrap();

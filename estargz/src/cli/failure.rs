@@ -55,20 +55,30 @@ pub(super) struct Failure {
 
 impl Failure {
     pub(super) fn new(code: Code, line: impl Into<String>) -> Self {
-        Self { code, line: line.into() }
+        Self {
+            code,
+            line: line.into(),
+        }
     }
 
     /// Prints the line and returns the exit code.
     pub(super) fn report(self) -> ExitCode {
         // Names and server messages may hold line breaks; a fault is one line.
-        let line: String = self.line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let line: String = self
+            .line
+            .chars()
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect();
         eprintln!("estargz: {line}");
         self.code.into()
     }
 
     /// Says first what was being done.
     pub(super) fn during(self, what: impl fmt::Display) -> Self {
-        Self { line: format!("{what}: {}", self.line), ..self }
+        Self {
+            line: format!("{what}: {}", self.line),
+            ..self
+        }
     }
 
     /// A file of the user's that cannot be used.
@@ -80,14 +90,20 @@ impl Failure {
             (_, Side::Destination) => "; choose another place",
             _ => "",
         };
-        Self::new(side.code(), format!("cannot {what} {}: {error}{advice}", path.display()))
+        Self::new(
+            side.code(),
+            format!("cannot {what} {}: {error}{advice}", path.display()),
+        )
     }
 
     /// A registry's answer.
     pub(super) fn registry(side: Side, error: &registry::Error) -> Self {
         let advice = match error.fault() {
             Fault::Unauthorized { .. } => format!("; docker login {} or --authfile FILE", error.host()),
-            Fault::Connect(_) => format!("; is it up, and does it speak TLS (else --plain-http {})?", error.host()),
+            Fault::Connect(_) => format!(
+                "; is it up, and does it speak TLS (else --plain-http {})?",
+                error.host()
+            ),
             Fault::NotFound { .. } => "; check the name".to_owned(),
             _ => String::new(),
         };

@@ -23,7 +23,9 @@ impl Location {
             return Err("write oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://REF".to_owned());
         };
         let path_and_tag = || {
-            let (path, tag) = rest.split_once(':').map_or((rest, None), |(path, tag)| (path, Some(tag.to_owned())));
+            let (path, tag) = rest
+                .split_once(':')
+                .map_or((rest, None), |(path, tag)| (path, Some(tag.to_owned())));
             match tag {
                 _ if path.is_empty() => Err(format!("{transport}: needs a path")),
                 Some(tag) if tag.is_empty() => Err("the tag behind the colon is empty".to_owned()),
@@ -35,9 +37,13 @@ impl Location {
             "oci-archive" => path_and_tag().map(|(file, tag)| Self::Archive { file, tag }),
             "docker" => {
                 let reference = rest.strip_prefix("//").ok_or("write docker://REF with two slashes")?;
-                Reference::parse(reference).map(Self::Docker).map_err(|error| error.to_string())
+                Reference::parse(reference)
+                    .map(Self::Docker)
+                    .map_err(|error| error.to_string())
             }
-            other => Err(format!("unknown transport {other:?}; there are oci:, oci-archive: and docker://")),
+            other => Err(format!(
+                "unknown transport {other:?}; there are oci:, oci-archive: and docker://"
+            )),
         }
     }
 }
@@ -60,7 +66,12 @@ mod tests {
 
     #[test]
     fn locations_parse_and_mistakes_say_what_to_write() {
-        for text in ["oci:/a/b", "oci:a:t", "oci-archive:x.tar:v1", "docker://localhost:5000/a:t"] {
+        for text in [
+            "oci:/a/b",
+            "oci:a:t",
+            "oci-archive:x.tar:v1",
+            "docker://localhost:5000/a:t",
+        ] {
             assert_eq!(Location::parse(text).unwrap().to_string(), text);
         }
         for (text, wanted) in [

@@ -45,7 +45,9 @@ impl Progress {
         let bar = match &self.0 {
             Mode::Bars(bars) => {
                 let bar = bars.add(ProgressBar::new(size));
-                let style = BarStyle::with_template("{prefix} {msg:10} [{bar:30}] {bytes:>11}/{total_bytes:11} {bytes_per_sec}");
+                let style = BarStyle::with_template(
+                    "{prefix} {msg:10} [{bar:30}] {bytes:>11}/{total_bytes:11} {bytes_per_sec}",
+                );
                 bar.set_style(style.unwrap_or_else(|_| BarStyle::default_bar()));
                 bar.set_prefix(name.clone());
                 bar.set_message("converting");
@@ -53,7 +55,12 @@ impl Progress {
             }
             Mode::Lines | Mode::Nothing => None,
         };
-        Task { progress: self.clone(), name, bar, started: Instant::now() }
+        Task {
+            progress: self.clone(),
+            name,
+            bar,
+            started: Instant::now(),
+        }
     }
 }
 

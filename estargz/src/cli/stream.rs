@@ -26,7 +26,11 @@ impl Cancel {
     }
 
     pub(super) fn check(&self) -> io::Result<()> {
-        if self.0.load(Ordering::Relaxed) { Err(io::Error::other("interrupted")) } else { Ok(()) }
+        if self.0.load(Ordering::Relaxed) {
+            Err(io::Error::other("interrupted"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -51,7 +55,12 @@ pub(super) struct Section {
 
 impl Section {
     pub(super) fn new(file: Arc<File>, start: u64, size: u64) -> Self {
-        Self { file, start, size, position: 0 }
+        Self {
+            file,
+            start,
+            size,
+            position: 0,
+        }
     }
 }
 
@@ -93,7 +102,10 @@ impl Download {
                 }
             }
         });
-        Self { pieces, current: Bytes::new() }
+        Self {
+            pieces,
+            current: Bytes::new(),
+        }
     }
 }
 
@@ -125,7 +137,14 @@ pub(super) struct BlobReader {
 impl BlobReader {
     pub(super) fn new(inner: Box<dyn Read + Send>, blob: &BlobRef, cancel: Cancel) -> Self {
         let hasher = Some(blob.digest.hasher());
-        Self { inner, blob: blob.clone(), hasher, seen: 0, cancel, progress: Box::new(|_| {}) }
+        Self {
+            inner,
+            blob: blob.clone(),
+            hasher,
+            seen: 0,
+            cancel,
+            progress: Box::new(|_| {}),
+        }
     }
 
     /// Tells the number of bytes of each piece read.
@@ -135,9 +154,16 @@ impl BlobReader {
     }
 
     fn check_end(&mut self) -> io::Result<()> {
-        let Some(hasher) = self.hasher.take() else { return Ok(()) };
+        let Some(hasher) = self.hasher.take() else {
+            return Ok(());
+        };
         let wrong = |kind, actual: String, expected: String| {
-            io::Error::other(Mismatch { what: format!("blob {}", self.blob.digest), kind, actual, expected })
+            io::Error::other(Mismatch {
+                what: format!("blob {}", self.blob.digest),
+                kind,
+                actual,
+                expected,
+            })
         };
         if self.seen != self.blob.size {
             return Err(wrong("size", self.seen.to_string(), self.blob.size.to_string()));
@@ -177,7 +203,10 @@ pub(super) struct HashRead<R> {
 impl<R: Read> HashRead<R> {
     pub(super) fn new(inner: R) -> Self {
         // Any SHA-256 digest names the algorithm.
-        Self { inner, hasher: Digest::sha256(&[0; 32]).hasher() }
+        Self {
+            inner,
+            hasher: Digest::sha256(&[0; 32]).hasher(),
+        }
     }
 
     /// Reads the rest and returns the digest of everything.
@@ -192,6 +221,23 @@ impl<R: Read> Read for HashRead<R> {
         let read = self.inner.read(buf)?;
         self.hasher.update(&buf[..read]);
         Ok(read)
+    }
+}
+
+/// Random access that fails once the command is to end.
+pub(super) struct CancelReadAt<R> {
+    pub(super) inner: R,
+    pub(super) cancel: Cancel,
+}
+
+impl<R: ReadAt> ReadAt for CancelReadAt<R> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.cancel.check()?;
+        self.inner.read_at(offset, buf)
+    }
+
+    fn size(&self) -> u64 {
+        self.inner.size()
     }
 }
 
@@ -218,7 +264,9 @@ mod tests {
 
     fn read(bytes: &'static [u8], blob: &BlobRef) -> io::Result<Vec<u8>> {
         let mut all = Vec::new();
-        BlobReader::new(Box::new(bytes), blob, Cancel::default()).read_to_end(&mut all).map(|_| all)
+        BlobReader::new(Box::new(bytes), blob, Cancel::default())
+            .read_to_end(&mut all)
+            .map(|_| all)
     }
 
     #[test]

@@ -60,7 +60,11 @@ impl Source {
             }
             Self::Docker(repository) => return repository.manifest(None).await,
         };
-        Ok(Fetched { bytes, media_type, digest })
+        Ok(Fetched {
+            bytes,
+            media_type,
+            digest,
+        })
     }
 
     /// A manifest that another one refers to.
@@ -74,7 +78,10 @@ impl Source {
     /// A small blob whole.
     pub(super) async fn bytes(&self, blob: &BlobRef, limit: u64) -> Result<Bytes, Failure> {
         if blob.size > limit {
-            let line = format!("blob {} has {} bytes, more than the {limit} that are read", blob.digest, blob.size);
+            let line = format!(
+                "blob {} has {} bytes, more than the {limit} that are read",
+                blob.digest, blob.size
+            );
             return Err(Failure::new(Code::Runtime, line));
         }
         if let Self::Docker(repository) = self {
@@ -118,7 +125,11 @@ impl Source {
             Self::Docker(_) => None,
         };
         section.ok_or_else(|| {
-            let line = format!("blob {} is missing in {}; copy the image again", blob.digest, self.place());
+            let line = format!(
+                "blob {} is missing in {}; copy the image again",
+                blob.digest,
+                self.place()
+            );
             Failure::new(Code::Source, line)
         })
     }
@@ -146,7 +157,10 @@ impl Target {
             Location::Layout { dir, tag } => Self::Layout(oci_layout::Stage::beside(dir, tag.as_deref())?),
             Location::Archive { file, tag } => Self::Archive(archive::Output::open(file, tag.as_deref())?),
             Location::Docker(image) if image.digest().is_some() => {
-                return Err(Failure::new(Code::Usage, format!("destination {image} must have a tag, not a digest")));
+                return Err(Failure::new(
+                    Code::Usage,
+                    format!("destination {image} must have a tag, not a digest"),
+                ));
             }
             Location::Docker(image) => {
                 let repository = docker::Repository::new(client, image);
@@ -154,7 +168,8 @@ impl Target {
                 repository.has(Side::Destination, &Digest::of("")).await?;
                 let temporary = tempfile::Builder::new().prefix("estargz-").tempdir();
                 let here = std::env::temp_dir();
-                let temporary = temporary.map_err(|error| Failure::file(Side::Destination, "write to", &here, &error))?;
+                let temporary =
+                    temporary.map_err(|error| Failure::file(Side::Destination, "write to", &here, &error))?;
                 Self::Docker(repository, temporary)
             }
         })
@@ -170,7 +185,12 @@ impl Target {
     }
 
     /// Takes a blob whose file has been checked.
-    pub(super) async fn put_file(&self, blob: &BlobRef, file: TempPath, progress: Option<Progress>) -> Result<(), Failure> {
+    pub(super) async fn put_file(
+        &self,
+        blob: &BlobRef,
+        file: TempPath,
+        progress: Option<Progress>,
+    ) -> Result<(), Failure> {
         match self {
             Self::Layout(stage) | Self::Archive(archive::Output { stage, .. }) => stage.put_file(&blob.digest, file),
             Self::Docker(repository, _) => repository.push_file(blob, &file, progress).await,

@@ -42,6 +42,8 @@ pub fn build(toc: &Toc, layout: BlobLayout, toc_digest: Digest) -> Result<Vec<u8
         tables.add_inode(toc, &tree, *node, ino, &mut chunks)?;
     }
     tables.add_names(&tree, &numbered)?;
+    // The file is about to be put together beside its tables: what is not needed any more makes room.
+    drop((tree, numbered));
     let (chunks, members, data_size) = chunks.finish()?;
     let prefetch_end = prefetch_end(toc, toc_offset)?.unwrap_or(NONE_U64);
     let tables: [(usize, &[u8]); Section::COUNT] = [
@@ -178,24 +180,20 @@ impl Tables {
         for (node, end) in tree.inode_node.iter().enumerate() {
             ino_of[node] = ino_of[*end as usize];
         }
-        let mut children: Vec<u32> = (1..number(tree.nodes.len(), Section::Dirents)?).collect();
-        children.sort_unstable_by_key(|node| {
-            let node = &tree.nodes[*node as usize];
-            (node.parent, node.name.as_bytes())
-        });
+        let (mut children, first_child) = children_of(tree)?;
         let mut nlink = vec![0u32; self.inodes.len() + 1];
         let mut queue = Vec::from([0]);
         let mut at = 0;
         while let Some(dir) = queue.get(at).copied() {
             at += 1;
-            let start = children.partition_point(|node| tree.nodes[*node as usize].parent < dir);
-            let len = children[start..].partition_point(|node| tree.nodes[*node as usize].parent == dir);
+            let children = &mut children[first_child[dir as usize]..first_child[dir as usize + 1]];
+            children.sort_unstable_by_key(|node| tree.nodes[*node as usize].name.as_bytes());
             let dir_ino = ino_of[dir as usize];
             let record = &mut self.inodes[dir_ino as usize - 1];
             record.first = number(self.dirents.len(), Section::Dirents)?.into();
-            record.count = number(len, Section::Dirents)?.into();
+            record.count = number(children.len(), Section::Dirents)?.into();
             nlink[dir_ino as usize] += 2;
-            for node in &children[start..start + len] {
+            for node in &*children {
                 let ino = ino_of[*node as usize];
                 let own = tree.inode_node[*node as usize] == *node;
                 self.add_name(tree.nodes[*node as usize].name, ino, own.then_some(dir_ino))?;
@@ -230,6 +228,25 @@ impl Tables {
         });
         Ok(())
     }
+}
+
+/// All nodes but the root grouped by parent, and for each node where its children begin in that list.
+fn children_of(tree: &Tree<'_>) -> Result<(Vec<u32>, Vec<usize>), IndexError> {
+    let mut first_child = vec![0; tree.nodes.len() + 2];
+    for node in &tree.nodes[1..] {
+        first_child[node.parent as usize + 2] += 1;
+    }
+    for at in 1..first_child.len() {
+        first_child[at] += first_child[at - 1];
+    }
+    // Filling moves the start of each group, kept one place behind its own, to the start of the next.
+    let mut children = vec![0; tree.nodes.len() - 1];
+    for (at, node) in tree.nodes.iter().enumerate().skip(1) {
+        let slot = &mut first_child[node.parent as usize + 1];
+        children[*slot] = number(at, Section::Dirents)?;
+        *slot += 1;
+    }
+    Ok((children, first_child))
 }
 
 fn number(n: usize, section: Section) -> Result<u32, IndexError> {

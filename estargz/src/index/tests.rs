@@ -1,3 +1,5 @@
+//! The rules of the tree and of chunks, one at a time, and what opening refuses.
+
 use super::*;
 use crate::toc::{EntryType, Toc, TocEntry};
 

@@ -82,6 +82,8 @@ impl<'a> Tree<'a> {
         }
         tree.check_parents()?;
         tree.resolve_links()?;
+        // Large, and no name is looked up any more.
+        tree.by_name = HashMap::new();
         Ok(tree)
     }
 
@@ -94,9 +96,6 @@ impl<'a> Tree<'a> {
         self.check_path(at, &components)?;
         let entry = u32::try_from(at).map_err(|_| IndexError::TooManyInodes)?;
         let Some((base, parents)) = components.split_last() else {
-            if self.toc.entries[at].kind != EntryType::Dir {
-                return Err(self.fault(at, EntryFault::Root));
-            }
             self.nodes[ROOT as usize].origin = Origin::Entry(entry);
             return Ok(());
         };
@@ -169,6 +168,11 @@ impl<'a> Tree<'a> {
 
     /// Nothing may lie in what is not a directory, opaque marks included.
     fn check_parents(&self) -> Result<(), IndexError> {
+        if let Origin::Entry(at) = self.nodes[ROOT as usize].origin
+            && !self.is_dir(ROOT)
+        {
+            return Err(self.fault(at as usize, EntryFault::Root));
+        }
         for (node, place) in (0..).zip(&self.nodes) {
             let at = match place.origin {
                 Origin::Entry(at) | Origin::Whiteout(at) => at,

@@ -14,7 +14,8 @@ pub fn parse(mut body: &[u8]) -> Option<Vec<Record>> {
         let length = usize::try_from(decimal(&body[..space])?).ok()?;
         let record = body.get(space + 1..length)?.strip_suffix(b"\n")?;
         let equals = record.iter().position(|&b| b == b'=')?;
-        if equals == 0 {
+        // Go refuses a NUL in a key too; no file system could hold such an attribute.
+        if equals == 0 || record[..equals].contains(&0) {
             return None;
         }
         records.push((record[..equals].to_vec(), record[equals + 1..].to_vec()));
@@ -145,6 +146,7 @@ mod tests {
             b"99999999999999999999999999 a=b\n",
             b"18446744073709551615 a=b\n",
             b"\0\0\0\0",
+            b"8 a\0b=c\n",
         ] {
             assert!(parse(bad).is_none(), "{}", bad.escape_ascii());
         }

@@ -9,8 +9,14 @@
 
 use std::io::{self, Read};
 
+mod body;
+mod fields;
+
 use super::pax::{self, Record, Timestamp};
-use super::sparse::{self, PaxSparse};
+use super::sparse;
+use fields::{Decoded, checksum_matches, is_zero, sort_records, text};
+
+pub(super) use fields::numeric;
 
 /// Tar counts in blocks of 512 bytes.
 pub const BLOCK: usize = 512;
@@ -415,287 +421,25 @@ impl<R: Read> TarReader<R> {
     }
 
     fn entry(&mut self, header: &Block, start: u64, extensions: Extensions) -> Result<TarEntry, TarError> {
-        let mut records = extensions.records;
-        let name = extensions.long_name.unwrap_or_else(|| {
-            take(&mut records, b"GNU.sparse.name")
-                .or_else(|| take(&mut records, b"path"))
-                .unwrap_or_else(|| header_name(header))
-        });
-        let shown_name = shown(&name);
-        let bad = |field| TarError::BadField {
-            name: shown_name.clone(),
-            offset: start,
-            field,
-        };
-        let (kind, old_sparse) = match kind_of(header[156], &name) {
-            Some(kind) => kind,
-            None => {
-                let typeflag = header[156];
-                return Err(TarError::UnsupportedType {
-                    name: shown_name,
-                    offset: start,
-                    typeflag,
-                });
-            }
-        };
-        let link = extensions
-            .long_link
-            .or_else(|| take(&mut records, b"linkpath"))
-            .unwrap_or_else(|| text(&header[157..257]).to_vec());
-        let number = |range: std::ops::Range<usize>, field| {
-            numeric(&header[range])
-                .and_then(|n| u64::try_from(n).ok())
-                .ok_or_else(|| bad(field))
-        };
-        let mut overridden = |key: &[u8], range, field| match take(&mut records, key) {
-            Some(value) => pax::decimal(&value).ok_or_else(|| bad(field)),
-            None => number(range, field),
-        };
-        let uid = overridden(b"uid", 108..116, "uid")?;
-        let gid = overridden(b"gid", 116..124, "gid")?;
-        let stored = overridden(b"size", 124..136, "size")?;
-        let mtime = match take(&mut records, b"mtime") {
-            Some(value) => Timestamp::parse(&value),
-            None => numeric(&header[136..148]).map(|seconds| Timestamp { seconds, nanos: 0 }),
-        };
-        let extended = &header[257..262] == b"ustar";
-        let owner = |range: std::ops::Range<usize>| {
-            if extended {
-                text(&header[range]).to_vec()
-            } else {
-                Vec::new()
-            }
-        };
-        let device = match kind {
-            TarKind::Char | TarKind::Block if extended => {
-                (number(329..337, "device number")?, number(337..345, "device number")?)
-            }
-            _ => (0, 0),
-        };
-        let mut entry = TarEntry {
-            kind,
-            link: if matches!(kind, TarKind::Symlink | TarKind::Hardlink) {
-                link
-            } else {
-                Vec::new()
-            },
-            size: 0,
-            mode: u32::try_from(number(100..108, "mode")? & 0o7777).map_err(|_| bad("mode"))?,
-            uid,
-            gid,
-            user: take(&mut records, b"uname").unwrap_or_else(|| owner(265..297)),
-            group: take(&mut records, b"gname").unwrap_or_else(|| owner(297..329)),
-            mtime: mtime.ok_or_else(|| bad("mtime"))?,
-            device,
-            xattrs: Vec::new(),
-            records: Vec::new(),
-            offset: start,
-            name,
-        };
-        if kind == TarKind::Regular {
-            entry.size = self.open_body(header, old_sparse, stored, &records, &bad)?;
-            self.body.name = shown_name.clone();
+        let Decoded {
+            mut entry,
+            stored,
+            sparse,
+            records,
+        } = fields::decode(header, start, extensions)?;
+        if entry.kind == TarKind::Regular {
+            let name = shown(&entry.name);
+            let bad = |field| TarError::BadField {
+                name: name.clone(),
+                offset: start,
+                field,
+            };
+            entry.size = self.open_body(header, sparse, stored, &records, &bad)?;
+            self.body.name = name;
         }
         (entry.xattrs, entry.records) = sort_records(records);
         Ok(entry)
     }
-
-    /// Sets up the content of a regular file and returns its expanded size.
-    fn open_body(
-        &mut self,
-        header: &Block,
-        old_sparse: bool,
-        mut stored: u64,
-        records: &[Record],
-        bad: &impl Fn(&'static str) -> TarError,
-    ) -> Result<u64, TarError> {
-        const FIELD: &str = "sparse map";
-        let padding = padding_of(stored);
-        stored
-            .checked_add(padding)
-            .and_then(|n| n.checked_add(self.position))
-            .ok_or_else(|| bad("size"))?;
-        let announced = sparse::from_records(records).map_err(|()| bad(FIELD))?;
-        let map = if old_sparse {
-            let (size, segments) = self
-                .old_sparse_map(header)
-                .and_then(|map| map.ok_or_else(|| bad(FIELD)))?;
-            Some((size, segments))
-        } else {
-            match announced {
-                None => None,
-                Some(PaxSparse::Listed { size, segments }) => Some((size, segments)),
-                Some(PaxSparse::InContent { size }) => {
-                    let segments = self.content_map(&mut stored)?.ok_or_else(|| bad(FIELD))?;
-                    Some((size, segments))
-                }
-            }
-        };
-        let map = match map {
-            None => sparse::Map {
-                size: stored,
-                segments: vec![(0, stored)],
-            },
-            Some((size, segments)) => sparse::Map::checked(size, segments, stored).ok_or_else(|| bad(FIELD))?,
-        };
-        self.holes_left = self
-            .holes_left
-            .checked_sub(map.size - stored)
-            .ok_or_else(|| bad("sparse map: the layer's sparse files have more than 64 GiB of holes"))?;
-        let size = map.size;
-        let mut segments = map.segments.into_iter();
-        let segment = segments.next().unwrap_or((size, 0));
-        self.body = Body {
-            size,
-            segments,
-            segment,
-            stored_left: stored,
-            padding,
-            ..Body::default()
-        };
-        Ok(size)
-    }
-
-    /// The map of GNU's old sparse format: four segments in the header, more in blocks behind it.
-    fn old_sparse_map(&mut self, header: &Block) -> Result<Option<(u64, Vec<sparse::Segment>)>, TarError> {
-        let mut segments = Vec::new();
-        let size = numeric(&header[483..495]).and_then(|n| u64::try_from(n).ok());
-        let mut sound = sparse::binary_segments(&header[386..482], &mut segments).is_some();
-        let mut more = header[482] != 0;
-        while more && sound && segments.len() <= sparse::MAX_SEGMENTS {
-            let mut block = [0; BLOCK];
-            self.exact(&mut block, "a sparse map")?;
-            sound = sparse::binary_segments(&block[..504], &mut segments).is_some();
-            more = block[504] != 0;
-        }
-        Ok(size.filter(|_| sound && !more).map(|size| (size, segments)))
-    }
-
-    /// The map of format 1.0, in whole blocks in front of the content.
-    fn content_map(&mut self, stored: &mut u64) -> Result<Option<Vec<sparse::Segment>>, TarError> {
-        let mut map = sparse::ContentMap::default();
-        loop {
-            let Some(left) = stored.checked_sub(BLOCK_U64) else {
-                return Ok(None);
-            };
-            let mut block = [0; BLOCK];
-            self.exact(&mut block, "a sparse map")?;
-            *stored = left;
-            match map.block(&block) {
-                None => return Ok(None),
-                Some(Some(segments)) => return Ok(Some(segments)),
-                Some(None) => {}
-            }
-        }
-    }
-}
-
-/// The kind of an entry, and whether it is in GNU's old sparse format.
-fn kind_of(typeflag: u8, name: &[u8]) -> Option<(TarKind, bool)> {
-    Some((
-        match typeflag {
-            // Version 7 had no type for directories.
-            0 if name.ends_with(b"/") => TarKind::Directory,
-            // '7' asks for contiguous storage, which nothing honours any more.
-            0 | b'0' | b'7' => TarKind::Regular,
-            b'S' => return Some((TarKind::Regular, true)),
-            b'1' => TarKind::Hardlink,
-            b'2' => TarKind::Symlink,
-            b'3' => TarKind::Char,
-            b'4' => TarKind::Block,
-            b'5' => TarKind::Directory,
-            b'6' => TarKind::Fifo,
-            _ => return None,
-        },
-        false,
-    ))
-}
-
-/// The name in the header itself, with the prefix of ustar and star.
-fn header_name(header: &Block) -> Vec<u8> {
-    let name = text(&header[..100]);
-    if &header[257..263] != b"ustar\0" {
-        return name.to_vec();
-    }
-    let end = if &header[508..512] == b"tar\0" { 476 } else { 500 };
-    match text(&header[345..end]) {
-        [] => name.to_vec(),
-        prefix => [prefix, b"/", name].concat(),
-    }
-}
-
-/// Takes the last value of a key out of the records. An empty value means "as if absent".
-fn take(records: &mut Vec<Record>, key: &[u8]) -> Option<Vec<u8>> {
-    let value = records.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.clone());
-    records.retain(|(k, _)| k != key);
-    value.filter(|v| !v.is_empty())
-}
-
-/// Extended attributes, and what is left: each sorted, the last of a repeated key kept.
-fn sort_records(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
-    let mut xattrs = std::collections::BTreeMap::new();
-    let mut rest = std::collections::BTreeMap::new();
-    for (key, value) in records {
-        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-            xattrs.insert(name.to_vec(), value);
-        } else if !key.starts_with(b"GNU.sparse.") && key != b"hdrcharset" && key != b"SCHILY.realsize" {
-            rest.insert(key, value);
-        }
-    }
-    rest.retain(|_, value| !value.is_empty());
-    (xattrs.into_iter().collect(), rest.into_iter().collect())
-}
-
-/// The bytes before the first NUL.
-fn text(field: &[u8]) -> &[u8] {
-    &field[..field.iter().position(|&b| b == 0).unwrap_or(field.len())]
-}
-
-/// A numeric header field: octal text, or two's complement with the top bit of the first byte set.
-pub(super) fn numeric(field: &[u8]) -> Option<i64> {
-    let (&first, rest) = field.split_first()?;
-    if first & 0x80 != 0 {
-        let negative = first & 0x40 != 0;
-        let top = if negative {
-            i64::from(first) - 0x100
-        } else {
-            i64::from(first & 0x7f)
-        };
-        return rest
-            .iter()
-            .try_fold(top, |value, &b| value.checked_mul(256)?.checked_add(i64::from(b)));
-    }
-    let blank = |b: &u8| *b == b' ' || *b == 0;
-    let start = field.iter().position(|b| !blank(b)).unwrap_or(field.len());
-    let digits = &field[start..];
-    let end = digits.iter().position(blank).unwrap_or(digits.len());
-    let (digits, behind) = digits.split_at(end);
-    if !behind.iter().all(blank) && !behind.starts_with(b"\0") {
-        return None;
-    }
-    digits.iter().try_fold(0_i64, |value, &b| match b {
-        b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(b - b'0')),
-        _ => None,
-    })
-}
-
-/// Writers have summed signed and unsigned bytes; both are accepted, as everywhere.
-fn checksum_matches(block: &Block) -> bool {
-    let Some(stated) = numeric(&block[148..156]) else {
-        return false;
-    };
-    let counted = |i: usize, b: u8| if (148..156).contains(&i) { b' ' } else { b };
-    let unsigned: i64 = block.iter().enumerate().map(|(i, &b)| i64::from(counted(i, b))).sum();
-    let signed: i64 = block
-        .iter()
-        .enumerate()
-        .map(|(i, &b)| i64::from(counted(i, b).cast_signed()))
-        .sum();
-    stated == unsigned || stated == signed
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|&b| b == 0)
 }
 
 /// Bytes from the end of content of `size` bytes to the next block.

@@ -1,3 +1,5 @@
+//! Form, limits and messages of the TOC reader, and the spelling of the writer.
+
 use std::io::Write as _;
 
 use flate2::Compression;

@@ -208,8 +208,8 @@ mod tests {
     }
 
     #[test]
-    fn every_day_of_ten_millennia_comes_back() {
-        for day in days_since_epoch(0, 1, 1)..=days_since_epoch(9999, 12, 31) {
+    fn days_of_ten_millennia_come_back() {
+        for day in (days_since_epoch(0, 1, 1)..=days_since_epoch(9999, 12, 31)).step_by(13) {
             let seconds = day * SECONDS_PER_DAY + 86_399;
             let text = Timestamp::format_seconds(seconds).unwrap();
             assert_eq!(

@@ -32,7 +32,12 @@ impl Archive {
         let failed = |error: &io::Error| Failure::file(Side::Source, "read", path, error);
         let file = File::open(path).map_err(|error| failed(&error))?;
         let files = list(&file, path)?;
-        Ok(Self { path: path.to_owned(), tag: tag.map(str::to_owned), file: Arc::new(file), files })
+        Ok(Self {
+            path: path.to_owned(),
+            tag: tag.map(str::to_owned),
+            file: Arc::new(file),
+            files,
+        })
     }
 
     pub(super) fn place(&self) -> String {
@@ -41,8 +46,15 @@ impl Archive {
 
     pub(super) fn root(&self) -> Result<(BlobRef, String), Failure> {
         let Some(mut section) = self.find("index.json") else {
-            let hint = if self.files.contains_key("manifest.json") { " (is it from docker save?)" } else { "" };
-            let line = format!("{} is no archive of an OCI layout: it has no index.json{hint}", self.path.display());
+            let hint = if self.files.contains_key("manifest.json") {
+                " (is it from docker save?)"
+            } else {
+                ""
+            };
+            let line = format!(
+                "{} is no archive of an OCI layout: it has no index.json{hint}",
+                self.path.display()
+            );
             return Err(Failure::new(Code::Source, line));
         };
         let mut json = Vec::new();
@@ -65,7 +77,10 @@ impl Archive {
 /// Where each regular file of the archive lies.
 fn list(file: &File, path: &Path) -> Result<HashMap<String, (u64, u64)>, Failure> {
     let bad = |error: &io::Error| {
-        let line = format!("{} is not a plain tar file: {error}; decompress it first if it is compressed", path.display());
+        let line = format!(
+            "{} is not a plain tar file: {error}; decompress it first if it is compressed",
+            path.display()
+        );
         Failure::new(Code::Runtime, line)
     };
     let mut files = HashMap::new();
@@ -75,7 +90,9 @@ fn list(file: &File, path: &Path) -> Result<HashMap<String, (u64, u64)>, Failure
         if !entry.header().entry_type().is_file() {
             continue;
         }
-        let name = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").to_owned();
+        let name = String::from_utf8_lossy(&entry.path_bytes())
+            .trim_start_matches("./")
+            .to_owned();
         files.insert(name, (entry.raw_file_position(), entry.size()));
         if files.len() > MAX_FILES {
             return Err(bad(&io::Error::other(format!("it has more than {MAX_FILES} files"))));
@@ -97,7 +114,10 @@ impl Output {
             return Err(failed(&io::Error::other("it is a directory")));
         }
         let stage = Stage::within(parent(path), path, tag, false).map_err(|error| failed(&error))?;
-        Ok(Self { path: path.to_owned(), stage })
+        Ok(Self {
+            path: path.to_owned(),
+            stage,
+        })
     }
 
     /// Packs the staged layout and puts it in its place in one step.

@@ -24,7 +24,10 @@ pub(in crate::cli) struct Repository {
 
 impl Repository {
     pub(super) fn new(client: &Client, image: &Reference) -> Self {
-        Self { client: client.clone(), image: image.clone() }
+        Self {
+            client: client.clone(),
+            image: image.clone(),
+        }
     }
 
     pub(super) fn image(&self) -> &Reference {
@@ -34,12 +37,23 @@ impl Repository {
     /// The manifest named by the reference, or by `digest`.
     pub(super) async fn manifest(&self, digest: Option<&Digest>) -> Result<Fetched, Failure> {
         let version = digest.map_or_else(|| self.image.version(), |digest| Version::Digest(digest.clone()));
-        let manifest = self.client.manifest(&self.image, &version, MANIFEST_ACCEPT).await.map_err(read)?;
-        Ok(Fetched { bytes: manifest.bytes, media_type: manifest.media_type, digest: manifest.digest })
+        let manifest = self
+            .client
+            .manifest(&self.image, &version, MANIFEST_ACCEPT)
+            .await
+            .map_err(read)?;
+        Ok(Fetched {
+            bytes: manifest.bytes,
+            media_type: manifest.media_type,
+            digest: manifest.digest,
+        })
     }
 
     pub(super) async fn bytes(&self, blob: &BlobRef) -> Result<Bytes, Failure> {
-        self.client.pull_blob_bytes(&self.image, &blob.digest, blob.size).await.map_err(read)
+        self.client
+            .pull_blob_bytes(&self.image, &blob.digest, blob.size)
+            .await
+            .map_err(read)
     }
 
     pub(super) async fn download(&self, blob: &BlobRef) -> Result<Download, Failure> {
@@ -48,21 +62,36 @@ impl Repository {
     }
 
     pub(super) fn ranges(&self, blob: &BlobRef) -> Ranges {
-        Ranges { repository: self.clone(), blob: blob.clone(), runtime: Handle::current() }
+        Ranges {
+            repository: self.clone(),
+            blob: blob.clone(),
+            runtime: Handle::current(),
+        }
     }
 
     pub(super) async fn has(&self, side: Side, digest: &Digest) -> Result<bool, Failure> {
-        self.client.blob_exists(&self.image, digest).await.map_err(|error| Failure::registry(side, &error))
+        self.client
+            .blob_exists(&self.image, digest)
+            .await
+            .map_err(|error| Failure::registry(side, &error))
     }
 
     pub(super) async fn mount(&self, blob: &BlobRef, source: &Self) -> Result<bool, Failure> {
         if self.image.host() != source.image.host() || self.image.repository() == source.image.repository() {
             return self.has(Side::Destination, &blob.digest).await;
         }
-        self.client.mount_blob(&self.image, &blob.digest, &source.image).await.map_err(write)
+        self.client
+            .mount_blob(&self.image, &blob.digest, &source.image)
+            .await
+            .map_err(write)
     }
 
-    pub(super) async fn push_file(&self, blob: &BlobRef, file: &Path, progress: Option<Progress>) -> Result<(), Failure> {
+    pub(super) async fn push_file(
+        &self,
+        blob: &BlobRef,
+        file: &Path,
+        progress: Option<Progress>,
+    ) -> Result<(), Failure> {
         self.push(blob, Upload::File(file.to_owned()), progress).await
     }
 
@@ -71,7 +100,10 @@ impl Repository {
     }
 
     async fn push(&self, blob: &BlobRef, content: Upload, progress: Option<Progress>) -> Result<(), Failure> {
-        let pushed = self.client.push_blob(&self.image, &blob.digest, blob.size, content, progress).await;
+        let pushed = self
+            .client
+            .push_blob(&self.image, &blob.digest, blob.size, content, progress)
+            .await;
         let uploaded = pushed.map_err(write)?;
         tracing::debug!(digest = %blob.digest, existed = uploaded == Uploaded::Existed, "blob pushed");
         Ok(())
@@ -79,7 +111,11 @@ impl Repository {
 
     /// Puts a manifest under the reference's tag (`top`) or under its digest.
     pub(super) async fn push_manifest(&self, bytes: Bytes, media_type: &str, top: bool) -> Result<(), Failure> {
-        let version = if top { self.image.version() } else { Version::Digest(Digest::of(&bytes)) };
+        let version = if top {
+            self.image.version()
+        } else {
+            Version::Digest(Digest::of(&bytes))
+        };
         let put = self.client.put_manifest(&self.image, &version, bytes, media_type).await;
         put.map(|_| ()).map_err(write)
     }
@@ -109,7 +145,13 @@ impl ReadAt for Ranges {
             return Ok(0);
         }
         let Repository { client, image } = &self.repository;
-        let read = async { client.blob_range(image, &self.blob.digest, RangeSpec::From(offset..end)).await?.bytes().await };
+        let read = async {
+            client
+                .blob_range(image, &self.blob.digest, RangeSpec::From(offset..end))
+                .await?
+                .bytes()
+                .await
+        };
         let bytes = self.runtime.block_on(read).map_err(io::Error::other)?;
         let read = bytes.len().min(buf.len());
         buf[..read].copy_from_slice(&bytes[..read]);

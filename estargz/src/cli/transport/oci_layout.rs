@@ -29,7 +29,10 @@ pub(in crate::cli) struct Layout {
 
 impl Layout {
     pub(super) fn open(dir: &Path, tag: Option<&str>) -> Result<Self, Failure> {
-        let layout = Self { dir: dir.to_owned(), tag: tag.map(str::to_owned) };
+        let layout = Self {
+            dir: dir.to_owned(),
+            tag: tag.map(str::to_owned),
+        };
         fs::metadata(dir).map_err(|error| Failure::file(Side::Source, "read", dir, &error))?;
         Ok(layout)
     }
@@ -54,7 +57,10 @@ impl Layout {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::file(Side::Source, "read", &path, &error)),
         };
-        let size = file.metadata().map_err(|error| Failure::file(Side::Source, "read", &path, &error))?.len();
+        let size = file
+            .metadata()
+            .map_err(|error| Failure::file(Side::Source, "read", &path, &error))?
+            .len();
         Ok(Some(Section::new(Arc::new(file), 0, size)))
     }
 }
@@ -67,9 +73,14 @@ pub(super) fn blob_path(digest: &Digest) -> String {
 /// The entry of an `index.json` that `tag` names, or the only one.
 pub(super) fn choose(json: &[u8], tag: Option<&str>, place: &str) -> Result<(BlobRef, String), Failure> {
     let bad = |error: serde_json::Error| Failure::new(Code::Runtime, format!("{INDEX_FILE} of {place}: {error}"));
-    let entries: Vec<Document> = Document::parse(json).and_then(|index| index.need("manifests")).map_err(bad)?;
+    let entries: Vec<Document> = Document::parse(json)
+        .and_then(|index| index.need("manifests"))
+        .map_err(bad)?;
     let name = |entry: &Document| entry.annotation(REF_NAME);
-    let matching: Vec<_> = entries.iter().filter(|entry| tag.is_none() || name(entry).as_deref() == tag).collect();
+    let matching: Vec<_> = entries
+        .iter()
+        .filter(|entry| tag.is_none() || name(entry).as_deref() == tag)
+        .collect();
     let entry = match (matching.as_slice(), tag) {
         ([entry], _) => entry,
         (several, tag) => {
@@ -80,7 +91,11 @@ pub(super) fn choose(json: &[u8], tag: Option<&str>, place: &str) -> Result<(Blo
                 (None, true) => format!("{place} holds no image"),
                 (None, false) => format!("{place} holds {} images; add :TAG", several.len()),
             };
-            let there = if names.is_empty() { String::new() } else { format!(" (there are: {})", names.join(", ")) };
+            let there = if names.is_empty() {
+                String::new()
+            } else {
+                format!(" (there are: {})", names.join(", "))
+            };
             return Err(Failure::new(Code::Source, format!("{problem}{there}")));
         }
     };
@@ -105,7 +120,10 @@ impl Stage {
         let exists = match fs::read_dir(dir) {
             Ok(mut entries) => {
                 if entries.next().is_some() && !dir.join(LAYOUT_FILE).exists() {
-                    let line = format!("{} is neither empty nor an OCI layout; choose another place", dir.display());
+                    let line = format!(
+                        "{} is neither empty nor an OCI layout; choose another place",
+                        dir.display()
+                    );
                     return Err(Failure::new(Code::Destination, line));
                 }
                 true
@@ -122,7 +140,12 @@ impl Stage {
         let stage = tempfile::Builder::new().prefix(STAGE_PREFIX).tempdir_in(within)?;
         fs::create_dir_all(stage.path().join("layout/blobs/sha256"))?;
         fs::create_dir(stage.path().join("scratch"))?;
-        Ok(Self { dir: dir.to_owned(), tag: tag.map(str::to_owned), stage, exists })
+        Ok(Self {
+            dir: dir.to_owned(),
+            tag: tag.map(str::to_owned),
+            stage,
+            exists,
+        })
     }
 
     pub(super) fn scratch(&self) -> &Path {
@@ -139,14 +162,17 @@ impl Stage {
 
     /// Whether the blob is staged, or in the layout already.
     pub(super) fn has(&self, blob: &BlobRef) -> bool {
-        let there = |root: &Path| fs::metadata(root.join(blob_path(&blob.digest))).is_ok_and(|file| file.len() == blob.size);
+        let there =
+            |root: &Path| fs::metadata(root.join(blob_path(&blob.digest))).is_ok_and(|file| file.len() == blob.size);
         there(&self.layout()) || (self.exists && there(&self.dir))
     }
 
     pub(super) fn put_file(&self, digest: &Digest, file: TempPath) -> Result<(), Failure> {
         let path = self.layout().join(blob_path(digest));
         let moved = fs::create_dir_all(parent(&path)).and_then(|()| file.persist(&path).map_err(|error| error.error));
-        moved.and_then(|()| readable(&path)).map_err(|error| self.failed(&error))
+        moved
+            .and_then(|()| readable(&path))
+            .map_err(|error| self.failed(&error))
     }
 
     pub(super) fn put_bytes(&self, bytes: &[u8]) -> Result<(), Failure> {
@@ -232,12 +258,14 @@ impl Stage {
 }
 
 /// The directory that holds `path`.
-pub(super) fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+pub(in crate::cli) fn parent(path: &Path) -> &Path {
+    path.parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 /// Temporary files are private; what others are to read is not.
-pub(super) fn readable(path: &Path) -> io::Result<()> {
+pub(in crate::cli) fn readable(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(path, fs::Permissions::from_mode(0o644))
 }
@@ -245,7 +273,11 @@ pub(super) fn readable(path: &Path) -> io::Result<()> {
 fn sync_tree(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_type()?.is_dir() { sync_tree(&entry.path())? } else { File::open(entry.path())?.sync_all()? }
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?
+        } else {
+            File::open(entry.path())?.sync_all()?
+        }
     }
     File::open(dir)?.sync_all()
 }

@@ -1,0 +1,209 @@
+//! Fields of a header block, and what the records of a pax header make of them.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::{Block, Extensions, TarEntry, TarError, TarKind, shown};
+use crate::input::pax::{self, Record, Timestamp};
+
+/// What header and extensions say about an entry.
+pub(super) struct Decoded {
+    /// The entry, its size and records yet to come.
+    pub(super) entry: TarEntry,
+    /// Bytes that the archive stores for it.
+    pub(super) stored: u64,
+    /// It is in GNU's old sparse format.
+    pub(super) sparse: bool,
+    /// Pax records that are not in `entry` yet.
+    pub(super) records: Vec<Record>,
+}
+
+/// Puts header and extensions together. `start` is where the entry begins.
+pub(super) fn decode(header: &Block, start: u64, extensions: Extensions) -> Result<Decoded, TarError> {
+    let mut records = extensions.records;
+    let name = extensions.long_name.unwrap_or_else(|| {
+        let sparse_name = take(&mut records, b"GNU.sparse.name");
+        sparse_name
+            .or_else(|| take(&mut records, b"path"))
+            .unwrap_or_else(|| header_name(header))
+    });
+    let shown_name = shown(&name);
+    let Some((kind, sparse)) = kind_of(header[156], &name) else {
+        return Err(TarError::UnsupportedType {
+            name: shown_name,
+            offset: start,
+            typeflag: header[156],
+        });
+    };
+    let link = extensions.long_link.or_else(|| take(&mut records, b"linkpath"));
+    let link = link.unwrap_or_else(|| text(&header[157..257]).to_vec());
+    let bad = |field| TarError::BadField {
+        name: shown_name.clone(),
+        offset: start,
+        field,
+    };
+    let number = |range: Range<usize>, field| {
+        numeric(&header[range])
+            .and_then(|n| u64::try_from(n).ok())
+            .ok_or_else(|| bad(field))
+    };
+    let mut overridden = |key: &[u8], range, field| match take(&mut records, key) {
+        Some(value) => pax::decimal(&value).ok_or_else(|| bad(field)),
+        None => number(range, field),
+    };
+    let uid = overridden(b"uid", 108..116, "uid")?;
+    let gid = overridden(b"gid", 116..124, "gid")?;
+    let stored = overridden(b"size", 124..136, "size")?;
+    let mtime = match take(&mut records, b"mtime") {
+        Some(value) => Timestamp::parse(&value),
+        None => numeric(&header[136..148]).map(|seconds| Timestamp { seconds, nanos: 0 }),
+    };
+    let extended = &header[257..262] == b"ustar";
+    let owner = |range: Range<usize>| {
+        if extended {
+            text(&header[range]).to_vec()
+        } else {
+            Vec::new()
+        }
+    };
+    let device = match kind {
+        TarKind::Char | TarKind::Block if extended => {
+            (number(329..337, "device number")?, number(337..345, "device number")?)
+        }
+        _ => (0, 0),
+    };
+    let entry = TarEntry {
+        kind,
+        link: if matches!(kind, TarKind::Symlink | TarKind::Hardlink) {
+            link
+        } else {
+            Vec::new()
+        },
+        size: 0,
+        mode: u32::try_from(number(100..108, "mode")? & 0o7777).map_err(|_| bad("mode"))?,
+        uid,
+        gid,
+        user: take(&mut records, b"uname").unwrap_or_else(|| owner(265..297)),
+        group: take(&mut records, b"gname").unwrap_or_else(|| owner(297..329)),
+        mtime: mtime.ok_or_else(|| bad("mtime"))?,
+        device,
+        xattrs: Vec::new(),
+        records: Vec::new(),
+        offset: start,
+        name,
+    };
+    Ok(Decoded {
+        entry,
+        stored,
+        sparse,
+        records,
+    })
+}
+
+/// The kind of an entry, and whether it is in GNU's old sparse format.
+pub(super) fn kind_of(typeflag: u8, name: &[u8]) -> Option<(TarKind, bool)> {
+    Some((
+        match typeflag {
+            // Version 7 had no type for directories.
+            0 if name.ends_with(b"/") => TarKind::Directory,
+            // '7' asks for contiguous storage, which nothing honours any more.
+            0 | b'0' | b'7' => TarKind::Regular,
+            b'S' => return Some((TarKind::Regular, true)),
+            b'1' => TarKind::Hardlink,
+            b'2' => TarKind::Symlink,
+            b'3' => TarKind::Char,
+            b'4' => TarKind::Block,
+            b'5' => TarKind::Directory,
+            b'6' => TarKind::Fifo,
+            _ => return None,
+        },
+        false,
+    ))
+}
+
+/// The name in the header itself, with the prefix of ustar and star.
+pub(super) fn header_name(header: &Block) -> Vec<u8> {
+    let name = text(&header[..100]);
+    if &header[257..263] != b"ustar\0" {
+        return name.to_vec();
+    }
+    let end = if &header[508..512] == b"tar\0" { 476 } else { 500 };
+    match text(&header[345..end]) {
+        [] => name.to_vec(),
+        prefix => [prefix, b"/", name].concat(),
+    }
+}
+
+/// Takes the last value of a key out of the records. An empty value means "as if absent".
+pub(super) fn take(records: &mut Vec<Record>, key: &[u8]) -> Option<Vec<u8>> {
+    let value = records.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.clone());
+    records.retain(|(k, _)| k != key);
+    value.filter(|v| !v.is_empty())
+}
+
+/// Extended attributes, and what is left: each sorted, the last of a repeated key kept.
+pub(super) fn sort_records(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
+    let mut xattrs = BTreeMap::new();
+    let mut rest = BTreeMap::new();
+    for (key, value) in records {
+        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+            xattrs.insert(name.to_vec(), value);
+        } else if !key.starts_with(b"GNU.sparse.") && key != b"hdrcharset" && key != b"SCHILY.realsize" {
+            rest.insert(key, value);
+        }
+    }
+    rest.retain(|_, value| !value.is_empty());
+    (xattrs.into_iter().collect(), rest.into_iter().collect())
+}
+
+/// The bytes before the first NUL.
+pub(super) fn text(field: &[u8]) -> &[u8] {
+    &field[..field.iter().position(|&b| b == 0).unwrap_or(field.len())]
+}
+
+/// A numeric header field: octal text, or two's complement with the top bit of the first byte set.
+pub(in crate::input) fn numeric(field: &[u8]) -> Option<i64> {
+    let (&first, rest) = field.split_first()?;
+    if first & 0x80 != 0 {
+        let negative = first & 0x40 != 0;
+        let top = if negative {
+            i64::from(first) - 0x100
+        } else {
+            i64::from(first & 0x7f)
+        };
+        return rest
+            .iter()
+            .try_fold(top, |value, &b| value.checked_mul(256)?.checked_add(i64::from(b)));
+    }
+    let blank = |b: &u8| *b == b' ' || *b == 0;
+    let start = field.iter().position(|b| !blank(b)).unwrap_or(field.len());
+    let digits = &field[start..];
+    let end = digits.iter().position(blank).unwrap_or(digits.len());
+    let (digits, behind) = digits.split_at(end);
+    if !behind.iter().all(blank) && !behind.starts_with(b"\0") {
+        return None;
+    }
+    digits.iter().try_fold(0_i64, |value, &b| match b {
+        b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(b - b'0')),
+        _ => None,
+    })
+}
+
+/// Writers have summed signed and unsigned bytes; both are accepted, as everywhere.
+pub(super) fn checksum_matches(block: &Block) -> bool {
+    let Some(stated) = numeric(&block[148..156]) else {
+        return false;
+    };
+    let counted = |i: usize, b: u8| if (148..156).contains(&i) { b' ' } else { b };
+    let unsigned: i64 = block.iter().enumerate().map(|(i, &b)| i64::from(counted(i, b))).sum();
+    let signed: i64 = block
+        .iter()
+        .enumerate()
+        .map(|(i, &b)| i64::from(counted(i, b).cast_signed()))
+        .sum();
+    stated == unsigned || stated == signed
+}
+
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|&b| b == 0)
+}
