@@ -4,5 +4,7 @@
 //! [`Metrics`] is cheap to clone (its families share their state) and is handed to every part that counts something.
 
 pub mod defs;
+#[cfg(test)]
+mod tests;
 
 pub use defs::Metrics;

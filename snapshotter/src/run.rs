@@ -116,7 +116,13 @@ where
     let layers = layers(Arc::clone(&config), metrics.clone())
         .await
         .map_err(RunError::Layers)?;
-    let service = open_service(&config, layers, metrics.clone())?;
+    let service = match open_service(&config, Arc::clone(&layers), metrics.clone()) {
+        Ok(service) => service,
+        Err(error) => {
+            layers.shutdown().await;
+            return Err(error);
+        }
+    };
 
     let stopping = CancellationToken::new();
     let stopped = CancellationToken::new();
@@ -140,7 +146,11 @@ where
     )
     .await;
     restoring.abort();
+    // An aborted task ends with an error, which is what was wanted.
+    let _ = restoring.await;
     service.shutdown(config.stop_timeout).await;
+    // The metadata is closed before another daemon may open it.
+    drop(service);
     drop(root);
     tracing::info!("stopped");
     served

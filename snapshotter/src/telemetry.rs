@@ -1,5 +1,7 @@
 //! Log lines, to the standard error.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::fmt;
@@ -15,7 +17,11 @@ pub fn parse_level(level: &str) -> Result<EnvFilter, ParseError> {
 /// Sends log lines where the configuration wants them, for the rest of the process; later calls change nothing.
 pub fn start(config: &LogConfig) -> Result<(), ParseError> {
     let filter = parse_level(&config.level)?;
-    let lines = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let lines = fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(std::io::stderr);
     // An error means that there is a subscriber already, as in tests.
     let _ = match config.format {
         LogFormat::Json => lines

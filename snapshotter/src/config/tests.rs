@@ -25,7 +25,13 @@ fn the_written_form_gives_the_same_configuration() {
     let mut loaded = parsed(&text).unwrap();
     assert!(loaded.config.metrics.explicit);
     loaded.config.metrics.explicit = false;
-    assert_eq!(loaded, Loaded { config: Config::default(), unknown: Vec::new() });
+    assert_eq!(
+        loaded,
+        Loaded {
+            config: Config::default(),
+            unknown: Vec::new()
+        }
+    );
     assert_eq!(parsed("").unwrap().config, Config::default());
 }
 
@@ -62,18 +68,47 @@ fn every_value_is_taken_over() {
         read_ahead = "128KiB"
     "#;
     let config = parsed(text).unwrap().config;
-    let Config { root, socket, stop_timeout, log, metrics, layers, registry, fetch, cache, fuse } = config.clone();
+    let Config {
+        root,
+        socket,
+        stop_timeout,
+        log,
+        metrics,
+        layers,
+        registry,
+        fetch,
+        cache,
+        fuse,
+    } = config.clone();
     assert_eq!((root, socket), (PathBuf::from("/r"), PathBuf::from("/s/s.sock")));
     assert_eq!(stop_timeout, Duration::from_secs(3));
     assert_eq!(log.level, "warn,hullspeed_snapshotter=debug");
-    assert_eq!((log.format, metrics.address, layers.lazy), (LogFormat::Text, None, false));
-    assert_eq!((layers.mount_timeout, layers.restore_parallelism), (Duration::from_secs(60), 2));
-    assert_eq!((registry.plain_http, registry.ca_file), (vec!["registry.local:5000".to_owned()], Some("/ca.pem".into())));
-    assert_eq!((registry.connect_timeout, registry.stall_timeout), (Duration::from_secs(4), Duration::from_secs(5)));
-    assert_eq!((fetch.max_requests, fetch.read_around, fetch.max_range), (3, ByteSize::mib(1), ByteSize::mib(2)));
+    assert_eq!(
+        (log.format, metrics.address, layers.lazy),
+        (LogFormat::Text, None, false)
+    );
+    assert_eq!(
+        (layers.mount_timeout, layers.restore_parallelism),
+        (Duration::from_secs(60), 2)
+    );
+    assert_eq!(
+        (registry.plain_http, registry.ca_file),
+        (vec!["registry.local:5000".to_owned()], Some("/ca.pem".into()))
+    );
+    assert_eq!(
+        (registry.connect_timeout, registry.stall_timeout),
+        (Duration::from_secs(4), Duration::from_secs(5))
+    );
+    assert_eq!(
+        (fetch.max_requests, fetch.read_around, fetch.max_range),
+        (3, ByteSize::mib(1), ByteSize::mib(2))
+    );
     assert!(!fetch.prefetch);
     assert_eq!(cache.checkpoint_interval, Duration::from_millis(250));
-    assert_eq!((fuse.workers, fuse.max_background, fuse.read_ahead), (1, 12, ByteSize::kib(128)));
+    assert_eq!(
+        (fuse.workers, fuse.max_background, fuse.read_ahead),
+        (1, 12, ByteSize::kib(128))
+    );
     assert_eq!(keys(text), keys(&config.to_toml()), "a key is missing in this test");
 }
 
@@ -105,7 +140,9 @@ fn all_faults_are_reported_at_once() {
         max_background = 1.5
         read_ahead = "64"
     "#;
-    let Err(ConfigError::Faults { faults, .. }) = parsed(text) else { panic!("accepted") };
+    let Err(ConfigError::Faults { faults, .. }) = parsed(text) else {
+        panic!("accepted")
+    };
     let found: BTreeSet<_> = faults.iter().map(|fault| fault.key.as_str()).collect();
     let expected = [
         "cache",
@@ -129,35 +166,67 @@ fn all_faults_are_reported_at_once() {
     assert_eq!(found, BTreeSet::from(expected));
     let text = parsed(text).unwrap_err().to_string();
     assert_eq!(text.lines().count(), expected.len());
-    assert!(text.contains("test.toml: layers.mount_timeout = \"0s\" must be a time from \"1s\" to \"10m\""), "{text}");
-    assert!(text.contains("test.toml: fuse.workers = 1000000000000 must be a whole number from 1 to 64"), "{text}");
+    assert!(
+        text.contains("test.toml: layers.mount_timeout = \"0s\" must be a time from \"1s\" to \"10m\""),
+        "{text}"
+    );
+    assert!(
+        text.contains("test.toml: fuse.workers = 1000000000000 must be a whole number from 1 to 64"),
+        "{text}"
+    );
 }
 
 #[test]
 fn unknown_keys_are_named_and_refused_only_when_strict() {
     let text = "rot = 1\n[fuse]\nworker = 2\n[fuze]\nx = 1\n";
     assert_eq!(parsed(text).unwrap().unknown, ["fuze", "rot", "fuse.worker"]);
-    let strict = Sources { strict: true, ..Sources::default() };
-    let Err(ConfigError::Faults { faults, .. }) = parse(Path::new("t"), text, &strict) else { panic!("accepted") };
+    let strict = Sources {
+        strict: true,
+        ..Sources::default()
+    };
+    let Err(ConfigError::Faults { faults, .. }) = parse(Path::new("t"), text, &strict) else {
+        panic!("accepted")
+    };
     assert_eq!(faults.len(), 3);
 }
 
 #[test]
 fn the_command_line_overrides_the_file_and_is_checked_alike() {
-    let overrides = vec![(Override::Root, "/other".to_owned()), (Override::LogFormat, "text".to_owned())];
-    let sources = Sources { overrides, ..Sources::default() };
+    let overrides = vec![
+        (Override::Root, "/other".to_owned()),
+        (Override::LogFormat, "text".to_owned()),
+    ];
+    let sources = Sources {
+        overrides,
+        ..Sources::default()
+    };
     let loaded = parse(Path::new("t"), "root = \"bad\"\n[log]\nlevel = \"warn\"", &sources).unwrap();
     assert_eq!(loaded.config.root, Path::new("/other"));
-    assert_eq!(loaded.config.log, LogConfig { level: "warn".to_owned(), format: LogFormat::Text });
-    let sources = Sources { overrides: vec![(Override::Root, "a:b".to_owned())], ..Sources::default() };
-    assert!(matches!(parse(Path::new("t"), "", &sources), Err(ConfigError::Faults { .. })));
+    assert_eq!(
+        loaded.config.log,
+        LogConfig {
+            level: "warn".to_owned(),
+            format: LogFormat::Text
+        }
+    );
+    let sources = Sources {
+        overrides: vec![(Override::Root, "a:b".to_owned())],
+        ..Sources::default()
+    };
+    assert!(matches!(
+        parse(Path::new("t"), "", &sources),
+        Err(ConfigError::Faults { .. })
+    ));
 }
 
 #[test]
 fn a_missing_file_matters_only_if_it_was_named() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("none.toml");
-    let sources = Sources { file: Some(file.clone()), ..Sources::default() };
+    let sources = Sources {
+        file: Some(file.clone()),
+        ..Sources::default()
+    };
     assert!(matches!(load(&sources), Err(ConfigError::Read { .. })));
     std::fs::write(&file, "root = ").unwrap();
     assert!(matches!(load(&sources), Err(ConfigError::Syntax { .. })));
@@ -179,7 +248,10 @@ fn the_documented_keys_and_defaults_are_the_real_ones() {
     }
     let text = documented.join("\n");
     assert_eq!(
-        documented.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect::<BTreeSet<_>>(),
+        documented
+            .iter()
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect::<BTreeSet<_>>(),
         keys(&Config::default().to_toml())
     );
     // Dotted keys before sections are the same document to TOML.
@@ -196,11 +268,21 @@ fn the_sample_file_is_valid() {
     // Every key is in it, commented out with its default.
     let uncommented: String = sample
         .lines()
-        .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+        .map(|line| {
+            line.strip_prefix('#')
+                .filter(|rest| !rest.starts_with(' '))
+                .unwrap_or(line)
+        })
         .map(|line| format!("{line}\n"))
         .collect();
     let mut loaded = parsed(&uncommented).unwrap();
     loaded.config.metrics.explicit = false;
-    assert_eq!(loaded, Loaded { config: Config::default(), unknown: Vec::new() });
+    assert_eq!(
+        loaded,
+        Loaded {
+            config: Config::default(),
+            unknown: Vec::new()
+        }
+    );
     assert_eq!(keys(&uncommented), keys(&Config::default().to_toml()));
 }

@@ -494,7 +494,10 @@ impl Listing {
 
 /// Opens and checks the whole file, which is as small as there are few snapshots: redb trusts its pages later on.
 fn open_database(path: &Path) -> Result<Database, StoreError> {
-    let damaged = |detail: String| StoreError::Damaged { path: path.to_owned(), detail };
+    let damaged = |detail: String| StoreError::Damaged {
+        path: path.to_owned(),
+        detail,
+    };
     // On some damage redb fails an assertion, which must not be how the daemon ends.
     let opened = std::panic::catch_unwind(|| {
         let mut db = Database::create(path)?;
@@ -512,7 +515,10 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
         Ok(Err(redb::Error::Io(error))) if error.kind() == std::io::ErrorKind::InvalidData => {
             Err(damaged(error.to_string()))
         }
-        Ok(Err(source)) => Err(StoreError::Open { path: path.to_owned(), source }),
+        Ok(Err(source)) => Err(StoreError::Open {
+            path: path.to_owned(),
+            source,
+        }),
         Err(_) => Err(damaged("its pages contradict each other".to_owned())),
     }
 }

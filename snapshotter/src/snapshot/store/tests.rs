@@ -34,12 +34,34 @@ fn name(error: &Error) -> &'static str {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Create { kind: Kind, key: String, parent: Option<String>, labels: Labels },
-    Remote { target: String, parent: Option<String>, layer: u8 },
-    Commit { key: String, name: String, parent: Option<String>, labels: Labels },
-    Remove { key: String },
-    Update { key: String, labels: Labels, changes: Vec<LabelChange> },
-    Chain { key: String },
+    Create {
+        kind: Kind,
+        key: String,
+        parent: Option<String>,
+        labels: Labels,
+    },
+    Remote {
+        target: String,
+        parent: Option<String>,
+        layer: u8,
+    },
+    Commit {
+        key: String,
+        name: String,
+        parent: Option<String>,
+        labels: Labels,
+    },
+    Remove {
+        key: String,
+    },
+    Update {
+        key: String,
+        labels: Labels,
+        changes: Vec<LabelChange>,
+    },
+    Chain {
+        key: String,
+    },
     Reopen,
 }
 
@@ -62,7 +84,10 @@ impl Models {
         match self.0.get(target) {
             None => false,
             Some(model) if fits(model) => true,
-            Some(_) => self.0.iter().any(|(name, model)| numbered(name) && fits(model) && model.layer.is_some()),
+            Some(_) => self
+                .0
+                .iter()
+                .any(|(name, model)| numbered(name) && fits(model) && model.layer.is_some()),
         }
     }
 
@@ -86,7 +111,12 @@ impl Models {
             }
         }
         self.0.remove(key);
-        let model = Model { kind: Kind::Committed, parent, labels: without_empty(labels), layer: None };
+        let model = Model {
+            kind: Kind::Committed,
+            parent,
+            labels: without_empty(labels),
+            layer: None,
+        };
         self.0.insert(name.to_owned(), model);
         Ok(())
     }
@@ -97,7 +127,9 @@ impl Models {
             return Err("has children");
         }
         self.0.remove(key);
-        Ok(model.layer.filter(|layer| !self.0.values().any(|other| other.layer == Some(*layer))))
+        Ok(model
+            .layer
+            .filter(|layer| !self.0.values().any(|other| other.layer == Some(*layer))))
     }
 
     fn update(&mut self, key: &str, labels: &Labels, changes: &[LabelChange]) -> Result<Labels, &'static str> {
@@ -131,12 +163,20 @@ impl Models {
 }
 
 fn without_empty(labels: &Labels) -> Labels {
-    labels.iter().filter(|(_, value)| !value.is_empty()).map(|(k, v)| (k.clone(), v.clone())).collect()
+    labels
+        .iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect()
 }
 
 fn origin(layer: u8) -> LayerOrigin {
     let digest = Digest::from_bytes([layer; 32]);
-    LayerOrigin { toc_digest: digest, image: "image".to_owned(), layer_digest: digest }
+    LayerOrigin {
+        toc_digest: digest,
+        image: "image".to_owned(),
+        layer_digest: digest,
+    }
 }
 
 fn any_name() -> impl Strategy<Value = String> {
@@ -172,13 +212,26 @@ fn any_op() -> impl Strategy<Value = Op> {
 fn apply(store: &Store, models: &mut Models, op: &Op) {
     let wrong = |error: Error| name(&error);
     match op {
-        Op::Create { kind, key, parent, labels } => {
+        Op::Create {
+            kind,
+            key,
+            parent,
+            labels,
+        } => {
             let expected = models.committed_parent(parent.as_deref()).and_then(|()| {
                 let layer = None;
-                let model = Model { kind: *kind, parent: parent.clone(), labels: without_empty(labels), layer };
+                let model = Model {
+                    kind: *kind,
+                    parent: parent.clone(),
+                    labels: without_empty(labels),
+                    layer,
+                };
                 match models.0.contains_key(key) {
                     true => Err("exists"),
-                    false => Ok(drop(models.0.insert(key.clone(), model))),
+                    false => {
+                        models.0.insert(key.clone(), model);
+                        Ok(())
+                    }
                 }
             });
             let made = store.create(*kind, key, parent.as_deref(), labels, |_| Ok(()));
@@ -196,17 +249,33 @@ fn apply(store: &Store, models: &mut Models, op: &Op) {
                     assert_eq!(name != *target, models.0.contains_key(target));
                     assert!(!models.0.contains_key(&name) && name.starts_with(target));
                     let kind = Kind::Committed;
-                    models.0.insert(name, Model { kind, parent: parent.clone(), labels, layer: Some(*layer) });
+                    models.0.insert(
+                        name,
+                        Model {
+                            kind,
+                            parent: parent.clone(),
+                            labels,
+                            layer: Some(*layer),
+                        },
+                    );
                 }
                 (made, expected) => assert_eq!(made.map(drop).map_err(wrong), expected),
             }
         }
-        Op::Commit { key, name, parent, labels } => {
+        Op::Commit {
+            key,
+            name,
+            parent,
+            labels,
+        } => {
             let id = store.find(key).map_or(u64::MAX, |found| found.id);
             let usage = Usage { bytes: id, inodes: 1 };
             let committed = store.commit(id, key, name, parent.as_deref(), labels, usage);
             let succeeded = committed.is_ok();
-            assert_eq!(committed.map_err(wrong), models.commit(key, name, parent.as_deref(), labels));
+            assert_eq!(
+                committed.map_err(wrong),
+                models.commit(key, name, parent.as_deref(), labels)
+            );
             if succeeded {
                 let found = store.find(name).unwrap();
                 assert_eq!((found.id, found.usage), (id, usage));
@@ -214,10 +283,18 @@ fn apply(store: &Store, models: &mut Models, op: &Op) {
         }
         Op::Remove { key } => {
             let removed = store.remove(key).map(|removed| removed.unused_layer).map_err(wrong);
-            assert_eq!(removed, models.remove(key).map(|layer| layer.map(|layer| origin(layer).toc_digest)));
+            assert_eq!(
+                removed,
+                models
+                    .remove(key)
+                    .map(|layer| layer.map(|layer| origin(layer).toc_digest))
+            );
         }
         Op::Update { key, labels, changes } => {
-            let updated = store.update(key, labels, changes).map(|info| info.labels).map_err(wrong);
+            let updated = store
+                .update(key, labels, changes)
+                .map(|info| info.labels)
+                .map_err(wrong);
             assert_eq!(updated, models.update(key, labels, changes));
         }
         Op::Chain { key } => {
@@ -235,7 +312,12 @@ fn assert_same(store: &Store, models: &Models) {
         for Found { info, layer, .. } in page {
             let layer = layer.map(|origin| origin.toc_digest.as_bytes()[0]);
             assert!(info.created <= info.updated);
-            let model = Model { kind: info.kind, parent: info.parent, labels: info.labels, layer };
+            let model = Model {
+                kind: info.kind,
+                parent: info.parent,
+                labels: info.labels,
+                layer,
+            };
             assert!(listed.insert(info.name, model).is_none());
         }
     }
@@ -288,12 +370,20 @@ fn a_listing_does_not_see_later_changes() {
     let place = tempfile::tempdir().unwrap();
     let store = Store::open(&place.path().join("meta.redb"), 1).unwrap();
     for key in ["a", "b", "c"] {
-        store.create(Kind::Active, key, None, &Labels::new(), |_| Ok(())).unwrap();
+        store
+            .create(Kind::Active, key, None, &Labels::new(), |_| Ok(()))
+            .unwrap();
     }
     let mut listing = store.listing().unwrap();
     assert_eq!(listing.page(1).unwrap().unwrap()[0].info.name, "a");
     store.remove("b").unwrap();
-    let names: Vec<_> = listing.page(9).unwrap().unwrap().into_iter().map(|found| found.info.name).collect();
+    let names: Vec<_> = listing
+        .page(9)
+        .unwrap()
+        .unwrap()
+        .into_iter()
+        .map(|found| found.info.name)
+        .collect();
     assert_eq!(names, ["b", "c"]);
     assert!(listing.page(9).unwrap().is_none());
 }
@@ -309,7 +399,10 @@ fn another_schema_and_foreign_files_are_refused() {
         tx.open_table(META).unwrap().insert("schema", 2).unwrap();
         tx.commit().unwrap();
     }
-    assert!(matches!(Store::open(&path, 1), Err(StoreError::Schema { found: 2, .. })));
+    assert!(matches!(
+        Store::open(&path, 1),
+        Err(StoreError::Schema { found: 2, .. })
+    ));
     std::fs::write(&path, "this is not a database, whatever its name says".repeat(200)).unwrap();
     let error = Store::open(&path, 1).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
@@ -322,7 +415,9 @@ fn a_damaged_file_is_an_error_and_never_a_panic() {
     let path = place.path().join("meta.redb");
     let store = Store::open(&path, 1).unwrap();
     for n in 0..40 {
-        store.create(Kind::Active, &format!("key {n}"), None, &Labels::new(), |_| Ok(())).unwrap();
+        store
+            .create(Kind::Active, &format!("key {n}"), None, &Labels::new(), |_| Ok(()))
+            .unwrap();
     }
     drop(store);
     let whole = std::fs::read(&path).unwrap();
