@@ -169,7 +169,11 @@ impl LayerFs {
 
     fn directory(&self, ino: u64) -> Result<Inode<'_>, FsError> {
         let inode = self.inode(ino)?;
-        if inode.kind == FileKind::Directory { Ok(inode) } else { Err(FsError::NotDirectory) }
+        if inode.kind == FileKind::Directory {
+            Ok(inode)
+        } else {
+            Err(FsError::NotDirectory)
+        }
     }
 
     fn file(&self, ino: u64) -> Result<Inode<'_>, FsError> {
@@ -177,7 +181,9 @@ impl LayerFs {
         match inode.kind {
             FileKind::Regular => Ok(inode),
             FileKind::Directory => Err(FsError::IsDirectory),
-            FileKind::Symlink | FileKind::CharDevice | FileKind::BlockDevice | FileKind::Fifo => Err(FsError::WrongKind),
+            FileKind::Symlink | FileKind::CharDevice | FileKind::BlockDevice | FileKind::Fifo => {
+                Err(FsError::WrongKind)
+            }
         }
     }
 
@@ -215,32 +221,51 @@ impl LayerFs {
 
     /// Target of a symbolic link.
     pub fn link_target(&self, ino: u64) -> Result<Bytes, FsError> {
-        self.inode(ino)?.symlink_target().map(Bytes::copy_from_slice).ok_or(FsError::WrongKind)
+        self.inode(ino)?
+            .symlink_target()
+            .map(Bytes::copy_from_slice)
+            .ok_or(FsError::WrongKind)
     }
 
     /// The entries of a directory from position `from` on (0 is its start), with `.` and `..` first.
     pub fn entries(&self, ino: u64, from: u64) -> Result<impl Iterator<Item = Entry> + Send + '_, FsError> {
         let directory = self.directory(ino)?;
         let dots = [(&b"."[..], ino), (&b".."[..], directory.parent)];
-        let dots = dots.into_iter().zip(1..).map(|((name, ino), next)| Entry { name: name.to_vec(), ino, kind: FileKind::Directory, next });
+        let dots = dots.into_iter().zip(1..).map(|((name, ino), next)| Entry {
+            name: name.to_vec(),
+            ino,
+            kind: FileKind::Directory,
+            next,
+        });
         // A position beyond the last possible entry is an end like any other.
         let first = u32::try_from(from.saturating_sub(DOTS)).unwrap_or(u32::MAX);
         let named = self.layer().index().entries(ino, first).zip(from.max(DOTS) + 1..);
-        let named = named.map(|(entry, next)| Entry { name: entry.name.to_vec(), ino: entry.ino, kind: entry.kind, next });
+        let named = named.map(|(entry, next)| Entry {
+            name: entry.name.to_vec(),
+            ino: entry.ino,
+            kind: entry.kind,
+            next,
+        });
         Ok(dots.skip(usize::try_from(from).unwrap_or(usize::MAX)).chain(named))
     }
 
     /// Value of an extended attribute.
     pub fn attribute(&self, ino: u64, name: &[u8]) -> Result<Bytes, FsError> {
         let inode = self.inode(ino)?;
-        let found = inode.xattrs().find(|(found, _)| *found == name).map(|(_, value)| Bytes::copy_from_slice(value));
+        let found = inode
+            .xattrs()
+            .find(|(found, _)| *found == name)
+            .map(|(_, value)| Bytes::copy_from_slice(value));
         found.ok_or(FsError::NoAttribute)
     }
 
     /// Names of all extended attributes, each with a NUL behind it.
     pub fn attribute_names(&self, ino: u64) -> Result<Bytes, FsError> {
         let inode = self.inode(ino)?;
-        Ok(inode.xattrs().flat_map(|(name, _)| name.iter().copied().chain([0])).collect())
+        Ok(inode
+            .xattrs()
+            .flat_map(|(name, _)| name.iter().copied().chain([0]))
+            .collect())
     }
 
     /// Checks that an inode can be opened for reading.
@@ -286,6 +311,9 @@ impl LayerFs {
     /// Figures for `statfs`.
     pub fn statistics(&self) -> Statistics {
         let index = self.layer().index();
-        Statistics { blocks: index.data_size().div_ceil(u64::from(BLOCK_SIZE)), files: u64::from(index.inode_count()) }
+        Statistics {
+            blocks: index.data_size().div_ceil(u64::from(BLOCK_SIZE)),
+            files: u64::from(index.inode_count()),
+        }
     }
 }

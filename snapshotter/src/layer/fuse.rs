@@ -13,8 +13,8 @@ use bytes::Bytes;
 use estargz::index::FileKind;
 use fuse3::raw::Request;
 use fuse3::raw::reply::{
-    DirectoryEntry, DirectoryEntryPlus, FileAttr, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry, ReplyInit,
-    ReplyOpen, ReplyStatFs, ReplyXAttr,
+    DirectoryEntry, DirectoryEntryPlus, FileAttr, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry,
+    ReplyInit, ReplyOpen, ReplyStatFs, ReplyXAttr,
 };
 use fuse3::{Errno, FileType, Timestamp};
 use futures_util::{Stream, stream};
@@ -48,10 +48,19 @@ impl LayerFuse {
 
     /// Counts an operation and translates its error.
     fn done<T>(&self, op: &'static str, began: Instant, result: Result<T, FsError>) -> FuseResult<T> {
-        self.metrics.fuse_operation.get_or_create(&OpLabels { op }).observe(began.elapsed().as_secs_f64());
+        self.metrics
+            .fuse_operation
+            .get_or_create(&OpLabels { op })
+            .observe(began.elapsed().as_secs_f64());
         result.map_err(|error| {
             if error.is_fault() {
-                self.metrics.fuse_operation_errors.get_or_create(&OpErrorLabels { op, error: error.name() }).inc();
+                self.metrics
+                    .fuse_operation_errors
+                    .get_or_create(&OpErrorLabels {
+                        op,
+                        error: error.name(),
+                    })
+                    .inc();
             }
             Errno::from(error.errno())
         })
@@ -63,11 +72,18 @@ impl LayerFuse {
             // Inode 0 tells the kernel to remember that there is nothing.
             None => absent(),
         };
-        Ok(ReplyEntry { ttl: FOREVER, attr, generation: 0 })
+        Ok(ReplyEntry {
+            ttl: FOREVER,
+            attr,
+            generation: 0,
+        })
     }
 
     fn plus(&self, entry: Entry) -> FuseResult<DirectoryEntryPlus> {
-        let attributes = self.fs.attributes(entry.ino).map_err(|error| Errno::from(error.errno()))?;
+        let attributes = self
+            .fs
+            .attributes(entry.ino)
+            .map_err(|error| Errno::from(error.errno()))?;
         Ok(DirectoryEntryPlus {
             inode: entry.ino,
             generation: 0,
@@ -173,19 +189,26 @@ impl fuse3::raw::Filesystem for LayerFuse {
     async fn getattr(&self, _req: Request, inode: u64, _fh: Option<u64>, _flags: u32) -> FuseResult<ReplyAttr> {
         let began = Instant::now();
         let attributes = self.done("getattr", began, self.fs.attributes(inode))?;
-        Ok(ReplyAttr { ttl: FOREVER, attr: file_attr(&attributes) })
+        Ok(ReplyAttr {
+            ttl: FOREVER,
+            attr: file_attr(&attributes),
+        })
     }
 
     async fn readlink(&self, _req: Request, inode: u64) -> FuseResult<ReplyData> {
         let began = Instant::now();
-        self.done("readlink", began, self.fs.link_target(inode)).map(ReplyData::from)
+        self.done("readlink", began, self.fs.link_target(inode))
+            .map(ReplyData::from)
     }
 
     async fn open(&self, _req: Request, inode: u64, flags: u32) -> FuseResult<ReplyOpen> {
         let began = Instant::now();
         let for_writing = flags & libc::O_ACCMODE.cast_unsigned() != libc::O_RDONLY.cast_unsigned();
         self.done("open", began, self.fs.open(inode, for_writing))?;
-        Ok(ReplyOpen { fh: 0, flags: FOPEN_KEEP_CACHE })
+        Ok(ReplyOpen {
+            fh: 0,
+            flags: FOPEN_KEEP_CACHE,
+        })
     }
 
     async fn read(&self, _req: Request, inode: u64, _fh: u64, offset: u64, size: u32) -> FuseResult<ReplyData> {
@@ -194,7 +217,15 @@ impl fuse3::raw::Filesystem for LayerFuse {
         self.done("read", began, result).map(ReplyData::from)
     }
 
-    async fn release(&self, _req: Request, _inode: u64, _fh: u64, _flags: u32, _lock_owner: u64, _flush: bool) -> FuseResult<()> {
+    async fn release(
+        &self,
+        _req: Request,
+        _inode: u64,
+        _fh: u64,
+        _flags: u32,
+        _lock_owner: u64,
+        _flush: bool,
+    ) -> FuseResult<()> {
         Ok(())
     }
 
@@ -214,7 +245,10 @@ impl fuse3::raw::Filesystem for LayerFuse {
 
     async fn getxattr(&self, _req: Request, inode: u64, name: &OsStr, size: u32) -> FuseResult<ReplyXAttr> {
         let began = Instant::now();
-        let value = self.fs.attribute(inode, name.as_bytes()).and_then(|value| sized(value, size));
+        let value = self
+            .fs
+            .attribute(inode, name.as_bytes())
+            .and_then(|value| sized(value, size));
         self.done("getxattr", began, value)
     }
 
@@ -225,8 +259,13 @@ impl fuse3::raw::Filesystem for LayerFuse {
     }
 
     async fn opendir(&self, _req: Request, inode: u64, _flags: u32) -> FuseResult<ReplyOpen> {
-        self.fs.open_directory(inode).map_err(|error| Errno::from(error.errno()))?;
-        Ok(ReplyOpen { fh: 0, flags: FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR })
+        self.fs
+            .open_directory(inode)
+            .map_err(|error| Errno::from(error.errno()))?;
+        Ok(ReplyOpen {
+            fh: 0,
+            flags: FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR,
+        })
     }
 
     async fn readdir<'a>(
@@ -239,7 +278,9 @@ impl fuse3::raw::Filesystem for LayerFuse {
         let began = Instant::now();
         let from = u64::try_from(offset).unwrap_or(0);
         let entries = self.done("readdir", began, self.fs.entries(parent, from))?;
-        Ok(ReplyDirectory { entries: stream::iter(entries.map(|entry| Ok(plain(entry)))) })
+        Ok(ReplyDirectory {
+            entries: stream::iter(entries.map(|entry| Ok(plain(entry)))),
+        })
     }
 
     async fn readdirplus<'a>(
@@ -252,7 +293,9 @@ impl fuse3::raw::Filesystem for LayerFuse {
     ) -> FuseResult<ReplyDirectoryPlus<impl Stream<Item = FuseResult<DirectoryEntryPlus>> + Send + 'a>> {
         let began = Instant::now();
         let entries = self.done("readdirplus", began, self.fs.entries(parent, offset))?;
-        Ok(ReplyDirectoryPlus { entries: stream::iter(entries.map(|entry| self.plus(entry))) })
+        Ok(ReplyDirectoryPlus {
+            entries: stream::iter(entries.map(|entry| self.plus(entry))),
+        })
     }
 
     async fn releasedir(&self, _req: Request, _inode: u64, _fh: u64, _flags: u32) -> FuseResult<()> {
@@ -269,7 +312,13 @@ mod tests {
         for (major, minor) in [(0, 0), (1, 3), (8, 1), (259, 300), (0xfff, 0xf_ffff)] {
             let encoded = device_number((major, minor));
             // The kernel's new_decode_dev().
-            assert_eq!(((encoded & 0xf_ff00) >> 8, (encoded & 0xff) | ((encoded >> 12) & 0xf_ff00)), (major, minor));
+            assert_eq!(
+                (
+                    (encoded & 0xf_ff00) >> 8,
+                    (encoded & 0xff) | ((encoded >> 12) & 0xf_ff00)
+                ),
+                (major, minor)
+            );
         }
     }
 

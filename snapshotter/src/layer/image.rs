@@ -21,8 +21,10 @@ const KEPT_FOR: Duration = Duration::from_secs(600);
 /// Layers of one image looked at; overlayfs can stack no more than 500.
 const MAX_LAYERS: usize = 512;
 /// The manifest types that have layers.
-const ACCEPT: &[&str] =
-    &["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
+const ACCEPT: &[&str] = &[
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+];
 
 /// A layer as the manifest describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +56,12 @@ struct Descriptor {
 
 impl Manifests {
     pub(super) fn new() -> Self {
-        Self { kept: moka::future::Cache::builder().max_capacity(MAX_MANIFESTS).time_to_live(KEPT_FOR).build() }
+        Self {
+            kept: moka::future::Cache::builder()
+                .max_capacity(MAX_MANIFESTS)
+                .time_to_live(KEPT_FOR)
+                .build(),
+        }
     }
 
     /// The layers of the image whose manifest has `digest`; one request for any number of concurrent callers.
@@ -82,10 +89,22 @@ fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
     })?;
     // A layer named by another algorithm is never asked for, as the labels could not name it either.
     let describe = |layer: Descriptor| {
-        let toc_digest = layer.annotations.get(TOC_DIGEST_ANNOTATION).and_then(|digest| digest.parse().ok());
-        Some(LayerDescriptor { digest: layer.digest.parse().ok()?, size: layer.size, toc_digest })
+        let toc_digest = layer
+            .annotations
+            .get(TOC_DIGEST_ANNOTATION)
+            .and_then(|digest| digest.parse().ok());
+        Some(LayerDescriptor {
+            digest: layer.digest.parse().ok()?,
+            size: layer.size,
+            toc_digest,
+        })
     };
-    Ok(document.layers.into_iter().take(MAX_LAYERS).filter_map(describe).collect())
+    Ok(document
+        .layers
+        .into_iter()
+        .take(MAX_LAYERS)
+        .filter_map(describe)
+        .collect())
 }
 
 #[cfg(test)]
@@ -106,11 +125,24 @@ mod tests {
         assert_eq!(
             &layers[..],
             [
-                LayerDescriptor { digest, size: 7, toc_digest: Some(toc) },
-                LayerDescriptor { digest, size: 8, toc_digest: None }
+                LayerDescriptor {
+                    digest,
+                    size: 7,
+                    toc_digest: Some(toc)
+                },
+                LayerDescriptor {
+                    digest,
+                    size: 8,
+                    toc_digest: None
+                }
             ]
         );
-        for bad in ["", "[]", r#"{"layers":[{"digest":1}]}"#, r#"{"layers":[{"digest":"x","size":-1}]}"#] {
+        for bad in [
+            "",
+            "7",
+            r#"{"layers":[{"digest":1}]}"#,
+            r#"{"layers":[{"digest":"x","size":-1}]}"#,
+        ] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad}");
         }
         assert!(parse(br#"{"manifests":[]}"#).unwrap().is_empty());

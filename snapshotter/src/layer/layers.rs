@@ -6,6 +6,8 @@
 
 mod mounted;
 mod opening;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -16,7 +18,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
-use hullspeed_registry::{ClientOptions, Credentials};
+use hullspeed_registry::{ClientOptions, Credentials, RetryPolicy};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +37,8 @@ use crate::metrics::Metrics;
 const MAX_OPENING: usize = 16;
 /// Layers unmounted or checkpointed at once.
 const PARALLEL: usize = 16;
+/// Attempts that the registry client makes by itself; more than one for the sake of manifests.
+const REGISTRY_ATTEMPTS: u32 = 2;
 /// The FUSE device.
 const FUSE_DEVICE: &str = "/dev/fuse";
 
@@ -42,7 +46,9 @@ const FUSE_DEVICE: &str = "/dev/fuse";
 #[derive(Debug, thiserror::Error)]
 pub enum LayersError {
     /// There is no FUSE on this machine, or this process may not use it.
-    #[error("cannot open {FUSE_DEVICE}; lazy layers need the fuse kernel module and root (modprobe fuse, or set layers.lazy = false)")]
+    #[error(
+        "cannot open {FUSE_DEVICE}; lazy layers need the fuse kernel module and root (modprobe fuse, or set layers.lazy = false)"
+    )]
     Fuse(#[source] std::io::Error),
     /// The layer cache cannot be used.
     #[error("the layer cache cannot be used")]
@@ -87,7 +93,11 @@ impl Layers {
     /// Layers under `config.root`, fetched and served on `runtime`. Finds out whether there is a FUSE device.
     pub fn new(config: &Config, metrics: Metrics, runtime: Handle) -> Result<Self, LayersError> {
         if config.layers.lazy {
-            std::fs::File::options().read(true).write(true).open(FUSE_DEVICE).map_err(LayersError::Fuse)?;
+            std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open(FUSE_DEVICE)
+                .map_err(LayersError::Fuse)?;
         }
         let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
         let store = LayerStore::open(&root).map_err(LayersError::Cache)?;
@@ -97,7 +107,11 @@ impl Layers {
             credentials: Credentials::from_environment(),
             ca_file: config.registry.ca_file.clone(),
             idle_timeout: config.registry.stall_timeout,
-            ..ClientOptions::default()
+            // The fetch engine asks again itself; it knows what is still needed.
+            retry: RetryPolicy {
+                attempts: REGISTRY_ATTEMPTS,
+                ..RetryPolicy::default()
+            },
         };
         let shared = Arc::new(Shared {
             config: config.clone(),
@@ -112,7 +126,11 @@ impl Layers {
             runtime: runtime.clone(),
             stopping: AtomicBool::new(false),
         });
-        let layers = Self { shared, tasks: TaskTracker::new(), stop: CancellationToken::new() };
+        let layers = Self {
+            shared,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        };
         layers.spawn_checkpoints(&runtime);
         Ok(layers)
     }
@@ -131,16 +149,24 @@ impl Layers {
                 shared.checkpoint_all().await;
             }
         };
-        self.tasks.spawn_on(async move { stop.run_until_cancelled(checkpoints).await }, runtime);
+        self.tasks
+            .spawn_on(async move { stop.run_until_cancelled(checkpoints).await }, runtime);
     }
 
     /// Runs `work` to its end, whether or not the caller waits for it.
-    async fn detached<T: Send + 'static>(&self, work: impl Future<Output = Result<T, NotLazy>> + Send + 'static) -> Result<T, NotLazy> {
+    async fn detached<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, NotLazy>> + Send + 'static,
+    ) -> Result<T, NotLazy> {
         if self.shared.stopping.load(Ordering::Acquire) {
-            return Err(NotLazy::Refused { why: "the daemon is stopping" });
+            return Err(NotLazy::Refused {
+                why: "the daemon is stopping",
+            });
         }
         let task = self.tasks.spawn_on(work, &self.shared.runtime);
-        task.await.unwrap_or(Err(NotLazy::Refused { why: "the mount was interrupted" }))
+        task.await.unwrap_or(Err(NotLazy::Refused {
+            why: "the mount was interrupted",
+        }))
     }
 }
 
@@ -166,14 +192,23 @@ impl Shared {
     }
 
     async fn checkpoint_all(&self) {
-        let live: Vec<_> = self.slots().values().filter_map(|slot| slot.live()).filter(|fetch| fetch.layer().is_dirty()).collect();
-        stream::iter(live).for_each_concurrent(PARALLEL, |fetch| async move { mounted::checkpoint(&fetch).await }).await;
+        let live: Vec<_> = self
+            .slots()
+            .values()
+            .filter_map(|slot| slot.live())
+            .filter(|fetch| fetch.layer().is_dirty())
+            .collect();
+        stream::iter(live)
+            .for_each_concurrent(PARALLEL, |fetch| async move { mounted::checkpoint(&fetch).await })
+            .await;
     }
 
     async fn unmount_all(&self) {
         let slots: Vec<_> = self.slots().drain().collect();
         stream::iter(slots)
-            .for_each_concurrent(PARALLEL, |(toc_digest, slot)| async move { self.unmount(&toc_digest, &slot).await })
+            .for_each_concurrent(PARALLEL, |(toc_digest, slot)| async move {
+                self.unmount(&toc_digest, &slot).await
+            })
             .await;
     }
 }
@@ -191,7 +226,10 @@ impl Slot {
 /// A cache error as a reason to leave the layer to containerd.
 fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
     match error {
-        CacheError::Io { ref path, .. } => NotLazy::CacheIo { path: path.clone(), cause: Box::new(error) },
+        CacheError::Io { ref path, .. } => NotLazy::CacheIo {
+            path: path.clone(),
+            cause: Box::new(error),
+        },
         CacheError::Toc(cause) => NotLazy::TocInvalid { layer, cause },
         CacheError::TocDigest { expected, found } => {
             let cause: Cause = format!("the TOC on disk has digest {found} instead of {expected}").into();
@@ -207,7 +245,9 @@ impl LayerMounts for Layers {
             return Err(NotLazy::Disabled);
         }
         let Some(toc_digest) = request.toc_digest else {
-            return Err(NotLazy::NoTocDigest { layer: request.layer_digest });
+            return Err(NotLazy::NoTocDigest {
+                layer: request.layer_digest,
+            });
         };
         let (shared, began) = (self.shared.clone(), Instant::now());
         self.detached(async move {

@@ -65,30 +65,60 @@ pub(super) async fn open(
     stall: Duration,
 ) -> Result<OpenedBlob, NotLazy> {
     let reader = TailReader { source, metrics, stall };
-    let unreachable = |cause: SourceError| NotLazy::Registry { image: image.to_owned(), layer: expected.layer, cause: Box::new(cause) };
-    let not_estargz = |cause: Cause| NotLazy::NotEstargz { layer: expected.layer, cause };
-    let Received { start, blob_size, bytes: tail } = reader.tail().await.map_err(unreachable)?;
+    let unreachable = |cause: SourceError| NotLazy::Registry {
+        image: image.to_owned(),
+        layer: expected.layer,
+        cause: Box::new(cause),
+    };
+    let not_estargz = |cause: Cause| NotLazy::NotEstargz {
+        layer: expected.layer,
+        cause,
+    };
+    let Received {
+        start,
+        blob_size,
+        bytes: tail,
+    } = reader.tail().await.map_err(unreachable)?;
     let footer = Footer::parse(&tail, blob_size).map_err(|error| match error {
-        FooterError::Unsupported { variant } => NotLazy::Unsupported { layer: expected.layer, what: variant.to_owned() },
+        FooterError::Unsupported { variant } => NotLazy::Unsupported {
+            layer: expected.layer,
+            what: variant.to_owned(),
+        },
         error => not_estargz(Box::new(error)),
     })?;
     let range = footer.toc_range(blob_size);
     if range.end - range.start > MAX_TOC_MEMBER_BYTES {
         let length = range.end - range.start;
-        return Err(not_estargz(format!("its footer leaves {length} bytes for the TOC, more than {MAX_TOC_MEMBER_BYTES}").into()));
+        return Err(not_estargz(
+            format!("its footer leaves {length} bytes for the TOC, more than {MAX_TOC_MEMBER_BYTES}").into(),
+        ));
     }
     let (member, leftover) = reader.member(range.clone(), start, tail).await.map_err(unreachable)?;
     let toc = verify(member, expected).await?;
-    Ok(OpenedBlob { toc, toc_offset: range.start, blob_size, leftover })
+    Ok(OpenedBlob {
+        toc,
+        toc_offset: range.start,
+        blob_size,
+        leftover,
+    })
 }
 
 /// Unfolds the TOC member and compares the document's digest, before anything looks into it.
 async fn verify(member: Bytes, expected: Expected) -> Result<Vec<u8>, NotLazy> {
-    let invalid = |cause: Cause| NotLazy::TocInvalid { layer: expected.layer, cause };
+    let invalid = |cause: Cause| NotLazy::TocInvalid {
+        layer: expected.layer,
+        cause,
+    };
     let document = tokio::task::spawn_blocking(move || parse_member(&member)).await;
-    let document = document.map_err(|error| invalid(Box::new(error)))?.map_err(|error| invalid(Box::new(error)))?;
+    let document = document
+        .map_err(|error| invalid(Box::new(error)))?
+        .map_err(|error| invalid(Box::new(error)))?;
     if document.digest != expected.toc {
-        return Err(NotLazy::TocMismatch { layer: expected.layer, expected: expected.toc, found: document.digest });
+        return Err(NotLazy::TocMismatch {
+            layer: expected.layer,
+            expected: expected.toc,
+            found: document.digest,
+        });
     }
     Ok(document.json)
 }
@@ -120,10 +150,17 @@ impl TailReader<'_> {
         let size = self.source.size();
         let length = tail_length(size);
         match size {
-            Some(0) => Ok(Received { start: 0, blob_size: 0, bytes: Bytes::new() }),
+            Some(0) => Ok(Received {
+                start: 0,
+                blob_size: 0,
+                bytes: Bytes::new(),
+            }),
             Some(size) => {
                 let received = self.receive(Part::Range(size - length..size)).await?;
-                Ok(Received { blob_size: size, ..received })
+                Ok(Received {
+                    blob_size: size,
+                    ..received
+                })
             }
             None => self.receive(Part::Tail(length)).await,
         }
@@ -149,7 +186,13 @@ impl TailReader<'_> {
         loop {
             let result = self.ask(part.clone()).await;
             let label = result.as_ref().map_or_else(SourceError::class, |_| "ok");
-            self.metrics.fetch_requests.get_or_create(&FetchLabels { kind: "toc", result: label }).inc();
+            self.metrics
+                .fetch_requests
+                .get_or_create(&FetchLabels {
+                    kind: "toc",
+                    result: label,
+                })
+                .inc();
             match result {
                 Err(error) if error.is_transient() && attempt < MAX_ATTEMPTS => {
                     tracing::debug!(%error, attempt, "asking for the TOC again");
@@ -166,13 +209,23 @@ impl TailReader<'_> {
             Part::Range(range) => {
                 let body = self.in_time(self.source.read(range.clone(), Priority::Demand)).await?;
                 let bytes = self.collect(body, range.end - range.start).await?;
-                Ok(Received { start: range.start, blob_size: range.end, bytes })
+                Ok(Received {
+                    start: range.start,
+                    blob_size: range.end,
+                    bytes,
+                })
             }
             Part::Tail(length) => {
                 let tail = self.in_time(self.source.read_tail(length)).await?;
                 // A source that gives more than was asked for would be read without a bound.
-                let bytes = self.collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length)).await?;
-                Ok(Received { start: tail.start, blob_size: tail.blob_size, bytes })
+                let bytes = self
+                    .collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length))
+                    .await?;
+                Ok(Received {
+                    start: tail.start,
+                    blob_size: tail.blob_size,
+                    bytes,
+                })
             }
         }
     }
@@ -187,9 +240,16 @@ impl TailReader<'_> {
     async fn collect(&self, mut body: ByteStream, length: u64) -> Result<Bytes, SourceError> {
         let mut bytes = BytesMut::new();
         while (bytes.len() as u64) < length {
-            let next = async { body.next().await.unwrap_or_else(|| Err(SourceError::transient("the body ended early"))) };
+            let next = async {
+                body.next()
+                    .await
+                    .unwrap_or_else(|| Err(SourceError::transient("the body ended early")))
+            };
             let piece = self.in_time(next).await?;
-            self.metrics.fetch_bytes.get_or_create(&KindLabels { kind: "toc" }).inc_by(piece.len() as u64);
+            self.metrics
+                .fetch_bytes
+                .get_or_create(&KindLabels { kind: "toc" })
+                .inc_by(piece.len() as u64);
             bytes.extend_from_slice(&piece);
         }
         bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
@@ -201,7 +261,15 @@ const _: () = assert!(MIN_TAIL > FOOTER_SIZE as u64, "the first request holds th
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::layer::source::scripted::{Fault, Scripted};
+    use crate::layer::testing::{Packing, Sample};
+
+    const STALL: Duration = Duration::from_millis(300);
 
     #[test]
     fn the_tail_is_bounded_and_never_longer_than_the_blob() {
@@ -214,7 +282,102 @@ mod tests {
             (Some(u64::MAX), MAX_TAIL),
             (None, 2 * MIN_TAIL),
         ] {
-            assert_eq!(tail_length(size), length.max(size.map_or(0, |size| size.min(MIN_TAIL))), "{size:?}");
+            assert_eq!(
+                tail_length(size),
+                length.max(size.map_or(0, |size| size.min(MIN_TAIL))),
+                "{size:?}"
+            );
+        }
+    }
+
+    async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+        let expected = Expected {
+            layer: Digest::of(&sample.blob),
+            toc: sample.toc_digest,
+        };
+        open(
+            source,
+            "registry.test/image:1",
+            expected,
+            &Metrics::unregistered(),
+            STALL,
+        )
+        .await
+    }
+
+    #[tokio::test]
+    async fn footer_and_toc_come_in_one_request_and_what_else_came_is_handed_back() {
+        let sample = Sample::uniform(60, 30_000, Packing::default());
+        for known in [true, false] {
+            let source = Scripted::new(sample.blob.clone());
+            let source = Arc::new(if known { source } else { source.of_unknown_size() });
+            let opened = opened(&source, &sample).await.unwrap();
+            assert!(opened.toc == sample.toc_json);
+            assert_eq!(
+                (opened.toc_offset, opened.blob_size),
+                (sample.toc_offset, sample.blob.len() as u64)
+            );
+            assert_eq!(source.requests().len(), 1);
+            let (start, bytes) = opened.leftover;
+            assert!(bytes.len() > 50_000 && start + bytes.len() as u64 == sample.toc_offset);
+            assert!(bytes == sample.blob[usize::try_from(start).unwrap()..][..bytes.len()]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_toc_that_is_longer_than_the_tail_costs_one_more_request_for_exactly_the_rest() {
+        let sample = Sample::uniform(6_000, 1, Packing::default());
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        let opened = opened(&source, &sample).await.unwrap();
+        assert!(opened.toc == sample.toc_json && opened.leftover.1.is_empty());
+        let requests = source.requests();
+        assert_eq!(requests.len(), 2);
+        assert_eq!(requests[1].0, sample.toc_offset..requests[0].0.start);
+    }
+
+    #[tokio::test]
+    async fn a_passing_failure_is_asked_again_and_a_lasting_one_is_reported() {
+        let sample = Sample::uniform(3, 100, Packing::default());
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        source.script([Fault::CutAfter(100), Fault::StallAfter(10)]);
+        opened(&source, &sample).await.unwrap();
+        assert_eq!(source.requests().len(), 3);
+        source.script([Fault::Permanent]);
+        assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
+        source.script([Fault::EndAfter(10); 3]);
+        assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
+        source.corrupt(sample.toc_offset + 40, 1);
+        let error = opened(&source, &sample).await.err().unwrap();
+        assert!(
+            matches!(error, NotLazy::TocInvalid { .. } | NotLazy::TocMismatch { .. }),
+            "{error}"
+        );
+    }
+
+    proptest! {
+        /// Whatever the end of a blob holds, the answer is the promised TOC or a reason.
+        #[test]
+        fn a_hostile_end_of_the_blob_is_refused(
+            cut in 0usize..2_000,
+            flips in prop::collection::vec((0usize..2_500, 1u8..), 0..6),
+            known in any::<bool>(),
+        ) {
+            let sample = Sample::uniform(5, 300, Packing::default());
+            let mut blob = sample.blob.to_vec();
+            blob.truncate(blob.len() - cut.min(blob.len()));
+            for (back, flip) in flips {
+                if let Some(at) = blob.len().checked_sub(back + 1) {
+                    blob[at] ^= flip;
+                }
+            }
+            let source = Scripted::new(blob.into());
+            let source = Arc::new(if known { source } else { source.of_unknown_size() });
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            match runtime.block_on(opened(&source, &sample)) {
+                Ok(opened) => prop_assert!(opened.toc == sample.toc_json),
+                Err(error) => prop_assert!(["toc_mismatch", "toc_invalid", "not_estargz", "unsupported"].contains(&error.reason()), "{error}"),
+            }
+            prop_assert!(source.requests().len() <= 2);
         }
     }
 }

@@ -46,7 +46,10 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 impl SourceError {
     /// A failure that may pass.
     pub fn transient(what: impl Into<String>) -> Self {
-        Self::Transient { what: what.into(), cause: None }
+        Self::Transient {
+            what: what.into(),
+            cause: None,
+        }
     }
 
     /// Whether asking again may help.

@@ -37,7 +37,11 @@ pub(super) struct Packing {
 
 impl Default for Packing {
     fn default() -> Self {
-        Self { chunk: 64 << 10, per_member: 1, prioritized: None }
+        Self {
+            chunk: 64 << 10,
+            per_member: 1,
+            prioritized: None,
+        }
     }
 }
 
@@ -114,12 +118,20 @@ impl Sample {
         packer.close();
         packer.blob.extend_from_slice(&footer::encode(toc_offset));
         let toc_digest = Digest::of(&toc_json);
-        Self { blob: packer.blob.into(), toc_json, toc_digest, toc_offset, files: files.into_iter().collect() }
+        Self {
+            blob: packer.blob.into(),
+            toc_json,
+            toc_digest,
+            toc_offset,
+            files: files.into_iter().collect(),
+        }
     }
 
     /// `count` files of `length` bytes of noise, and one of zeros.
     pub(super) fn uniform(count: usize, length: usize, packing: Packing) -> Self {
-        let mut files: Vec<_> = (0..count).map(|n| (format!("dir{}/file{n:04}", n % 7), noise(n as u64 + 1, length))).collect();
+        let mut files: Vec<_> = (0..count)
+            .map(|n| (format!("dir{}/file{n:04}", n % 7), noise(n as u64 + 1, length)))
+            .collect();
         files.push(("zeros".to_owned(), vec![0; length]));
         Self::new(files, packing)
     }
@@ -140,14 +152,27 @@ impl Sample {
     /// Compressed bytes of all members that hold chunks.
     pub(super) fn member_bytes(&self, layer: &CachedLayer) -> u64 {
         let index = layer.index();
-        (0..index.member_count()).filter_map(|member| index.member(member)).map(|member| member.end - member.start).sum()
+        (0..index.member_count())
+            .filter_map(|member| index.member(member))
+            .map(|member| member.end - member.start)
+            .sum()
     }
 }
 
 fn push_landmark(packer: &mut Packer, entries: &mut Vec<TocEntry>) {
     // A landmark always begins a member.
     packer.close();
-    push_file(packer, entries, PREFETCH_LANDMARK, &[0xf], Packing { chunk: 1, per_member: 1, prioritized: None });
+    push_file(
+        packer,
+        entries,
+        PREFETCH_LANDMARK,
+        &[0xf],
+        Packing {
+            chunk: 1,
+            per_member: 1,
+            prioritized: None,
+        },
+    );
     packer.close();
 }
 
@@ -162,7 +187,11 @@ fn push_file(packer: &mut Packer, entries: &mut Vec<TocEntry>, name: &str, conte
     }
     for (number, chunk) in content.chunks(packing.chunk).enumerate() {
         let (offset, inner_offset) = packer.add(chunk, packing.per_member);
-        let mut entry = if number == 0 { file.clone() } else { TocEntry::new(name, EntryType::Chunk) };
+        let mut entry = if number == 0 {
+            file.clone()
+        } else {
+            TocEntry::new(name, EntryType::Chunk)
+        };
         entry.offset = offset;
         entry.inner_offset = inner_offset;
         entry.chunk_offset = (number * packing.chunk) as u64;
@@ -176,7 +205,8 @@ fn push_file(packer: &mut Packer, entries: &mut Vec<TocEntry>, name: &str, conte
 
 /// Inode of a path without a leading slash.
 pub(super) fn resolve(fs: &LayerFs, path: &str) -> u64 {
-    path.split('/').fold(ROOT_INO, |dir, name| fs.lookup(dir, name.as_bytes()).unwrap().unwrap())
+    path.split('/')
+        .fold(ROOT_INO, |dir, name| fs.lookup(dir, name.as_bytes()).unwrap().unwrap())
 }
 
 /// Reads a whole file through `fs`.

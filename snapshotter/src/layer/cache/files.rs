@@ -37,7 +37,10 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>
     let mut bytes = Vec::new();
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {limit} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("more than {limit} bytes"),
+        ));
     }
     Ok(Some(bytes))
 }
@@ -51,7 +54,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         replace(dir.path(), "a", b"one").unwrap();
         replace(dir.path(), "a", b"two").unwrap();
-        assert_eq!(read_bounded(&dir.path().join("a"), 3).unwrap().as_deref(), Some(&b"two"[..]));
+        assert_eq!(
+            read_bounded(&dir.path().join("a"), 3).unwrap().as_deref(),
+            Some(&b"two"[..])
+        );
         assert!(read_bounded(&dir.path().join("a"), 2).is_err());
         assert_eq!(read_bounded(&dir.path().join("b"), 2).unwrap(), None);
         fs::create_dir(dir.path().join("d")).unwrap();

@@ -69,12 +69,21 @@ pub struct CachedLayer {
 
 impl std::fmt::Debug for CachedLayer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CachedLayer").field("dir", &self.dir).field("resident", &self.residency.count()).finish_non_exhaustive()
+        f.debug_struct("CachedLayer")
+            .field("dir", &self.dir)
+            .field("resident", &self.residency.count())
+            .finish_non_exhaustive()
     }
 }
 
 impl CachedLayer {
-    pub(super) fn new(dir: PathBuf, binding: Binding, index: LayerIndex<Mmap>, data: File, residency: Residency) -> Self {
+    pub(super) fn new(
+        dir: PathBuf,
+        binding: Binding,
+        index: LayerIndex<Mmap>,
+        data: File,
+        residency: Residency,
+    ) -> Self {
         let checkpointed = AtomicU32::new(residency.count());
         Self {
             dir,
@@ -142,9 +151,15 @@ impl CachedLayer {
         let entry = self.index.chunk(chunk).ok_or(StoreError::NoChunk { chunk })?;
         let found = Digest::of(bytes);
         if found != entry.digest || bytes.len() as u64 != u64::from(entry.size) {
-            return Err(StoreError::Digest { chunk, expected: entry.digest, found });
+            return Err(StoreError::Digest {
+                chunk,
+                expected: entry.digest,
+                found,
+            });
         }
-        self.data.write_all_at(bytes, entry.data_offset).map_err(|source| self.write_error(chunk, source))?;
+        self.data
+            .write_all_at(bytes, entry.data_offset)
+            .map_err(|source| self.write_error(chunk, source))?;
         self.write_failed.store(false, Ordering::Relaxed);
         Ok(self.residency.insert(chunk))
     }

@@ -53,14 +53,21 @@ pub struct Binding {
 impl Residency {
     /// A bitmap of `chunks` chunks, none of them resident.
     pub fn empty(chunks: u32) -> Self {
-        Self { words: (0..word_count(chunks)).map(|_| AtomicU64::new(0)).collect(), chunks, resident: AtomicU32::new(0) }
+        Self {
+            words: (0..word_count(chunks)).map(|_| AtomicU64::new(0)).collect(),
+            chunks,
+            resident: AtomicU32::new(0),
+        }
     }
 
     /// The bitmap in the file form `bytes`.
     pub fn decode(bytes: &[u8], binding: &Binding, chunks: u32) -> Result<Self, ResidencyError> {
         let expected = HEADER + word_count(chunks) * 8 + DIGEST;
         if bytes.len() != expected {
-            return Err(ResidencyError::Length { expected, found: bytes.len() });
+            return Err(ResidencyError::Length {
+                expected,
+                found: bytes.len(),
+            });
         }
         let (body, checksum) = bytes.split_at(expected - DIGEST);
         if Digest::of(body).as_bytes() != checksum {
@@ -70,8 +77,10 @@ impl Residency {
         if header != encode_header(binding, chunks) {
             return Err(ResidencyError::Foreign);
         }
-        let words: Box<[AtomicU64]> =
-            bitmap.chunks_exact(8).map(|word| AtomicU64::new(u64::from_le_bytes(word.try_into().unwrap_or_default()))).collect();
+        let words: Box<[AtomicU64]> = bitmap
+            .chunks_exact(8)
+            .map(|word| AtomicU64::new(u64::from_le_bytes(word.try_into().unwrap_or_default())))
+            .collect();
         // Bits past the last chunk would make the count, and with it "complete", wrong.
         if let (Some(last), used @ 1..) = (words.last(), chunks % 64)
             && last.load(Ordering::Relaxed) >> used != 0
@@ -79,7 +88,11 @@ impl Residency {
             return Err(ResidencyError::Checksum);
         }
         let resident = words.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum();
-        Ok(Self { words, chunks, resident: AtomicU32::new(resident) })
+        Ok(Self {
+            words,
+            chunks,
+            resident: AtomicU32::new(resident),
+        })
     }
 
     /// The file form of the bits as they are now.
@@ -96,7 +109,9 @@ impl Residency {
     /// Whether the chunk is in `data`. A chunk that the layer does not have is not.
     pub fn contains(&self, chunk: u32) -> bool {
         let (word, mask) = position(chunk);
-        self.words.get(word).is_some_and(|bits| bits.load(Ordering::Acquire) & mask != 0)
+        self.words
+            .get(word)
+            .is_some_and(|bits| bits.load(Ordering::Acquire) & mask != 0)
     }
 
     /// Whether all of `chunks` are in `data`.
@@ -152,7 +167,10 @@ mod tests {
     use super::*;
 
     fn binding() -> Binding {
-        Binding { toc: Digest::of(b"toc"), index: Digest::of(b"index") }
+        Binding {
+            toc: Digest::of(b"toc"),
+            index: Digest::of(b"index"),
+        }
     }
 
     proptest! {
@@ -187,10 +205,28 @@ mod tests {
     #[test]
     fn bits_of_another_layer_or_layout_are_refused() {
         let bytes = Residency::empty(9).encode(&binding());
-        for other in [Binding { toc: Digest::of(b"x"), ..binding() }, Binding { index: Digest::of(b"x"), ..binding() }] {
-            assert_eq!(Residency::decode(&bytes, &other, 9).unwrap_err(), ResidencyError::Foreign);
+        for other in [
+            Binding {
+                toc: Digest::of(b"x"),
+                ..binding()
+            },
+            Binding {
+                index: Digest::of(b"x"),
+                ..binding()
+            },
+        ] {
+            assert_eq!(
+                Residency::decode(&bytes, &other, 9).unwrap_err(),
+                ResidencyError::Foreign
+            );
         }
-        assert_eq!(Residency::decode(&bytes, &binding(), 10).unwrap_err(), ResidencyError::Foreign);
-        assert!(matches!(Residency::decode(&bytes, &binding(), 65), Err(ResidencyError::Length { .. })));
+        assert_eq!(
+            Residency::decode(&bytes, &binding(), 10).unwrap_err(),
+            ResidencyError::Foreign
+        );
+        assert!(matches!(
+            Residency::decode(&bytes, &binding(), 65),
+            Err(ResidencyError::Length { .. })
+        ));
     }
 }

@@ -65,7 +65,10 @@ pub struct Origin {
 
 impl Origin {
     fn layout(&self) -> BlobLayout {
-        BlobLayout { blob_size: self.blob_size, toc_offset: self.toc_offset }
+        BlobLayout {
+            blob_size: self.blob_size,
+            toc_offset: self.toc_offset,
+        }
     }
 }
 
@@ -88,7 +91,10 @@ impl LayerStore {
                 fs::remove_dir_all(entry.path()).map_err(io_error("remove the unfinished layer", &entry.path()))?;
             }
         }
-        Ok(Self { root, unfinished: AtomicU64::new(0) })
+        Ok(Self {
+            root,
+            unfinished: AtomicU64::new(0),
+        })
     }
 
     /// Directory of a layer, there or not.
@@ -107,7 +113,9 @@ impl LayerStore {
         let index = build_index(toc_json, origin, toc_digest)?;
         let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
         let temporary = self.root.join(format!("{UNFINISHED}{}-{number}", toc_digest.hex()));
-        let written = self.write_layer(&temporary, toc_json, &index, origin).and_then(|()| self.publish(&temporary, toc_digest));
+        let written = self
+            .write_layer(&temporary, toc_json, &index, origin)
+            .and_then(|()| self.publish(&temporary, toc_digest));
         if let Err(error) = written {
             // What failed is what is reported; the next start removes the rest.
             let _ = fs::remove_dir_all(&temporary);
@@ -123,7 +131,9 @@ impl LayerStore {
         }
         let size = open_index_bytes(index)?.data_size();
         let data = dir.join("data");
-        File::create(&data).and_then(|file| file.set_len(size).and_then(|()| file.sync_all())).map_err(io_error("create", &data))?;
+        File::create(&data)
+            .and_then(|file| file.set_len(size).and_then(|()| file.sync_all()))
+            .map_err(io_error("create", &data))?;
         fs::create_dir(dir.join("mnt")).map_err(io_error("create", &dir.join("mnt")))?;
         files::sync_dir(dir).map_err(io_error("sync", dir))
     }
@@ -160,9 +170,18 @@ impl LayerStore {
                 map_index(&dir, toc_digest).map_err(|reason| CacheError::Toc(reason.into()))?
             }
         };
-        let binding = Binding { toc: *toc_digest, index: index_digest };
+        let binding = Binding {
+            toc: *toc_digest,
+            index: index_digest,
+        };
         let path = dir.join("data");
-        let data = File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(io_error("open", &path))?;
+        let data = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(io_error("open", &path))?;
         let length = data.metadata().map_err(io_error("stat", &path))?.len();
         let residency = if length == index.data_size() {
             load_residency(&dir, &binding, index.chunk_count())?
@@ -180,10 +199,14 @@ impl LayerStore {
 
     fn reset_data(dir: &Path, data: &File, size: u64) -> Result<(), CacheError> {
         match fs::remove_file(dir.join(RESIDENT)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &dir.join(RESIDENT))(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("remove", &dir.join(RESIDENT))(error));
+            }
             _ => {}
         }
-        data.set_len(0).and_then(|()| data.set_len(size)).map_err(io_error("resize", &dir.join("data")))
+        data.set_len(0)
+            .and_then(|()| data.set_len(size))
+            .map_err(io_error("resize", &dir.join("data")))
     }
 
     fn rebuild_index(&self, dir: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
@@ -202,8 +225,14 @@ impl LayerStore {
         // `mnt` is left out: asking for it would ask the mounted filesystem.
         let path = self.path(toc_digest);
         let files = ["", "toc", "index", "data", RESIDENT, "origin"];
-        let allocated = files.iter().filter_map(|name| fs::symlink_metadata(path.join(name)).ok()).map(|metadata| metadata.blocks() * 512);
-        allocated.fold(Usage::default(), |sum, bytes| Usage { bytes: sum.bytes + bytes, inodes: sum.inodes + 1 })
+        let allocated = files
+            .iter()
+            .filter_map(|name| fs::symlink_metadata(path.join(name)).ok())
+            .map(|metadata| metadata.blocks() * 512);
+        allocated.fold(Usage::default(), |sum, bytes| Usage {
+            bytes: sum.bytes + bytes,
+            inodes: sum.inodes + 1,
+        })
     }
 
     /// Removes a layer that cannot be used; it must not be mounted.
@@ -219,7 +248,8 @@ impl LayerStore {
     /// Where a cached layer came from.
     pub fn origin(&self, toc_digest: &Digest) -> Result<Origin, CacheError> {
         let path = self.path(toc_digest).join("origin");
-        let bytes = files::read_bounded(&path, MAX_ORIGIN_BYTES).and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()));
+        let bytes = files::read_bounded(&path, MAX_ORIGIN_BYTES)
+            .and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()));
         bytes
             .and_then(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::from))
             .map_err(io_error("read", &path))
@@ -237,7 +267,14 @@ fn encode_origin(origin: &Origin) -> Vec<u8> {
 
 fn verify(toc_digest: &Digest, toc_json: &[u8]) -> Result<(), CacheError> {
     let found = Digest::of(toc_json);
-    if found == *toc_digest { Ok(()) } else { Err(CacheError::TocDigest { expected: *toc_digest, found }) }
+    if found == *toc_digest {
+        Ok(())
+    } else {
+        Err(CacheError::TocDigest {
+            expected: *toc_digest,
+            found,
+        })
+    }
 }
 
 fn build_index(toc_json: &[u8], origin: &Origin, toc_digest: &Digest) -> Result<Vec<u8>, CacheError> {

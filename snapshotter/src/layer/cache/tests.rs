@@ -27,7 +27,10 @@ fn a_layer_appears_whole_and_loads_again_without_its_toc_being_given() {
     let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
     assert_eq!(layer.toc_digest(), sample.toc_digest);
     assert_eq!(fs::read(layer.dir().join("toc")).unwrap(), sample.toc_json);
-    assert_eq!(fs::metadata(layer.dir().join("data")).unwrap().len(), layer.index().data_size());
+    assert_eq!(
+        fs::metadata(layer.dir().join("data")).unwrap().len(),
+        layer.index().data_size()
+    );
     assert_eq!(test.store.origin(&sample.toc_digest).unwrap(), sample.origin());
     let usage = test.store.usage(&sample.toc_digest);
     assert!(usage.inodes == 5 && (1..100_000).contains(&usage.bytes), "{usage:?}");
@@ -40,9 +43,15 @@ fn a_layer_appears_whole_and_loads_again_without_its_toc_being_given() {
 fn a_toc_with_another_digest_and_an_unusable_toc_leave_nothing_behind() {
     let (test, sample) = (TestStore::new(), sample());
     let other = Digest::of(b"other");
-    assert!(matches!(test.store.create(&other, &sample.toc_json, &sample.origin()), Err(CacheError::TocDigest { .. })));
+    assert!(matches!(
+        test.store.create(&other, &sample.toc_json, &sample.origin()),
+        Err(CacheError::TocDigest { .. })
+    ));
     let nonsense = Digest::of(b"nonsense");
-    assert!(matches!(test.store.create(&nonsense, b"nonsense", &sample.origin()), Err(CacheError::Toc(_))));
+    assert!(matches!(
+        test.store.create(&nonsense, b"nonsense", &sample.origin()),
+        Err(CacheError::Toc(_))
+    ));
     assert_eq!(fs::read_dir(test.dir.path().join("layers")).unwrap().count(), 0);
 }
 
@@ -67,7 +76,10 @@ fn wrong_bytes_are_refused_and_never_reach_the_file() {
             assert!(matches!(layer.store(id, &wrong), Err(StoreError::Digest { .. })));
         }
     }
-    assert!(matches!(layer.store(layer.index().chunk_count(), b""), Err(StoreError::NoChunk { .. })));
+    assert!(matches!(
+        layer.store(layer.index().chunk_count(), b""),
+        Err(StoreError::NoChunk { .. })
+    ));
     assert_eq!(layer.residency().count(), 0);
     assert_only_verified(&layer);
     assert!(store(&sample, &layer, 3).unwrap());
@@ -87,10 +99,14 @@ fn after_an_unclean_stop_only_what_was_checkpointed_is_resident() {
     store(&sample, &layer, 4).unwrap();
     drop(layer);
     let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
-    let resident: Vec<u32> = (0..layer.index().chunk_count()).filter(|&id| layer.residency().contains(id)).collect();
+    let resident: Vec<u32> = (0..layer.index().chunk_count())
+        .filter(|&id| layer.residency().contains(id))
+        .collect();
     assert_eq!(resident, [0, 2]);
     let chunk = layer.index().chunk(2).unwrap();
-    let bytes = layer.read(chunk.data_offset..chunk.data_offset + u64::from(chunk.size)).unwrap();
+    let bytes = layer
+        .read(chunk.data_offset..chunk.data_offset + u64::from(chunk.size))
+        .unwrap();
     assert_eq!(Digest::of(&bytes), chunk.digest);
 }
 
@@ -104,21 +120,47 @@ fn a_damaged_residency_file_or_data_of_another_length_start_empty() {
         store(&sample, &layer, 1).unwrap();
         layer.checkpoint().unwrap();
     };
-    let count = || test.store.load(&sample.toc_digest).unwrap().unwrap().residency().count();
+    let count = || {
+        test.store
+            .load(&sample.toc_digest)
+            .unwrap()
+            .unwrap()
+            .residency()
+            .count()
+    };
     drop(layer);
     checkpoint();
     assert_eq!(count(), 1);
     let good = fs::read(&resident).unwrap();
     let mut flipped = good.clone();
     flipped[good.len() / 2] ^= 4;
-    for bad in [&good[..good.len() - 1], &good[..10], &[][..], &flipped[..], &vec![0; 1 << 20][..]] {
+    for bad in [
+        &good[..good.len() - 1],
+        &good[..10],
+        &[][..],
+        &flipped[..],
+        &vec![0; 1 << 20][..],
+    ] {
         fs::write(&resident, bad).unwrap();
         assert_eq!(count(), 0);
     }
     checkpoint();
-    fs::File::options().write(true).open(&data).unwrap().set_len(4096).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(&data)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
     assert_eq!(count(), 0);
-    assert_eq!(fs::metadata(&data).unwrap().len(), test.store.load(&sample.toc_digest).unwrap().unwrap().index().data_size());
+    assert_eq!(
+        fs::metadata(&data).unwrap().len(),
+        test.store
+            .load(&sample.toc_digest)
+            .unwrap()
+            .unwrap()
+            .index()
+            .data_size()
+    );
     checkpoint();
     fs::remove_file(&data).unwrap();
     assert_eq!(count(), 0);
@@ -143,7 +185,10 @@ fn a_damaged_index_is_built_again_and_a_damaged_toc_is_an_error() {
     }
     fs::remove_file(dir.join("index")).unwrap();
     fs::write(dir.join("toc"), b"damaged").unwrap();
-    assert!(matches!(test.store.load(&sample.toc_digest), Err(CacheError::TocDigest { .. })));
+    assert!(matches!(
+        test.store.load(&sample.toc_digest),
+        Err(CacheError::TocDigest { .. })
+    ));
     test.store.discard(&sample.toc_digest).unwrap();
     assert!(test.store.load(&sample.toc_digest).unwrap().is_none());
     sample.create(&test.store);

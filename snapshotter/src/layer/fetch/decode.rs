@@ -12,9 +12,19 @@ use crate::layer::cache::{CachedLayer, StoreError};
 use crate::metrics::Metrics;
 
 /// Stores every chunk of `member` that `compressed` holds and that is not resident; the first failure if there was one.
-pub(super) fn store_member(layer: &CachedLayer, metrics: &Metrics, member: u32, compressed: &[u8]) -> Result<(), FetchError> {
-    let Some(entry) = layer.index().member(member) else { return Ok(()) };
-    let missing: Vec<u32> = entry.chunks.filter(|&chunk| !layer.residency().contains(chunk)).collect();
+pub(super) fn store_member(
+    layer: &CachedLayer,
+    metrics: &Metrics,
+    member: u32,
+    compressed: &[u8],
+) -> Result<(), FetchError> {
+    let Some(entry) = layer.index().member(member) else {
+        return Ok(());
+    };
+    let missing: Vec<u32> = entry
+        .chunks
+        .filter(|&chunk| !layer.residency().contains(chunk))
+        .collect();
     let Some(&first) = missing.first() else { return Ok(()) };
     let want = usize::try_from(plan::unfolded_size(layer.index(), member)).unwrap_or(usize::MAX);
     let mut unfolded = Vec::new();
@@ -54,7 +64,9 @@ pub(in crate::layer) fn ingest(layer: &CachedLayer, metrics: &Metrics, start: u6
         if range.start < start {
             break;
         }
-        let (Ok(from), Ok(to)) = (usize::try_from(range.start - start), usize::try_from(range.end - start)) else { continue };
+        let (Ok(from), Ok(to)) = (usize::try_from(range.start - start), usize::try_from(range.end - start)) else {
+            continue;
+        };
         if range.end > end {
             continue;
         }
@@ -77,11 +89,18 @@ fn store_chunk(
         metrics.verify_failures.inc();
         FetchError::Corrupt { chunk, reason }
     };
-    let Some(entry) = layer.index().chunk(chunk) else { return Err(FetchError::Store(StoreError::NoChunk { chunk })) };
+    let Some(entry) = layer.index().chunk(chunk) else {
+        return Err(FetchError::Store(StoreError::NoChunk { chunk }));
+    };
     let start = usize::try_from(entry.inner_offset).unwrap_or(usize::MAX);
     let bytes = unfolded.get(start..).and_then(|rest| rest.get(..entry.size as usize));
     let Some(bytes) = bytes else {
-        let reason = shortage.cloned().unwrap_or_else(|| Arc::new(GzipError::Short { have: unfolded.len(), want: start }));
+        let reason = shortage.cloned().unwrap_or_else(|| {
+            Arc::new(GzipError::Short {
+                have: unfolded.len(),
+                want: start,
+            })
+        });
         return Err(corrupt(Corruption::Inflate(reason)));
     };
     match layer.store(chunk, bytes) {

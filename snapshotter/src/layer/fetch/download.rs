@@ -17,8 +17,8 @@ use super::flight::Urgency;
 use crate::layer::source::{BlobSource, ByteStream, Priority, SourceError};
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
-/// Requests without progress between them, after which a range is given up.
-const MAX_FRUITLESS: u32 = 5;
+/// Requests without progress between them, after which a range is given up: about five seconds of a source that refuses at once.
+pub(super) const MAX_FRUITLESS: u32 = 8;
 /// Requests for one range in all: a server that sends a little each time is given up too.
 const MAX_ATTEMPTS: u32 = 20;
 /// Bytes that count as progress.
@@ -84,7 +84,11 @@ impl Download {
                     if self.position == self.end {
                         self.close("ok");
                     }
-                    self.engine.metrics.fetch_bytes.get_or_create(&KindLabels { kind: self.kind() }).inc_by(piece.len() as u64);
+                    self.engine
+                        .metrics
+                        .fetch_bytes
+                        .get_or_create(&KindLabels { kind: self.kind() })
+                        .inc_by(piece.len() as u64);
                     return Ok(Some(piece));
                 }
                 Err(error) => self.recover(error).await?,
@@ -103,19 +107,31 @@ impl Download {
             let request = self.source.read(self.position..self.end, self.priority);
             self.body = Some(tokio::time::timeout(stall, request).await.map_err(stalled)??);
         }
-        let Some(body) = &mut self.body else { return Err(SourceError::transient("no body")) };
+        let Some(body) = &mut self.body else {
+            return Err(SourceError::transient("no body"));
+        };
         match tokio::time::timeout(stall, body.next()).await.map_err(stalled)? {
             Some(piece) => piece,
-            None => Err(SourceError::transient(format!("the body ended at {} instead of {}", self.position, self.end))),
+            None => Err(SourceError::transient(format!(
+                "the body ended at {} instead of {}",
+                self.position, self.end
+            ))),
         }
     }
 
     /// Ends the request under way and pauses before the next, or gives up.
     async fn recover(&mut self, error: SourceError) -> Result<(), FetchError> {
         self.close(error.class());
-        self.fruitless = if self.received >= PROGRESS { 1 } else { self.fruitless + 1 };
+        self.fruitless = if self.received >= PROGRESS {
+            1
+        } else {
+            self.fruitless + 1
+        };
         if !error.is_transient() || self.fruitless >= MAX_FRUITLESS || self.attempts >= MAX_ATTEMPTS {
-            return Err(FetchError::Source { attempts: self.attempts, source: error });
+            return Err(FetchError::Source {
+                attempts: self.attempts,
+                source: error,
+            });
         }
         let pause = pause(self.fruitless);
         tracing::debug!(error = %error, attempt = self.attempts, at = self.position, ?pause, "asking for the rest again");
@@ -126,7 +142,13 @@ impl Download {
     fn close(&mut self, result: &'static str) {
         self.body = None;
         let metrics = &self.engine.metrics;
-        metrics.fetch_requests.get_or_create(&FetchLabels { kind: self.kind(), result }).inc();
+        metrics
+            .fetch_requests
+            .get_or_create(&FetchLabels {
+                kind: self.kind(),
+                result,
+            })
+            .inc();
         metrics.fetch_request.observe(self.asked.elapsed().as_secs_f64());
     }
 
@@ -137,7 +159,9 @@ impl Download {
 
 /// Half of the doubled pause, plus up to as much again by chance, so that clients of a failing server drift apart.
 fn pause(fruitless: u32) -> Duration {
-    let doubled = FIRST_PAUSE.saturating_mul(1 << fruitless.saturating_sub(1).min(10)).min(LONGEST_PAUSE);
+    let doubled = FIRST_PAUSE
+        .saturating_mul(1 << fruitless.saturating_sub(1).min(10))
+        .min(LONGEST_PAUSE);
     // A fresh `RandomState` is keyed by the process's random source; no more is asked of it here.
     let chance = RandomState::new().build_hasher().finish() % 1024;
     doubled / 2 + doubled.mul_f64(f64::from(u32::try_from(chance).unwrap_or(0)) / 2048.0)
@@ -152,7 +176,10 @@ mod tests {
         for (fruitless, most) in [(0, 50), (1, 50), (2, 100), (5, 800), (7, 2000), (u32::MAX, 2000)] {
             let most = Duration::from_millis(most);
             let pauses: Vec<Duration> = (0..32).map(|_| pause(fruitless)).collect();
-            assert!(pauses.iter().all(|pause| (most / 2..=most).contains(pause)), "{fruitless}: {pauses:?}");
+            assert!(
+                pauses.iter().all(|pause| (most / 2..=most).contains(pause)),
+                "{fruitless}: {pauses:?}"
+            );
             assert!(pauses.iter().any(|pause| pause != &pauses[0]));
         }
     }

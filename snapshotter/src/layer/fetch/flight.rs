@@ -61,7 +61,10 @@ pub(super) struct HeldFlights<'a> {
 impl Flights {
     pub(super) fn hold(&self) -> HeldFlights<'_> {
         // Every change of the table is one insert or remove, so a panic elsewhere cannot leave it half changed.
-        HeldFlights { flights: self, table: self.table.lock().unwrap_or_else(PoisonError::into_inner) }
+        HeldFlights {
+            flights: self,
+            table: self.table.lock().unwrap_or_else(PoisonError::into_inner),
+        }
     }
 
     #[cfg(test)]
@@ -85,10 +88,19 @@ impl HeldFlights<'_> {
 
     /// Claims a member that is not under way.
     pub(super) fn claim(&mut self, member: u32, urgent: &Urgency) -> Option<Claim> {
-        let Entry::Vacant(entry) = self.table.entry(member) else { return None };
+        let Entry::Vacant(entry) = self.table.entry(member) else {
+            return None;
+        };
         let (sender, progress) = watch::channel(Progress::Pending);
-        entry.insert(Flight { progress, urgent: urgent.clone() });
-        Some(Claim { member, sender, flights: self.flights.clone() })
+        entry.insert(Flight {
+            progress,
+            urgent: urgent.clone(),
+        });
+        Some(Claim {
+            member,
+            sender,
+            flights: self.flights.clone(),
+        })
     }
 }
 

@@ -32,7 +32,11 @@ impl Gate {
     /// `slots` requests at once; prefetch has a quarter of them.
     pub(super) fn new(slots: usize) -> Self {
         let slots = slots.max(2);
-        Self { slots: Semaphore::new(slots), prefetch_slots: Semaphore::new((slots / 4).max(1)), demand: watch::Sender::new(0) }
+        Self {
+            slots: Semaphore::new(slots),
+            prefetch_slots: Semaphore::new((slots / 4).max(1)),
+            demand: watch::Sender::new(0),
+        }
     }
 
     /// Waits for the right to make a request.
@@ -41,14 +45,22 @@ impl Gate {
             Priority::Demand => {
                 self.demand.send_modify(|count| *count += 1);
                 // Made first, so that the count falls again if the wait is cancelled.
-                let mut slot = Slot { _slot: None, _prefetch_slot: None, demand: Some(&self.demand) };
+                let mut slot = Slot {
+                    _slot: None,
+                    _prefetch_slot: None,
+                    demand: Some(&self.demand),
+                };
                 slot._slot = self.slots.acquire().await.ok();
                 slot
             }
             Priority::Prefetch => {
                 let prefetch_slot = self.prefetch_slots.acquire().await.ok();
                 self.stand_aside().await;
-                Slot { _prefetch_slot: prefetch_slot, _slot: self.slots.acquire().await.ok(), demand: None }
+                Slot {
+                    _prefetch_slot: prefetch_slot,
+                    _slot: self.slots.acquire().await.ok(),
+                    demand: None,
+                }
             }
         }
     }
@@ -83,7 +95,11 @@ mod tests {
     async fn demand_finds_a_slot_whatever_prefetch_holds_and_prefetch_stands_aside() {
         let gate = Gate::new(4);
         let prefetch = gate.enter(Priority::Prefetch).await;
-        assert!(tokio::time::timeout(SOON, gate.enter(Priority::Prefetch)).await.is_err());
+        assert!(
+            tokio::time::timeout(SOON, gate.enter(Priority::Prefetch))
+                .await
+                .is_err()
+        );
         let demand = gate.enter(Priority::Demand).await;
         let before = Instant::now();
         gate.stand_aside().await;

@@ -47,9 +47,17 @@ struct Cutter {
 
 /// Fetches a group and settles every claim of it.
 pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
-    let Some(range) = range_of(&fetch, &group.claims) else { return };
+    let Some(range) = range_of(&fetch, &group.claims) else {
+        return;
+    };
     let source = fetch.remote().source.clone();
-    let mut download = Download::new(fetch.engine().clone(), source, range.clone(), group.priority, group.urgency);
+    let mut download = Download::new(
+        fetch.engine().clone(),
+        source,
+        range.clone(),
+        group.priority,
+        group.urgency,
+    );
     let mut cutter = Cutter {
         fetch,
         claims: group.claims,
@@ -89,7 +97,8 @@ impl Cutter {
         while let Some(claim) = self.claims.front() {
             let member = plan::member_range(self.fetch.layer().index(), claim.member());
             if self.memory.is_none() {
-                let bytes = (member.end - member.start) + plan::unfolded_size(self.fetch.layer().index(), claim.member());
+                let bytes =
+                    (member.end - member.start) + plan::unfolded_size(self.fetch.layer().index(), claim.member());
                 let engine = self.fetch.engine().clone();
                 self.memory = engine.try_reserve(bytes);
                 if self.memory.is_none() {
@@ -105,18 +114,26 @@ impl Cutter {
                 break;
             }
             self.skip_to(member.start);
-            let length = usize::try_from(member.end - member.start).unwrap_or(usize::MAX).min(self.buffer.len());
+            let length = usize::try_from(member.end - member.start)
+                .unwrap_or(usize::MAX)
+                .min(self.buffer.len());
             let bytes = self.buffer.split_to(length).freeze();
             self.start = member.end;
             if let Some(claim) = self.claims.pop_front() {
-                ready.push(Received { claim, bytes, _memory: self.memory.take() });
+                ready.push(Received {
+                    claim,
+                    bytes,
+                    _memory: self.memory.take(),
+                });
             }
         }
         self.start_job(ready);
     }
 
     fn skip_to(&mut self, offset: u64) {
-        let skip = usize::try_from(offset.saturating_sub(self.start)).unwrap_or(usize::MAX).min(self.buffer.len());
+        let skip = usize::try_from(offset.saturating_sub(self.start))
+            .unwrap_or(usize::MAX)
+            .min(self.buffer.len());
         if skip > 0 {
             bytes::Buf::advance(&mut self.buffer, skip);
             self.start += skip as u64;
@@ -176,7 +193,9 @@ async fn refetch(fetch: &Arc<LayerFetch>, member: u32) -> Result<(), FetchError>
     let engine = fetch.engine();
     let range = plan::member_range(fetch.layer().index(), member);
     let _slot = engine.gate.enter(Priority::Demand).await;
-    let _memory = engine.reserve((range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member)).await;
+    let _memory = engine
+        .reserve((range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member))
+        .await;
     let source = fetch.remote().source.clone();
     let mut download = Download::new(engine.clone(), source, range, Priority::Demand, Urgency::default());
     let mut bytes = BytesMut::new();

@@ -57,11 +57,24 @@ struct Wait {
 
 impl LayerFetch {
     /// A layer that is fetched from `source` as far as it is not resident.
-    pub fn new(engine: Arc<Engine>, layer: Arc<CachedLayer>, source: Arc<dyn BlobSource>, names: LayerNames) -> Arc<Self> {
+    pub fn new(
+        engine: Arc<Engine>,
+        layer: Arc<CachedLayer>,
+        source: Arc<dyn BlobSource>,
+        names: LayerNames,
+    ) -> Arc<Self> {
         let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
         let remote = RwLock::new(Arc::new(Remote { source, names }));
         let stop = engine.stop_signal();
-        Arc::new(Self { engine, layer, remote, flights: Flights::default(), readahead, tasks: TaskTracker::new(), stop })
+        Arc::new(Self {
+            engine,
+            layer,
+            remote,
+            flights: Flights::default(),
+            readahead,
+            tasks: TaskTracker::new(),
+            stop,
+        })
     }
 
     /// Fetches from another source from now on; requests under way end at the old one.
@@ -102,7 +115,11 @@ impl LayerFetch {
     /// Counts bytes given to a reader.
     pub fn count_read(&self, resident: bool, bytes: usize) {
         let source = if resident { "cache" } else { "registry" };
-        self.engine.metrics.read_bytes.get_or_create(&SourceLabels { source }).inc_by(bytes as u64);
+        self.engine
+            .metrics
+            .read_bytes
+            .get_or_create(&SourceLabels { source })
+            .inc_by(bytes as u64);
     }
 
     /// The layer in the cache.
@@ -161,7 +178,10 @@ impl LayerFetch {
             let mut wanted = Vec::new();
             for (&member, needed) in &missing {
                 if let Some(progress) = flights.join(member) {
-                    waits.push(Wait { chunks: needed.clone(), progress });
+                    waits.push(Wait {
+                        chunks: needed.clone(),
+                        progress,
+                    });
                 } else if !self.layer.residency().contains_all(needed.clone()) {
                     wanted.push(member);
                 }
@@ -170,11 +190,18 @@ impl LayerFetch {
             for members in self.plan(&wanted, free) {
                 let urgency = Urgency::default();
                 let claims = members.filter_map(|member| flights.claim(member, &urgency)).collect();
-                groups.push(Group { claims, priority: Priority::Demand, urgency });
+                groups.push(Group {
+                    claims,
+                    priority: Priority::Demand,
+                    urgency,
+                });
             }
             for member in wanted {
                 if let (Some(progress), Some(needed)) = (flights.join(member), missing.get(&member)) {
-                    waits.push(Wait { chunks: needed.clone(), progress });
+                    waits.push(Wait {
+                        chunks: needed.clone(),
+                        progress,
+                    });
                 }
             }
         }
@@ -190,11 +217,21 @@ impl LayerFetch {
     }
 
     fn plan(&self, wanted: &[u32], free: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
-        let Some(&first) = wanted.first() else { return Vec::new() };
+        let Some(&first) = wanted.first() else {
+            return Vec::new();
+        };
         let index = self.layer.index();
         let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
         let window = readahead.window(plan::member_range(index, first).start);
-        let groups = plan::groups(index, wanted, free, Reach { window, max: self.engine.options.max_range });
+        let groups = plan::groups(
+            index,
+            wanted,
+            free,
+            Reach {
+                window,
+                max: self.engine.options.max_range,
+            },
+        );
         if let Some(last) = groups.last() {
             readahead.reached(plan::blob_range(index, last).end);
         }
@@ -214,7 +251,10 @@ impl LayerFetch {
 
     /// Whether any chunk of the member is not resident.
     pub(super) fn is_missing(&self, member: u32) -> bool {
-        self.layer.index().member(member).is_some_and(|member| !self.layer.residency().contains_all(member.chunks))
+        self.layer
+            .index()
+            .member(member)
+            .is_some_and(|member| !self.layer.residency().contains_all(member.chunks))
     }
 
     /// Makes a layer that has just become complete durable as such.
@@ -222,7 +262,8 @@ impl LayerFetch {
         if self.layer.residency().is_complete() && self.layer.is_dirty() {
             let layer = self.layer.clone();
             self.spawn(async move {
-                let result = tokio::task::spawn_blocking(move || layer.checkpoint().map_err(|error| (layer, error))).await;
+                let result =
+                    tokio::task::spawn_blocking(move || layer.checkpoint().map_err(|error| (layer, error))).await;
                 if let Ok(Err((layer, error))) = result {
                     tracing::error!(dir = %layer.dir().display(), %error, "cannot record that the layer is complete");
                 }
@@ -239,7 +280,10 @@ impl LayerFetch {
             return;
         };
         let entry = self.layer.index().chunk(*chunk);
-        let file = entry.as_ref().map(|entry| self.layer.index().path_of(entry.ino)).unwrap_or_default();
+        let file = entry
+            .as_ref()
+            .map(|entry| self.layer.index().path_of(entry.ino))
+            .unwrap_or_default();
         let offset = entry.as_ref().map_or(0, |entry| entry.file_offset);
         let file = String::from_utf8_lossy(&file);
         tracing::error!(image, %layer, %file, chunk, offset, error = error as &dyn std::error::Error, "{what}");

@@ -47,7 +47,10 @@ pub(super) fn groups<B: AsRef<[u8]>>(
             }
             group.end += 1;
         }
-        while group.start > after && can_join(index, group.start - 1, group.start - 1, &free) && group.len() < MAX_MEMBERS as usize {
+        while group.start > after
+            && can_join(index, group.start - 1, group.start - 1, &free)
+            && group.len() < MAX_MEMBERS as usize
+        {
             let length = span(index, &(group.start - 1..group.end));
             if length > reach.window || !adjacent(index, group.start - 1, group.start) {
                 break;
@@ -68,7 +71,9 @@ pub(super) fn run<B: AsRef<[u8]>>(
     max: u64,
 ) -> Option<Range<u32>> {
     let before_end = |member: u32| index.member(member).is_some_and(|member| member.start < until);
-    let start = (from..index.member_count()).take_while(|&member| before_end(member)).find(|&member| free(member))?;
+    let start = (from..index.member_count())
+        .take_while(|&member| before_end(member))
+        .find(|&member| free(member))?;
     let mut group = start..start + 1;
     while before_end(group.end)
         && can_join(index, group.end - 1, group.end, &free)
@@ -100,7 +105,11 @@ pub(super) fn member_range<B: AsRef<[u8]>>(index: &LayerIndex<B>, member: u32) -
 /// How much of the unfolded member its chunks cover.
 pub(super) fn unfolded_size<B: AsRef<[u8]>>(index: &LayerIndex<B>, member: u32) -> u64 {
     let chunks = index.member(member).map_or(0..0, |member| member.chunks);
-    let end = |chunk: u32| index.chunk(chunk).map_or(0, |chunk| chunk.inner_offset.saturating_add(u64::from(chunk.size)));
+    let end = |chunk: u32| {
+        index
+            .chunk(chunk)
+            .map_or(0, |chunk| chunk.inner_offset.saturating_add(u64::from(chunk.size)))
+    };
     chunks.map(end).max().unwrap_or(0)
 }
 
@@ -114,5 +123,8 @@ fn can_join<B: AsRef<[u8]>>(index: &LayerIndex<B>, near: u32, next: u32, free: i
 }
 
 fn adjacent<B: AsRef<[u8]>>(index: &LayerIndex<B>, left: u32, right: u32) -> bool {
-    member_range(index, right).start.saturating_sub(member_range(index, left).end) <= MAX_GAP
+    member_range(index, right)
+        .start
+        .saturating_sub(member_range(index, left).end)
+        <= MAX_GAP
 }

@@ -55,9 +55,25 @@ impl LayerFetch {
     fn claim_run(&self, from: u32, until: u64) -> Option<(Group, Range<u32>)> {
         let mut flights = self.flights().hold();
         let free = |member: u32| !flights.contains(member) && self.is_missing(member);
-        let members = plan::run(self.layer().index(), from, until, free, self.engine().options.prefetch_range)?;
+        let members = plan::run(
+            self.layer().index(),
+            from,
+            until,
+            free,
+            self.engine().options.prefetch_range,
+        )?;
         let urgency = Urgency::default();
-        let claims = members.clone().filter_map(|member| flights.claim(member, &urgency)).collect();
-        Some((Group { claims, priority: Priority::Prefetch, urgency }, members))
+        let claims = members
+            .clone()
+            .filter_map(|member| flights.claim(member, &urgency))
+            .collect();
+        Some((
+            Group {
+                claims,
+                priority: Priority::Prefetch,
+                urgency,
+            },
+            members,
+        ))
     }
 }

@@ -26,14 +26,23 @@ pub(super) struct Readahead {
 
 impl Readahead {
     pub(super) fn new(least: u64, most: u64) -> Self {
-        Self { least, most: most.max(least), streams: VecDeque::new() }
+        Self {
+            least,
+            most: most.max(least),
+            streams: VecDeque::new(),
+        }
     }
 
     /// The window for a miss at `start`.
     pub(super) fn window(&mut self, start: u64) -> u64 {
         // A sequence skips what is resident already, so its next miss may lie a little further on.
         let follows = |stream: &Stream| start >= stream.end && start - stream.end <= self.least;
-        let window = match self.streams.iter().position(follows).and_then(|at| self.streams.remove(at)) {
+        let window = match self
+            .streams
+            .iter()
+            .position(follows)
+            .and_then(|at| self.streams.remove(at))
+        {
             Some(stream) => stream.window.saturating_mul(2).min(self.most),
             None => self.least,
         };

@@ -31,8 +31,16 @@ pub(super) struct Mounted {
 
 impl Shared {
     /// Mounts a layer, fetching its TOC first if it is not here.
-    pub(super) async fn mount(self: &Arc<Self>, slot: &Slot, toc_digest: Digest, request: &LayerRequest) -> Result<LayerMount, NotLazy> {
-        let names = LayerNames { image: request.image.clone(), layer_digest: request.layer_digest };
+    pub(super) async fn mount(
+        self: &Arc<Self>,
+        slot: &Slot,
+        toc_digest: Digest,
+        request: &LayerRequest,
+    ) -> Result<LayerMount, NotLazy> {
+        let names = LayerNames {
+            image: request.image.clone(),
+            layer_digest: request.layer_digest,
+        };
         let mut mounted = slot.mounted.lock().await;
         if let Some(mount) = self.mount_of(mounted.as_ref()) {
             self.renew_source(mounted.as_ref(), names);
@@ -56,10 +64,17 @@ impl Shared {
         Ok(mount)
     }
 
-    async fn open_and_load(self: &Arc<Self>, slot: &Slot, toc_digest: Digest, request: &LayerRequest) -> Result<CachedLayer, NotLazy> {
+    async fn open_and_load(
+        self: &Arc<Self>,
+        slot: &Slot,
+        toc_digest: Digest,
+        request: &LayerRequest,
+    ) -> Result<CachedLayer, NotLazy> {
         self.open_for(slot, toc_digest, request).await?;
         let path = self.store.path(&toc_digest);
-        self.load(toc_digest, request.layer_digest).await?.ok_or(NotLazy::NotCached { toc: toc_digest, path })
+        self.load(toc_digest, request.layer_digest)
+            .await?
+            .ok_or(NotLazy::NotCached { toc: toc_digest, path })
     }
 
     /// Mounts a layer from what is on disk.
@@ -71,22 +86,33 @@ impl Shared {
         self.discard_dead(slot, &mut mounted).await;
         let path = self.store.path(&origin.toc_digest);
         let layer = self.load(origin.toc_digest, origin.layer_digest).await?;
-        let layer = layer.ok_or(NotLazy::NotCached { toc: origin.toc_digest, path })?;
-        let names = LayerNames { image: origin.image.clone(), layer_digest: origin.layer_digest };
+        let layer = layer.ok_or(NotLazy::NotCached {
+            toc: origin.toc_digest,
+            path,
+        })?;
+        let names = LayerNames {
+            image: origin.image.clone(),
+            layer_digest: origin.layer_digest,
+        };
         Ok(self.serve(slot, &mut mounted, layer, names).await?.0)
     }
 
     fn mount_of(&self, mounted: Option<&Mounted>) -> Option<LayerMount> {
         let mounted = mounted.filter(|mounted| mounted.session.is_alive())?;
         let layer = mounted.fetch.layer();
-        Some(LayerMount { toc_digest: layer.toc_digest(), path: layer.mount_point() })
+        Some(LayerMount {
+            toc_digest: layer.toc_digest(),
+            path: layer.mount_point(),
+        })
     }
 
     /// The image that was pulled last is the one whose registry and credentials most likely work.
     fn renew_source(&self, mounted: Option<&Mounted>, names: LayerNames) {
         if let Some(mounted) = mounted {
             let size = mounted.fetch.layer().index().blob_size();
-            mounted.fetch.set_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
+            mounted
+                .fetch
+                .set_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
         }
     }
 
@@ -95,7 +121,8 @@ impl Shared {
     }
 
     async fn load(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<Option<CachedLayer>, NotLazy> {
-        self.with_store(layer_digest, toc_digest, move |shared| shared.store.load(&toc_digest)).await
+        self.with_store(layer_digest, toc_digest, move |shared| shared.store.load(&toc_digest))
+            .await
     }
 
     async fn discard(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<(), NotLazy> {
@@ -120,7 +147,10 @@ impl Shared {
         let path = self.store.path(&toc_digest);
         match result {
             Ok(result) => result.map_err(|error| cache_error(layer_digest, path, error)),
-            Err(panic) => Err(NotLazy::CacheIo { path, cause: Box::new(panic) }),
+            Err(panic) => Err(NotLazy::CacheIo {
+                path,
+                cause: Box::new(panic),
+            }),
         }
     }
 
@@ -134,15 +164,24 @@ impl Shared {
     ) -> Result<(LayerMount, Arc<LayerFetch>), NotLazy> {
         let source = self.source(&names.image, &names.layer_digest, Some(layer.index().blob_size()));
         let fetch = LayerFetch::new(self.engine.clone(), Arc::new(layer), source, names);
-        let mount = LayerMount { toc_digest: fetch.layer().toc_digest(), path: fetch.layer().mount_point() };
+        let mount = LayerMount {
+            toc_digest: fetch.layer().toc_digest(),
+            path: fetch.layer().mount_point(),
+        };
         let fuse = LayerFuse::new(LayerFs::new(fetch.clone()), self.metrics.clone());
         let (config, path) = (self.mount_config(&mount.toc_digest), mount.path.clone());
         let session = tokio::task::spawn_blocking(move || mount_session(fuse, &path, config)).await;
         let session = session.map_err(Into::into).and_then(|session| session);
-        let session = session.map_err(|cause| NotLazy::Mount { path: mount.path.clone(), cause })?;
+        let session = session.map_err(|cause| NotLazy::Mount {
+            path: mount.path.clone(),
+            cause,
+        })?;
         self.metrics.layers_mounted.inc();
         slot.set_live(Some(fetch.clone()));
-        *mounted = Some(Mounted { session, fetch: fetch.clone() });
+        *mounted = Some(Mounted {
+            session,
+            fetch: fetch.clone(),
+        });
         Ok((mount, fetch))
     }
 
@@ -179,7 +218,10 @@ impl Shared {
         let Mounted { session, fetch } = mounted;
         let result = tokio::task::spawn_blocking(move || session.unmount()).await;
         if let Ok(Err(error)) = result {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the layer's mount did not end cleanly");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the layer's mount did not end cleanly"
+            );
         }
         fetch.close().await;
         checkpoint(&fetch).await;
@@ -212,5 +254,7 @@ fn detach_stale(path: &Path) -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         }
     }
-    Err(io::Error::other(format!("more than {MAX_STALE_MOUNTS} mounts are stacked there")))
+    Err(io::Error::other(format!(
+        "more than {MAX_STALE_MOUNTS} mounts are stacked there"
+    )))
 }

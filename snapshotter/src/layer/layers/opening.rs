@@ -22,7 +22,10 @@ const MAX_REMEMBERED: u64 = 1024;
 
 /// The memory of images whose layers were opened ahead.
 pub(super) fn recently_opened() -> moka::future::Cache<Digest, ()> {
-    moka::future::Cache::builder().max_capacity(MAX_REMEMBERED).time_to_live(NOT_AGAIN).build()
+    moka::future::Cache::builder()
+        .max_capacity(MAX_REMEMBERED)
+        .time_to_live(NOT_AGAIN)
+        .build()
 }
 
 /// What is to be opened.
@@ -35,20 +38,34 @@ struct Wanted<'a> {
 
 impl Shared {
     /// Brings the requested layer into the cache, and behind it the image's other layers.
-    pub(super) async fn open_for(self: &Arc<Self>, slot: &Slot, toc_digest: Digest, request: &LayerRequest) -> Result<(), NotLazy> {
+    pub(super) async fn open_for(
+        self: &Arc<Self>,
+        slot: &Slot,
+        toc_digest: Digest,
+        request: &LayerRequest,
+    ) -> Result<(), NotLazy> {
         let layers = self.describe(request).await;
         let described = layers.iter().find(|layer| layer.digest == request.layer_digest);
         if let Some(manifest) = &request.manifest_digest {
             self.open_ahead(manifest, layers.clone(), request).await;
         }
-        let expected = Expected { layer: request.layer_digest, toc: toc_digest };
-        let wanted = Wanted { image: &request.image, expected, size: described.map(|layer| layer.size) };
+        let expected = Expected {
+            layer: request.layer_digest,
+            toc: toc_digest,
+        };
+        let wanted = Wanted {
+            image: &request.image,
+            expected,
+            size: described.map(|layer| layer.size),
+        };
         self.open(slot, wanted).await
     }
 
     /// The image's layers by its manifest; none where it is not known or does not come, which costs parallelism only.
     async fn describe(&self, request: &LayerRequest) -> Arc<[LayerDescriptor]> {
-        let Some(digest) = &request.manifest_digest else { return Arc::default() };
+        let Some(digest) = &request.manifest_digest else {
+            return Arc::default();
+        };
         let layers = async {
             let image = Reference::parse(&request.image).map_err(reference_error)?;
             let client = self.registries.client()?;
@@ -76,8 +93,21 @@ impl Shared {
     async fn open_other(self: Arc<Self>, image: String, layer: LayerDescriptor) {
         let Some(toc) = layer.toc_digest else { return };
         let slot = self.slot(&toc);
-        let expected = Expected { layer: layer.digest, toc };
-        if let Err(error) = self.open(&slot, Wanted { image: &image, expected, size: Some(layer.size) }).await {
+        let expected = Expected {
+            layer: layer.digest,
+            toc,
+        };
+        if let Err(error) = self
+            .open(
+                &slot,
+                Wanted {
+                    image: &image,
+                    expected,
+                    size: Some(layer.size),
+                },
+            )
+            .await
+        {
             // Its own Prepare reports it.
             tracing::debug!(layer = %layer.digest, error = &error as &dyn std::error::Error, "cannot open a layer ahead");
         }
@@ -91,7 +121,11 @@ impl Shared {
         if self.store.contains(&toc) {
             return Ok(());
         }
-        let Ok(_memory) = self.opening.acquire().await else { return Err(NotLazy::Refused { why: "the daemon is stopping" }) };
+        let Ok(_memory) = self.opening.acquire().await else {
+            return Err(NotLazy::Refused {
+                why: "the daemon is stopping",
+            });
+        };
         let source = self.source(wanted.image, &layer, wanted.size);
         let stall = self.config.registry.stall_timeout;
         let opened = open::open(&*source, wanted.image, wanted.expected, &self.metrics, stall).await?;

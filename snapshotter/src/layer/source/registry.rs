@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
-use hullspeed_registry::{Client, ClientOptions, Error, ErrorClass, RangeResponse, RangeSpec, Reference, ReferenceError};
+use hullspeed_registry::{
+    Client, ClientOptions, Error, ErrorClass, RangeResponse, RangeSpec, Reference, ReferenceError,
+};
 
 use super::{BlobSource, ByteStream, Priority, SourceError, Tail};
 
@@ -20,7 +22,10 @@ pub struct Registries {
 impl Registries {
     /// Registries reached as `options` say.
     pub fn new(options: ClientOptions) -> Self {
-        Self { options, client: Mutex::new(None) }
+        Self {
+            options,
+            client: Mutex::new(None),
+        }
     }
 
     /// The client that all layers share.
@@ -46,36 +51,61 @@ pub struct RegistryBlob {
 
 /// The registry client's form of a digest.
 pub(crate) fn registry_digest(digest: &Digest) -> hullspeed_registry::Digest {
-    digest.to_string().parse().expect("both forms are sha256:<64 lower-case hex digits>")
+    digest
+        .to_string()
+        .parse()
+        .expect("both forms are sha256:<64 lower-case hex digits>")
 }
 
 /// Tells failures that may pass from those that stay.
 pub(crate) fn source_error(error: Error) -> SourceError {
     let what = error.to_string();
     let class = match error.class() {
-        ErrorClass::Transient => return SourceError::Transient { what, cause: Some(Box::new(error)) },
+        ErrorClass::Transient => {
+            return SourceError::Transient {
+                what,
+                cause: Some(Box::new(error)),
+            };
+        }
         ErrorClass::Auth => "auth",
         ErrorClass::NotFound => "not_found",
         ErrorClass::Protocol => "protocol",
         ErrorClass::Local => "local",
     };
-    SourceError::Permanent { what, class, cause: Some(Box::new(error)) }
+    SourceError::Permanent {
+        what,
+        class,
+        cause: Some(Box::new(error)),
+    }
 }
 
 /// Image references come from labels, so one that is none is an error of each read and not of the mount.
 pub(crate) fn reference_error(error: ReferenceError) -> SourceError {
-    SourceError::Permanent { what: error.to_string(), class: "reference", cause: None }
+    SourceError::Permanent {
+        what: error.to_string(),
+        class: "reference",
+        cause: None,
+    }
 }
 
 impl RegistryBlob {
     /// The blob `digest` in the repository of `image`; `size` where a manifest told it.
     pub fn new(registries: Arc<Registries>, image: &str, digest: &Digest, size: Option<u64>) -> Self {
-        Self { registries, image: Reference::parse(image), digest: registry_digest(digest), size }
+        Self {
+            registries,
+            image: Reference::parse(image),
+            digest: registry_digest(digest),
+            size,
+        }
     }
 
     async fn ask(&self, range: RangeSpec) -> Result<RangeResponse, SourceError> {
         let image = self.image.as_ref().map_err(|error| reference_error(error.clone()))?;
-        self.registries.client()?.blob_range(image, &self.digest, range).await.map_err(source_error)
+        self.registries
+            .client()?
+            .blob_range(image, &self.digest, range)
+            .await
+            .map_err(source_error)
     }
 }
 
@@ -97,6 +127,10 @@ impl BlobSource for RegistryBlob {
         let response = self.ask(RangeSpec::Suffix(length)).await?;
         // The client has checked that what it calls the end is the blob's end.
         let (start, blob_size) = (response.start, response.end);
-        Ok(Tail { start, blob_size, body: body(response) })
+        Ok(Tail {
+            start,
+            blob_size,
+            body: body(response),
+        })
     }
 }

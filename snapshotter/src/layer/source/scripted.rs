@@ -92,11 +92,16 @@ impl Scripted {
 
     fn body(&self, range: Range<u64>, fault: Fault) -> Result<Vec<Result<Bytes, SourceError>>, SourceError> {
         let broken = || SourceError::transient("scripted failure");
-        let mut bytes = BytesMut::from(&self.blob[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]);
+        let mut bytes =
+            BytesMut::from(&self.blob[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]);
         let end = match fault {
             Fault::Transient => return Err(broken()),
             Fault::Permanent => {
-                return Err(SourceError::Permanent { what: "scripted failure".to_owned(), class: "not_found", cause: None });
+                return Err(SourceError::Permanent {
+                    what: "scripted failure".to_owned(),
+                    class: "not_found",
+                    cause: None,
+                });
             }
             Fault::None => bytes.len(),
             Fault::CutAfter(end) | Fault::EndAfter(end) | Fault::StallAfter(end) => end.min(bytes.len()),
@@ -105,13 +110,18 @@ impl Scripted {
         let mut wrong = self.wrong.lock().unwrap();
         for (&offset, times) in wrong.iter_mut() {
             let at = usize::try_from(offset.wrapping_sub(range.start)).unwrap_or(usize::MAX);
-            if *times > 0 && let Some(byte) = bytes.get_mut(at) {
+            if *times > 0
+                && let Some(byte) = bytes.get_mut(at)
+            {
                 *byte ^= 0x55;
                 *times -= 1;
             }
         }
         let bytes = bytes.freeze();
-        let mut pieces: Vec<_> = (0..bytes.len()).step_by(self.piece).map(|at| Ok(bytes.slice(at..bytes.len().min(at + self.piece)))).collect();
+        let mut pieces: Vec<_> = (0..bytes.len())
+            .step_by(self.piece)
+            .map(|at| Ok(bytes.slice(at..bytes.len().min(at + self.piece))))
+            .collect();
         if matches!(fault, Fault::CutAfter(_)) {
             pieces.push(Err(broken()));
         }
@@ -133,30 +143,40 @@ impl BlobSource for std::sync::Arc<Scripted> {
     }
 
     async fn read(&self, range: Range<u64>, priority: Priority) -> Result<ByteStream, SourceError> {
-        assert!(range.start < range.end && range.end <= self.blob.len() as u64, "asked for {range:?}");
+        assert!(
+            range.start < range.end && range.end <= self.blob.len() as u64,
+            "asked for {range:?}"
+        );
         self.requests.lock().unwrap().push((range.clone(), priority));
         let fault = self.faults.lock().unwrap().pop_front().unwrap_or(Fault::None);
         let pieces: VecDeque<_> = self.body(range, fault)?.into();
         let this = self.clone();
-        Ok(Box::pin(stream::unfold((this, pieces), move |(this, mut pieces)| async move {
-            tokio::task::yield_now().await;
-            match pieces.pop_front() {
-                Some(piece) => {
-                    this.take_piece().await;
-                    Some((piece, (this, pieces)))
+        Ok(Box::pin(stream::unfold(
+            (this, pieces),
+            move |(this, mut pieces)| async move {
+                tokio::task::yield_now().await;
+                match pieces.pop_front() {
+                    Some(piece) => {
+                        this.take_piece().await;
+                        Some((piece, (this, pieces)))
+                    }
+                    None if matches!(fault, Fault::StallAfter(_)) => {
+                        tokio::time::sleep(Duration::from_secs(3600)).await;
+                        None
+                    }
+                    None => None,
                 }
-                None if matches!(fault, Fault::StallAfter(_)) => {
-                    tokio::time::sleep(Duration::from_secs(3600)).await;
-                    None
-                }
-                None => None,
-            }
-        })))
+            },
+        )))
     }
 
     async fn read_tail(&self, length: u64) -> Result<Tail, SourceError> {
         let blob_size = self.blob.len() as u64;
         let start = blob_size.saturating_sub(length);
-        Ok(Tail { start, blob_size, body: self.read(start..blob_size, Priority::Demand).await? })
+        Ok(Tail {
+            start,
+            blob_size,
+            body: self.read(start..blob_size, Priority::Demand).await?,
+        })
     }
 }

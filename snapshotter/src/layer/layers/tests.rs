@@ -1,0 +1,521 @@
+//! Layers on real FUSE mounts, from a real registry. Needs root, `/dev/fuse` and docker-registry.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use estargz::toc::{EntryType, TOC_DIGEST_ANNOTATION, TocEntry, encode_xattr};
+use hullspeed_registry::{Client, Reference, Upload, Version};
+use rustix::mount::{MountFlags, mount};
+
+use super::*;
+use crate::layer::source::registry::registry_digest;
+use crate::layer::testing::{Packing, Sample, noise};
+use crate::metrics::defs::FetchLabels;
+
+/// A docker-registry of its own.
+struct Registry {
+    process: Child,
+    address: SocketAddr,
+    _storage: tempfile::TempDir,
+}
+
+impl Registry {
+    fn start() -> Self {
+        let storage = tempfile::tempdir().unwrap();
+        let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let config = storage.path().join("config.yml");
+        // JSON is YAML.
+        let text = serde_json::json!({
+            "version": 0.1,
+            "log": {"level": "error", "accesslog": {"disabled": true}},
+            "storage": {"filesystem": {"rootdirectory": storage.path().join("blobs")}},
+            "http": {"addr": address.to_string()},
+        });
+        std::fs::write(&config, text.to_string()).unwrap();
+        let mut command = Command::new("docker-registry");
+        command
+            .arg("serve")
+            .arg(&config)
+            .env("OTEL_TRACES_EXPORTER", "none")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let process = command.spawn().expect("docker-registry is installed");
+        let registry = Self {
+            process,
+            address,
+            _storage: storage,
+        };
+        for _ in 0..1000 {
+            if TcpStream::connect(address).is_ok() {
+                return registry;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("docker-registry does not listen on {address}");
+    }
+
+    fn image(&self) -> String {
+        format!("{}/image:1", self.address)
+    }
+
+    /// Pushes layers and a manifest that names them; the manifest's digest.
+    async fn push(&self, layers: &[Sample]) -> Digest {
+        let client = Client::new(ClientOptions::default()).unwrap();
+        let image = Reference::parse(&self.image()).unwrap();
+        let mut descriptors = Vec::new();
+        for layer in layers {
+            let digest = layer.origin().layer_digest;
+            push_blob(&client, &image, &layer.blob).await;
+            descriptors.push(serde_json::json!({
+                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+                "digest": digest,
+                "size": layer.blob.len(),
+                "annotations": {TOC_DIGEST_ANNOTATION: layer.toc_digest},
+            }));
+        }
+        let config = bytes::Bytes::from_static(b"{}");
+        push_blob(&client, &image, &config).await;
+        let kind = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": kind,
+            "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": Digest::of(&config), "size": 2},
+            "layers": descriptors,
+        });
+        let manifest = bytes::Bytes::from(serde_json::to_vec(&manifest).unwrap());
+        let digest = Digest::of(&manifest);
+        client
+            .put_manifest(&image, &Version::Tag("1".to_owned()), manifest, kind)
+            .await
+            .unwrap();
+        digest
+    }
+}
+
+async fn push_blob(client: &Client, image: &Reference, blob: &bytes::Bytes) {
+    let digest = registry_digest(&Digest::of(blob));
+    client
+        .push_blob(image, &digest, blob.len() as u64, Upload::Bytes(blob.clone()), None)
+        .await
+        .unwrap();
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn config(root: &Path) -> Config {
+    let mut config = Config {
+        root: root.to_owned(),
+        ..Config::default()
+    };
+    config.registry.stall_timeout = Duration::from_secs(5);
+    config
+}
+
+fn layers(root: &Path) -> (Layers, Metrics) {
+    let metrics = Metrics::unregistered();
+    (
+        Layers::new(&config(root), metrics.clone(), Handle::current()).unwrap(),
+        metrics,
+    )
+}
+
+fn request(registry: &Registry, layer: &Sample, manifest: Option<Digest>) -> LayerRequest {
+    LayerRequest {
+        image: registry.image(),
+        manifest_digest: manifest,
+        layer_digest: layer.origin().layer_digest,
+        toc_digest: Some(layer.toc_digest),
+        siblings: Vec::new(),
+    }
+}
+
+fn toc_requests(metrics: &Metrics) -> u64 {
+    metrics
+        .fetch_requests
+        .get_or_create(&FetchLabels {
+            kind: "toc",
+            result: "ok",
+        })
+        .get()
+}
+
+fn origin(registry: &Registry, layer: &Sample) -> LayerOrigin {
+    LayerOrigin {
+        toc_digest: layer.toc_digest,
+        image: registry.image(),
+        layer_digest: layer.origin().layer_digest,
+    }
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    std::fs::read_to_string("/proc/self/mountinfo")
+        .unwrap()
+        .contains(&format!(" {} ", path.display()))
+}
+
+/// All regular files below `root`.
+fn contents(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let (path, kind) = entry.map(|entry| (entry.path(), entry.file_type().unwrap())).unwrap();
+            if kind.is_dir() {
+                directories.push(path);
+            } else if kind.is_file() {
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                files.insert(name, std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
+/// Touching a mount blocks, so it is done away from the threads that serve it.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_an_image_is_opened_with_one_request_per_layer_and_read_through_fuse() {
+    let registry = Registry::start();
+    let dir = tempfile::tempdir().unwrap();
+    let samples = [
+        Sample::uniform(
+            60,
+            30_000,
+            Packing {
+                prioritized: Some(4),
+                ..Packing::default()
+            },
+        ),
+        Sample::uniform(
+            9,
+            700_000,
+            Packing {
+                chunk: 100_000,
+                ..Packing::default()
+            },
+        ),
+        Sample::uniform(
+            30,
+            9_000,
+            Packing {
+                chunk: 5_000,
+                per_member: 4,
+                prioritized: None,
+            },
+        ),
+    ];
+    let manifest = registry.push(&samples).await;
+    let (layers, metrics) = layers(dir.path());
+    let mut paths = Vec::new();
+    for sample in &samples {
+        let mount = layers.mount(request(&registry, sample, Some(manifest))).await.unwrap();
+        assert_eq!(
+            mount.path,
+            dir.path().join("layers").join(sample.toc_digest.hex()).join("mnt")
+        );
+        paths.push(mount.path);
+    }
+    assert_eq!(toc_requests(&metrics), 3);
+    assert_eq!(metrics.layers_mounted.get(), 3);
+    for (sample, path) in samples.iter().zip(&paths) {
+        let path = path.clone();
+        let found = blocking(move || contents(&path)).await;
+        assert!(found == sample.files);
+        let usage = layers.usage(&sample.toc_digest);
+        let content: usize = sample.files.values().map(Vec::len).sum();
+        assert!(usage.bytes >= content as u64 && usage.inodes == 6, "{usage:?}");
+    }
+    assert_eq!(metrics.verify_failures.get(), 0);
+    layers.release(&samples[0].toc_digest).await;
+    layers.release(&samples[0].toc_digest).await;
+    assert!(!is_mount_point(&paths[0]) && is_mount_point(&paths[1]));
+    layers.shutdown().await;
+    assert!(!is_mount_point(&paths[1]));
+    assert_eq!(metrics.layers_mounted.get(), 0);
+    assert!(matches!(
+        layers.mount(request(&registry, &samples[0], None)).await,
+        Err(NotLazy::Refused { .. })
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_a_restart_needs_no_registry_and_clears_what_a_killed_predecessor_left() {
+    let registry = Registry::start();
+    let dir = tempfile::tempdir().unwrap();
+    let sample = Sample::uniform(
+        4,
+        3_000_000,
+        Packing {
+            chunk: 500_000,
+            ..Packing::default()
+        },
+    );
+    let manifest = registry.push(std::slice::from_ref(&sample)).await;
+    let (first, _) = layers(dir.path());
+    let path = first
+        .mount(request(&registry, &sample, Some(manifest)))
+        .await
+        .unwrap()
+        .path;
+    let read = |name: &str| {
+        let path = path.join(name);
+        blocking(move || std::fs::read(path))
+    };
+    assert!(read("zeros").await.unwrap() == sample.files["zeros"]);
+    first.shutdown().await;
+    let origin = origin(&registry, &sample);
+    drop(registry);
+    for _ in 0..2 {
+        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), None).unwrap();
+    }
+    let (second, metrics) = layers(dir.path());
+    assert_eq!(second.restore(origin.clone()).await.unwrap().path, path);
+    assert_eq!(second.restore(origin.clone()).await.unwrap().path, path);
+    assert!(read("zeros").await.unwrap() == sample.files["zeros"]);
+    assert_eq!(toc_requests(&metrics), 0);
+    let missing = read("dir0/file0000").await.unwrap_err();
+    assert_eq!(missing.raw_os_error(), Some(libc::EIO));
+    let unknown = LayerOrigin {
+        toc_digest: Digest::of(b"unknown"),
+        ..origin
+    };
+    assert!(matches!(second.restore(unknown).await, Err(NotLazy::NotCached { .. })));
+    second.shutdown().await;
+    assert!(!is_mount_point(&path));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_everything_that_a_tree_can_hold_comes_through_fuse() {
+    let mut entries = Vec::new();
+    let mut add = |name: &str, kind: EntryType, change: &dyn Fn(&mut TocEntry)| {
+        let mut entry = TocEntry::new(name, kind);
+        entry.mode = 0o755;
+        entry.mod_time = "2020-02-29T12:34:56Z".to_owned();
+        change(&mut entry);
+        entries.push(entry);
+    };
+    add("etc/", EntryType::Dir, &|entry| {
+        (entry.uid, entry.gid, entry.mode) = (7, 8, 0o1777)
+    });
+    add("etc/link", EntryType::Symlink, &|entry| {
+        entry.link_name = "../bin/su".to_owned()
+    });
+    add("bin/hard", EntryType::Hardlink, &|entry| {
+        entry.link_name = "bin/su".to_owned()
+    });
+    add("dev/sda", EntryType::Block, &|entry| {
+        (entry.dev_major, entry.dev_minor) = (259, 300)
+    });
+    add("dev/fifo", EntryType::Fifo, &|_| {});
+    add("etc/.wh.gone", EntryType::Reg, &|_| {});
+    add("opaque/.wh..wh..opq", EntryType::Reg, &|_| {});
+    add("caps/", EntryType::Dir, &|entry| {
+        entry.xattrs = BTreeMap::from([
+            ("user.note".to_owned(), encode_xattr(b"a\0b")),
+            ("user.empty".to_owned(), encode_xattr(b"")),
+        ]);
+    });
+    let files = vec![
+        ("bin/su".to_owned(), noise(1, 10_000)),
+        ("empty".to_owned(), Vec::new()),
+    ];
+    let many = (0..3_000).map(|n| (format!("many/{n:04}-{}", "x".repeat(100)), vec![b'x']));
+    let sample = Sample::with_entries(files.into_iter().chain(many).collect(), Packing::default(), entries);
+    let registry = Registry::start();
+    registry.push(std::slice::from_ref(&sample)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, metrics) = layers(dir.path());
+    // Without the manifest's digest, so also without the blob's size.
+    let root = layers.mount(request(&registry, &sample, None)).await.unwrap().path;
+    assert_eq!(toc_requests(&metrics), 1);
+    blocking(move || assert_tree(&root, &sample)).await;
+    layers.shutdown().await;
+}
+
+fn assert_tree(root: &Path, sample: &Sample) {
+    let stat = |name: &str| root.join(name).symlink_metadata().unwrap();
+    let etc = stat("etc");
+    assert_eq!(
+        (etc.mode(), etc.uid(), etc.gid(), etc.mtime()),
+        (libc::S_IFDIR | 0o1777, 7, 8, 1_582_979_696)
+    );
+    assert_eq!(root.join("etc/link").read_link().unwrap(), Path::new("../bin/su"));
+    assert_eq!(
+        (stat("bin/su").nlink(), stat("bin/su").ino()),
+        (2, stat("bin/hard").ino())
+    );
+    assert_eq!(stat("bin/su").blocks(), 10_000u64.div_ceil(512));
+    assert_eq!(
+        (stat("dev/sda").mode() & libc::S_IFMT, stat("dev/sda").rdev()),
+        (libc::S_IFBLK, libc::makedev(259, 300))
+    );
+    assert_eq!(stat("dev/fifo").mode() & libc::S_IFMT, libc::S_IFIFO);
+    assert_eq!(
+        (stat("etc/gone").mode() & libc::S_IFMT, stat("etc/gone").rdev()),
+        (libc::S_IFCHR, 0)
+    );
+    assert!(!root.join("etc/.wh.gone").exists() && !root.join("nothing/there").exists());
+    let xattr = |name: &str, attribute: &str| {
+        let mut value = [0; 100];
+        let length = rustix::fs::getxattr(root.join(name), attribute, &mut value[..]);
+        length.map(|length| value[..length].to_vec())
+    };
+    assert_eq!(xattr("opaque", "trusted.overlay.opaque").unwrap(), b"y");
+    assert_eq!(xattr("caps", "user.note").unwrap(), b"a\0b");
+    assert_eq!(xattr("caps", "user.empty").unwrap(), b"");
+    assert_eq!(xattr("caps", "user.none").unwrap_err(), rustix::io::Errno::NODATA);
+    let mut names = [0; 100];
+    let length = rustix::fs::listxattr(root.join("caps"), &mut names[..]).unwrap();
+    assert_eq!(&names[..length], b"user.empty\0user.note\0");
+    assert!(
+        contents(root)
+            .iter()
+            .filter(|(name, _)| name.as_str() != "bin/hard")
+            .eq(&sample.files)
+    );
+    let many: Vec<_> = std::fs::read_dir(root.join("many"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert!(many.len() == 3_000 && many.is_sorted());
+    let statistics = rustix::fs::statvfs(root).unwrap();
+    assert!(statistics.f_files >= 3_010 && statistics.f_blocks >= 3_003 && statistics.f_bavail == 0);
+    let refused = std::fs::write(root.join("new"), b"").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    let file = std::fs::File::open(root.join("bin/su")).unwrap();
+    let mut buffer = [0; 100];
+    assert_eq!(file.read_at(&mut buffer, 9_950).unwrap(), 50);
+    assert_eq!(file.read_at(&mut buffer, 20_000).unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_what_is_not_to_be_served_is_refused_with_its_reason_and_leaves_nothing() {
+    let registry = Registry::start();
+    let dir = tempfile::tempdir().unwrap();
+    let sample = Sample::uniform(3, 1_000, Packing::default());
+    let plain = Sample {
+        blob: noise(5, 300_000).into(),
+        ..Sample::uniform(3, 1_000, Packing::default())
+    };
+    let manifest = registry.push(&[sample, plain]).await;
+    let sample = Sample::uniform(3, 1_000, Packing::default());
+    let plain = Sample {
+        blob: noise(5, 300_000).into(),
+        ..Sample::uniform(3, 1_000, Packing::default())
+    };
+    let (layers, metrics) = layers(dir.path());
+    let good = request(&registry, &sample, Some(manifest));
+    let reason = async |request: LayerRequest| layers.mount(request).await.unwrap_err().reason();
+    assert_eq!(
+        reason(LayerRequest {
+            toc_digest: None,
+            ..good.clone()
+        })
+        .await,
+        "no_toc_digest"
+    );
+    assert_eq!(toc_requests(&metrics), 0);
+    assert_eq!(
+        reason(LayerRequest {
+            toc_digest: Some(Digest::of(b"x")),
+            manifest_digest: None,
+            ..good.clone()
+        })
+        .await,
+        "toc_mismatch"
+    );
+    let unmarked = LayerRequest {
+        toc_digest: Some(Digest::of(b"y")),
+        manifest_digest: None,
+        ..request(&registry, &plain, None)
+    };
+    assert_eq!(reason(unmarked).await, "not_estargz");
+    let absent = LayerRequest {
+        layer_digest: Digest::of(b"x"),
+        manifest_digest: None,
+        ..good.clone()
+    };
+    assert_eq!(reason(absent).await, "registry");
+    assert_eq!(
+        reason(LayerRequest {
+            image: "NO/reference".to_owned(),
+            ..good.clone()
+        })
+        .await,
+        "registry"
+    );
+    assert_eq!(std::fs::read_dir(dir.path().join("layers")).unwrap().count(), 0);
+    // Many at once are one mount and one request.
+    let mounts = (0..8).map(|_| layers.mount(good.clone()));
+    let mounts: Vec<_> = futures_util::future::join_all(mounts).await;
+    let paths: Vec<_> = mounts.into_iter().map(|mount| mount.unwrap().path).collect();
+    assert!(paths.iter().all(|path| *path == paths[0]));
+    assert_eq!(metrics.layers_mounted.get(), 1);
+    layers.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_a_full_disk_is_an_error_for_the_reader_and_passes() {
+    let registry = Registry::start();
+    let dir = tempfile::tempdir().unwrap();
+    let size = |bytes: &str| {
+        let data = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+        if is_mount_point(dir.path()) {
+            rustix::mount::mount_remount(dir.path(), MountFlags::empty(), &*data).unwrap();
+        } else {
+            mount("tmpfs", dir.path(), "tmpfs", MountFlags::empty(), Some(&*data)).unwrap();
+        }
+    };
+    size("1m");
+    let sample = Sample::uniform(
+        4,
+        900_000,
+        Packing {
+            chunk: 300_000,
+            ..Packing::default()
+        },
+    );
+    let manifest = registry.push(std::slice::from_ref(&sample)).await;
+    let (layers, metrics) = layers(dir.path());
+    let path = layers
+        .mount(request(&registry, &sample, Some(manifest)))
+        .await
+        .unwrap()
+        .path;
+    let root = path.clone();
+    let errors = blocking(move || {
+        let names = ["dir0/file0000", "dir1/file0001", "dir2/file0002", "dir3/file0003"];
+        names.map(|name| {
+            std::fs::read(root.join(name))
+                .err()
+                .and_then(|error| error.raw_os_error())
+        })
+    })
+    .await;
+    assert!(errors.contains(&Some(libc::ENOSPC)), "{errors:?}");
+    assert!(
+        errors.iter().all(|error| matches!(error, None | Some(libc::ENOSPC))),
+        "{errors:?}"
+    );
+    assert!(metrics.cache_write_errors.get() > 0);
+    size("100m");
+    let found = blocking(move || contents(&path)).await;
+    assert!(found == sample.files);
+    layers.shutdown().await;
+    rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+}
