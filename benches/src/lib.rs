@@ -1,1 +1,9 @@
-//! Cold-start harness and criterion benches.
+//! The cold-start experiment: the same function started from the ordinary image on overlayfs and from the converted one
+//! on Hullspeed, as a kubelet would, over the same shaped link, with nothing of the image on the node.
+//!
+//! [`demo`] sets the stage and alternates the modes, [`coldstart`] runs and measures one start, [`report`] condenses the
+//! rounds. The binary `startup` (`make demo`) is a thin shell around them.
+
+pub mod coldstart;
+pub mod demo;
+pub mod report;

@@ -21,3 +21,11 @@ pub mod containerd {
         }
     }
 }
+
+/// The Kubernetes Container Runtime Interface.
+pub mod cri {
+    /// Version 1, the only one in use.
+    pub mod v1 {
+        tonic::include_proto!("runtime.v1");
+    }
+}

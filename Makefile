@@ -1,0 +1,38 @@
+# What people and CI run. `make demo`, `make test` and `make check` install what they need on Debian 12 (as root).
+
+SHELL := /bin/bash
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+# Rounds of each mode in the demo.
+ROUNDS ?= 5
+
+.PHONY: demo test check build install figures help
+
+help:
+	@echo 'make demo    cold starts of a real image, overlayfs beside hullspeed; one table, target/demo/result.json'
+	@echo 'make test    unit and integration tests (root: real containerd, registry, CNI, FUSE)'
+	@echo 'make check   formatting, lints, licences and advisories, documentation'
+	@echo 'make build   release binaries'
+
+# Packages from the machine's own Debian sources; nothing to do when they are there.
+install:
+	@bash tests/install-packages.sh
+
+build:
+	$(CARGO) build --locked --release --workspace --bins
+
+demo: install build
+	@$(TARGET_DIR)/release/startup --directory target/demo --rounds $(ROUNDS)
+
+# The integration tests start our binaries from the directory they are built into, so those are built first.
+test: install
+	$(CARGO) build --locked --workspace --bins
+	@if $(CARGO) nextest --version > /dev/null 2>&1; then set -x; \
+	  $(CARGO) nextest run --locked --workspace --no-fail-fast && $(CARGO) test --locked --workspace --doc; \
+	else set -x; $(CARGO) test --locked --workspace --no-fail-fast; fi
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
+	@bash tests/check-dependencies.sh
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items

@@ -1,0 +1,216 @@
+//! From samples to medians, one table and `result.json`.
+
+use std::time::Duration;
+
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{CellAlignment, Table};
+use serde::Serialize;
+
+/// How an image is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// The plain image, pulled and unpacked.
+    Overlayfs,
+    /// The converted image, mounted.
+    Hullspeed,
+}
+
+impl Mode {
+    /// Both, in the order they are reported.
+    pub const ALL: [Self; 2] = [Self::Overlayfs, Self::Hullspeed];
+
+    /// As in result.json.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Overlayfs => "overlayfs",
+            Self::Hullspeed => "hullspeed",
+        }
+    }
+}
+
+/// One start.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// PullImage.
+    pub pull: Duration,
+    /// RunPodSandbox, and the status call that tells the address.
+    pub sandbox: Duration,
+    /// CreateContainer.
+    pub create: Duration,
+    /// StartContainer.
+    pub start: Duration,
+    /// From the end of StartContainer to the first 200.
+    pub first_200: Duration,
+    /// Bytes on the wire until then, both directions, HTTP headers included.
+    pub wire_bytes: u64,
+    /// Requests until then.
+    pub requests: u64,
+}
+
+impl Sample {
+    /// From the pull's begin to the first 200.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.pull + self.sandbox + self.create + self.start + self.first_200
+    }
+}
+
+/// Medians of one mode. Each is taken by itself, so the phases need not add up to the total.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Medians {
+    /// See [`Sample::pull`].
+    pub pull_ms: f64,
+    /// See [`Sample::sandbox`].
+    pub sandbox_ms: f64,
+    /// See [`Sample::create`].
+    pub create_ms: f64,
+    /// See [`Sample::start`].
+    pub start_ms: f64,
+    /// See [`Sample::first_200`].
+    pub first_200_ms: f64,
+    /// See [`Sample::total`].
+    pub total_ms: f64,
+    /// See [`Sample::wire_bytes`].
+    pub wire_bytes: u64,
+    /// See [`Sample::requests`].
+    pub requests: u64,
+}
+
+impl Medians {
+    /// The medians of a mode's samples; `None` without samples.
+    #[must_use]
+    pub fn of(samples: &[Sample]) -> Option<Self> {
+        let millis = |phase: fn(&Sample) -> Duration| {
+            let values = samples.iter().map(|sample| phase(sample).as_secs_f64() * 1e3).collect();
+            median(values).map(|value: f64| (value * 10.0).round() / 10.0)
+        };
+        let count = |field: fn(&Sample) -> u64| {
+            let mut values: Vec<u64> = samples.iter().map(field).collect();
+            values.sort_unstable();
+            values.get(values.len() / 2).copied()
+        };
+        Some(Self {
+            pull_ms: millis(|sample| sample.pull)?,
+            sandbox_ms: millis(|sample| sample.sandbox)?,
+            create_ms: millis(|sample| sample.create)?,
+            start_ms: millis(|sample| sample.start)?,
+            first_200_ms: millis(|sample| sample.first_200)?,
+            total_ms: millis(Sample::total)?,
+            wire_bytes: count(|sample| sample.wire_bytes)?,
+            requests: count(|sample| sample.requests)?,
+        })
+    }
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    let upper = *values.get(middle)?;
+    Some(if values.len() % 2 == 1 { upper } else { f64::midpoint(values[middle - 1], upper) })
+}
+
+/// `result.json`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Medians by mode.
+    pub modes: Modes,
+    /// Compressed size of the plain image's layers.
+    pub compressed_bytes: u64,
+    /// Hullspeed's total by overlayfs's.
+    pub ratio_total: f64,
+}
+
+/// Medians by mode.
+#[derive(Debug, Clone, Serialize)]
+pub struct Modes {
+    /// The plain image on overlayfs.
+    pub overlayfs: Medians,
+    /// The converted image on Hullspeed.
+    pub hullspeed: Medians,
+}
+
+impl Report {
+    /// Puts the two modes side by side.
+    #[must_use]
+    pub fn new(overlayfs: Medians, hullspeed: Medians, compressed_bytes: u64) -> Self {
+        let ratio = hullspeed.total_ms / overlayfs.total_ms;
+        Self { modes: Modes { overlayfs, hullspeed }, compressed_bytes, ratio_total: (ratio * 1e4).round() / 1e4 }
+    }
+}
+
+/// The table: a row a phase, a column a mode, and the ratio of the second mode to the first.
+#[must_use]
+pub fn table(columns: &[(Mode, Medians)]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    let names = columns.iter().map(|(mode, _)| mode.name().to_string());
+    let ratio = (columns.len() == 2).then(|| "ratio".to_string());
+    table.set_header(["median".to_string()].into_iter().chain(names).chain(ratio));
+    let rows: [(&str, fn(&Medians) -> f64, usize); 8] = [
+        ("pull, ms", |medians| medians.pull_ms, 1),
+        ("sandbox, ms", |medians| medians.sandbox_ms, 1),
+        ("create, ms", |medians| medians.create_ms, 1),
+        ("start, ms", |medians| medians.start_ms, 1),
+        ("first HTTP 200, ms", |medians| medians.first_200_ms, 1),
+        ("total, ms", |medians| medians.total_ms, 1),
+        ("on the wire, MB", |medians| medians.wire_bytes as f64 / 1e6, 2),
+        ("requests", |medians| medians.requests as f64, 0),
+    ];
+    for (name, value, digits) in rows {
+        let values: Vec<f64> = columns.iter().map(|(_, medians)| value(medians)).collect();
+        let cells = values.iter().map(|value| format!("{value:.digits$}"));
+        let ratio = match values.as_slice() {
+            [first, second] => Some(format!("{:.3}", second / first)),
+            _ => None,
+        };
+        table.add_row([name.to_string()].into_iter().chain(cells).chain(ratio));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(milliseconds: u64) -> Sample {
+        let phase = Duration::from_millis(milliseconds);
+        let requests = milliseconds;
+        Sample { pull: phase, sandbox: phase, create: phase, start: phase, first_200: phase, wire_bytes: milliseconds * 1000, requests }
+    }
+
+    #[test]
+    fn medians_ignore_order_and_outliers() {
+        let medians = Medians::of(&[sample(900), sample(10), sample(20)]).unwrap();
+        assert_eq!((medians.pull_ms, medians.total_ms, medians.wire_bytes, medians.requests), (20.0, 100.0, 20_000, 20));
+        assert_eq!(median(vec![4.0, 1.0]), Some(2.5));
+        assert_eq!(Medians::of(&[]), None);
+    }
+
+    #[test]
+    fn the_report_has_the_promised_shape() {
+        let (slow, fast) = (Medians::of(&[sample(1000)]).unwrap(), Medians::of(&[sample(250)]).unwrap());
+        let report = serde_json::to_value(Report::new(slow, fast, 77)).unwrap();
+        assert_eq!(report["ratio_total"], 0.25);
+        assert_eq!(report["compressed_bytes"], 77);
+        assert_eq!(report.as_object().unwrap().len(), 3);
+        let keys: Vec<_> = report["modes"]["hullspeed"].as_object().unwrap().keys().cloned().collect();
+        let mut wanted =
+            ["pull_ms", "sandbox_ms", "create_ms", "start_ms", "first_200_ms", "total_ms", "wire_bytes", "requests"].map(String::from);
+        wanted.sort();
+        let mut keys = keys;
+        keys.sort();
+        assert_eq!(keys, wanted);
+    }
+
+    #[test]
+    fn the_table_has_a_ratio_only_with_two_modes() {
+        let medians = Medians::of(&[sample(10)]).unwrap();
+        let both = table(&[(Mode::Overlayfs, medians), (Mode::Hullspeed, medians)]).to_string();
+        assert!(both.contains("ratio") && both.contains("1.000"));
+        assert!(!table(&[(Mode::Overlayfs, medians)]).to_string().contains("ratio"));
+    }
+}

@@ -1,0 +1,129 @@
+//! Our own snapshotter daemon, started as an operator would: the binary with a configuration file.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::containerd::SnapshotterChoice;
+use crate::process::Process;
+use crate::programs;
+use crate::run::RunDir;
+
+/// Name of the binary, and of the proxy plugin (without the prefix).
+pub const PROGRAM: &str = "hullspeed-snapshotter";
+
+/// Name of the snapshotter in containerd's configuration.
+pub const PLUGIN: &str = "hullspeed";
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(10);
+
+/// A running daemon.
+pub struct Snapshotter {
+    process: Process,
+    directory: PathBuf,
+    metrics: SocketAddr,
+}
+
+impl Snapshotter {
+    /// Starts a daemon on `<run>/<name>`; `extra` is appended to its configuration file.
+    pub async fn start(run: &RunDir, name: &str, extra: &str) -> Result<Self> {
+        let directory = run.directory(name)?;
+        let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, crate::registry::free_port()?));
+        let config = directory.join("snapshotter.toml");
+        fs::write(&config, config_text(&directory, metrics) + extra).with_context(|| format!("cannot write {}", config.display()))?;
+        let process = run.spawn(name, command(&config)?)?;
+        let mut snapshotter = Self { process, directory, metrics };
+        snapshotter.wait_ready()?;
+        Ok(snapshotter)
+    }
+
+    /// Starts it again, after it was stopped or killed, on the same directory.
+    pub async fn start_again(&mut self, run: &RunDir) -> Result<()> {
+        let name = self.directory.file_name().context("a snapshotter without a directory")?.to_string_lossy().into_owned();
+        self.process = run.spawn(&name, command(&self.config())?)?;
+        self.wait_ready()
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let end = Instant::now() + START_LIMIT;
+        // A socket file may be left by a killed daemon; only a connection tells.
+        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
+            self.process.check_running()?;
+            if Instant::now() > end {
+                bail!("{PROGRAM} is not ready after {START_LIMIT:?}; its log ends:\n{}", self.process.log_tail());
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// The configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("snapshotter.toml")
+    }
+
+    /// The socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("snapshotter.sock")
+    }
+
+    /// Everything that it keeps.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.directory.join("root")
+    }
+
+    /// A layer's cache directory, by TOC digest (`sha256:…`).
+    #[must_use]
+    pub fn layer(&self, toc_digest: &str) -> PathBuf {
+        self.root().join("layers").join(toc_digest.strip_prefix("sha256:").unwrap_or(toc_digest))
+    }
+
+    /// As containerd's configuration names it.
+    #[must_use]
+    pub fn choice(&self) -> SnapshotterChoice {
+        SnapshotterChoice::Proxy { name: PLUGIN.into(), address: self.socket(), root: self.root() }
+    }
+
+    /// The text of `/metrics`.
+    pub async fn metrics(&self) -> Result<String> {
+        let body = crate::probe::first_200(self.metrics, "/metrics", START_LIMIT).await?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
+    /// Sum of a metric's samples whose line contains all of `labels`; 0 when there is none.
+    pub async fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
+        let text = self.metrics().await?;
+        let lines = text.lines().filter(|line| !line.starts_with('#') && line.split(['{', ' ']).next() == Some(name));
+        let chosen = lines.filter(|line| labels.iter().all(|label| line.contains(label)));
+        Ok(chosen.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    }
+
+    /// The process, for its log and for signals.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}
+
+/// The command that starts the daemon on a configuration file.
+pub fn command(config: &Path) -> Result<Command> {
+    let mut command = Command::new(programs::find(PROGRAM)?);
+    command.arg("--config").arg(config).env_remove("NOTIFY_SOCKET").env_remove("RUST_LOG");
+    Ok(command)
+}
+
+fn config_text(directory: &Path, metrics: SocketAddr) -> String {
+    let at = |name: &str| serde_json::Value::from(directory.join(name).to_string_lossy()).to_string();
+    format!(
+        "root = {}\nsocket = {}\n\n[metrics]\naddress = \"{metrics}\"\n\n[log]\nlevel = \"info\"\nformat = \"json\"\n",
+        at("root"),
+        at("snapshotter.sock"),
+    )
+}
