@@ -232,8 +232,8 @@ fn hard_links_share_an_inode_in_any_order_and_through_chains() {
             "/c/ 2 f644 4",
             "/d/ 4 d755 2",
             "/d/b2/ 2 f644 4",
-            "/s/ 3 l0 2",
-            "/s2/ 3 l0 2"
+            "/s/ 3 l777 2",
+            "/s2/ 3 l777 2"
         ]
     );
     assert_eq!(index.path_of(2), b"/c");
