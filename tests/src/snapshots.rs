@@ -55,7 +55,8 @@ impl Snapshots {
             snapshotter: self.snapshotter.clone(),
             key: key.into(),
             parent: parent.into(),
-            ..Default::default()
+            // Without it containerd's garbage collection removes the view as soon as it runs.
+            labels: [("containerd.io/gc.root".to_string(), "test".to_string())].into(),
         };
         let answer = self.client.view(in_namespace(request)).await.with_context(|| format!("Snapshots View of {parent}"))?;
         let mounts = answer.into_inner().mounts;

@@ -2,12 +2,23 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use hullspeed_tests::scenario::{CONVERTED, Node, Scenario};
 use hullspeed_tests::tree;
 
+/// containerd dials a snapshotter that was gone again after a pause, of a few seconds at most.
+const REDIAL_LIMIT: Duration = Duration::from_secs(15);
+
 async fn names(node: &mut Node) -> BTreeSet<String> {
-    node.snapshots.list().await.unwrap().into_iter().map(|info| info.name).collect()
+    let end = Instant::now() + REDIAL_LIMIT;
+    loop {
+        match node.snapshots.list().await {
+            Ok(infos) => return infos.into_iter().map(|info| info.name).collect(),
+            Err(error) if Instant::now() > end => panic!("{error:#}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
 }
 
 async fn restart_keeps_everything(kill: bool) {
