@@ -57,12 +57,27 @@ pub fn build(layout: &Path, pause: &[u8]) -> Result<Vec<Layer>> {
     writer.add_layer(|output| base(LayerTar::new(output), pause))?;
     writer.add_layer(|output| changes(LayerTar::new(output)))?;
     writer.add_layer(|output| deletions(LayerTar::new(output)))?;
-    let config = ImageConfig { entrypoint: vec!["/bin/pause".into()], ..ImageConfig::default() };
+    let config = ImageConfig {
+        entrypoint: vec!["/bin/pause".into()],
+        ..ImageConfig::default()
+    };
     writer.finish(&config, TAG)
 }
 
 fn base(mut tar: LayerTar<'_>, pause: &[u8]) -> Result<()> {
-    for directory in ["bin/", "data/", "data/many/", "dev/", "etc/", "proc/", "sys/", "gone/", "opaque/", "opaque/old/", "run/"] {
+    for directory in [
+        "bin/",
+        "data/",
+        "data/many/",
+        "dev/",
+        "etc/",
+        "proc/",
+        "sys/",
+        "gone/",
+        "opaque/",
+        "opaque/old/",
+        "run/",
+    ] {
         tar.directory(directory, 0o755)?;
     }
     for empty in ["etc/hosts", "etc/hostname", "etc/resolv.conf"] {
@@ -72,7 +87,11 @@ fn base(mut tar: LayerTar<'_>, pause: &[u8]) -> Result<()> {
     tar.file("etc/passwd", 0o644, b"root:x:0:0:root:/:/bin/pause\n")?;
     tar.file(LARGE_FILE, 0o640, &large_content())?;
     for index in 0..SMALL_FILES {
-        tar.file(&format!("data/many/{index:04}.txt"), 0o644, format!("small file {index}\n").repeat(index + 1).as_bytes())?;
+        tar.file(
+            &format!("data/many/{index:04}.txt"),
+            0o644,
+            format!("small file {index}\n").repeat(index + 1).as_bytes(),
+        )?;
     }
     tar.file("gone/file", 0o644, b"deleted above")?;
     tar.file("gone-alone", 0o644, b"deleted above, too")?;
@@ -92,7 +111,10 @@ fn changes(mut tar: LayerTar<'_>) -> Result<()> {
     tar.directory("attributes/", 0o755)?;
     tar.xattr("user.comment", b"binary \0 value")?;
     tar.file("attributes/user", 0o644, b"")?;
-    tar.xattr("security.capability", &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
+    tar.xattr(
+        "security.capability",
+        &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    )?;
     tar.file("attributes/capability", 0o755, b"#!/bin/false\n")?;
     tar.xattr("user.on-directory", b"yes")?;
     tar.directory("attributes/directory/", 0o2750)?;
@@ -103,7 +125,11 @@ fn changes(mut tar: LayerTar<'_>) -> Result<()> {
     tar.owner = (1000, 2000);
     tar.file("owned/by-someone", 0o600, b"not root's")?;
     tar.owner = (4_000_000, 4_000_001);
-    tar.file("owned/beyond-octal", 0o600, b"an id that needs more than seven octal digits")?;
+    tar.file(
+        "owned/beyond-octal",
+        0o600,
+        b"an id that needs more than seven octal digits",
+    )?;
     tar.owner = (0, 0);
     let deep = format!("{}/file", vec!["directory"; 30].join("/"));
     tar.file(&deep, 0o644, b"a path beyond the header's field")?;
@@ -129,7 +155,11 @@ struct LayerTar<'a> {
 
 impl<'a> LayerTar<'a> {
     fn new(output: &'a mut dyn Write) -> Self {
-        Self { builder: Builder::new(output), owner: (0, 0), directories: BTreeSet::new() }
+        Self {
+            builder: Builder::new(output),
+            owner: (0, 0),
+            directories: BTreeSet::new(),
+        }
     }
 
     fn header(&self, kind: EntryType, mode: u32, size: usize) -> Header {
@@ -161,11 +191,15 @@ impl<'a> LayerTar<'a> {
         if IMPLIED.contains(&path.trim_end_matches('/')) || !self.directories.insert(path.into()) {
             return Ok(());
         }
-        self.builder.append_data(&mut header, path, io::empty()).with_context(|| format!("cannot append {path}"))
+        self.builder
+            .append_data(&mut header, path, io::empty())
+            .with_context(|| format!("cannot append {path}"))
     }
 
     fn append(&mut self, mut header: Header, path: &str, content: &[u8]) -> Result<()> {
-        self.builder.append_data(&mut header, path, content).with_context(|| format!("cannot append {path}"))
+        self.builder
+            .append_data(&mut header, path, content)
+            .with_context(|| format!("cannot append {path}"))
     }
 
     fn directory(&mut self, path: &str, mode: u32) -> Result<()> {
@@ -181,13 +215,17 @@ impl<'a> LayerTar<'a> {
     fn hardlink(&mut self, path: &str, target: &str) -> Result<()> {
         self.parents(path)?;
         let mut header = self.header(EntryType::Link, 0o644, 0);
-        self.builder.append_link(&mut header, path, target).with_context(|| format!("cannot append {path}"))
+        self.builder
+            .append_link(&mut header, path, target)
+            .with_context(|| format!("cannot append {path}"))
     }
 
     fn symlink(&mut self, path: &str, target: &str) -> Result<()> {
         self.parents(path)?;
         let mut header = self.header(EntryType::Symlink, 0o777, 0);
-        self.builder.append_link(&mut header, path, target).with_context(|| format!("cannot append {path}"))
+        self.builder
+            .append_link(&mut header, path, target)
+            .with_context(|| format!("cannot append {path}"))
     }
 
     fn special(&mut self, path: &str, kind: EntryType, major: u32, minor: u32) -> Result<()> {
@@ -195,12 +233,16 @@ impl<'a> LayerTar<'a> {
         let mut header = self.header(kind, 0o660, 0);
         header.set_device_major(major)?;
         header.set_device_minor(minor)?;
-        self.builder.append_data(&mut header, path, io::empty()).with_context(|| format!("cannot append {path}"))
+        self.builder
+            .append_data(&mut header, path, io::empty())
+            .with_context(|| format!("cannot append {path}"))
     }
 
     /// For the next entry.
     fn xattr(&mut self, name: &str, value: &[u8]) -> Result<()> {
-        self.builder.append_pax_extensions([(format!("SCHILY.xattr.{name}").as_str(), value)]).context("cannot append an attribute")
+        self.builder
+            .append_pax_extensions([(format!("SCHILY.xattr.{name}").as_str(), value)])
+            .context("cannot append an attribute")
     }
 }
 

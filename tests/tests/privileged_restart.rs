@@ -34,10 +34,19 @@ async fn restart_keeps_everything(kill: bool) {
         process.kill().unwrap();
     } else {
         let status = process.stop().unwrap();
-        assert!(status.success(), "a graceful stop ended with {status}:\n{}", process.log_tail());
+        assert!(
+            status.success(),
+            "a graceful stop ended with {status}:\n{}",
+            process.log_tail()
+        );
     }
     scenario.proxy.set_dead(!kill);
-    node.snapshotter.as_mut().unwrap().start_again(&scenario.run).await.unwrap();
+    node.snapshotter
+        .as_mut()
+        .unwrap()
+        .start_again(&scenario.run)
+        .await
+        .unwrap();
     assert_eq!(names(&mut node).await, snapshots);
     let after = node.tree(&scenario.run, "after", &scenario.converted).await.unwrap();
     assert_eq!(tree::differences(&before, &after), None);

@@ -35,9 +35,17 @@ async fn the_fixture_looks_the_same_on_both() {
     assert_eq!(at("special/disk").kind, Kind::BlockDevice(8, 17));
     assert_eq!(at("links/three").links, 3);
     assert_eq!(at("replaced").mode, 0o4755);
-    assert!(at("attributes/capability").xattrs.contains_key(&b"security.capability"[..]));
+    assert!(
+        at("attributes/capability")
+            .xattrs
+            .contains_key(&b"security.capability"[..])
+    );
     assert!(!seen.contains_key(Path::new("gone")) && !seen.contains_key(Path::new("opaque/old")));
-    assert!(!seen.keys().any(|path| path.to_string_lossy().contains(".wh.") || path.ends_with("stargz.index.json")));
+    assert!(
+        !seen
+            .keys()
+            .any(|path| path.to_string_lossy().contains(".wh.") || path.ends_with("stargz.index.json"))
+    );
 }
 
 /// The view of the image, and what a running container of it sees.
@@ -47,7 +55,9 @@ async fn the_demo_image_looks_the_same_on_both() {
     let image = DemoImage::cached(&run, &image_cache()).await.unwrap();
     let access = image.access.to_string_lossy().into_owned();
     let arguments = ["--prioritize", access.as_str()];
-    let scenario = Scenario::with_image(run, &image.layout, demo_image::TAG, &arguments).await.unwrap();
+    let scenario = Scenario::with_image(run, &image.layout, demo_image::TAG, &arguments)
+        .await
+        .unwrap();
     let mut plain = scenario.plain_node().await.unwrap();
     plain.cri.pull(&scenario.plain_reference()).await.unwrap();
     let mut lazy = scenario.lazy_node("").await.unwrap();
@@ -68,7 +78,12 @@ async fn the_demo_image_looks_the_same_on_both() {
     assert_eq!(tree::differences(&expected, &seen), None);
     let digest = |node: &mut Node, id: String| {
         let mut cri = node.cri.clone();
-        async move { cri.exec(&id, &["sha256sum", "/usr/bin/python3.11", "/usr/bin/perl"]).await.unwrap().stdout }
+        async move {
+            cri.exec(&id, &["sha256sum", "/usr/bin/python3.11", "/usr/bin/perl"])
+                .await
+                .unwrap()
+                .stdout
+        }
     };
     assert_eq!(digest(&mut plain, plain_id).await, digest(&mut lazy, lazy_id).await);
 }
@@ -82,13 +97,23 @@ fn forget_root_time(trees: [&mut Tree; 2]) {
 
 /// Runs the image as a pod until it answers; returns the container.
 async fn start(scenario: &Scenario, node: &mut Node, reference: &str, name: &str) -> String {
-    let pod = Pod::new(name, &scenario.run.directory("pods").unwrap(), &scenario.run.names().cgroup);
+    let pod = Pod::new(
+        name,
+        &scenario.run.directory("pods").unwrap(),
+        &scenario.run.names().cgroup,
+    );
     let sandbox = node.cri.run_sandbox(&pod).await.unwrap();
     let ip = node.cri.sandbox_ip(&sandbox).await.unwrap();
-    let container = node.cri.create_container(&sandbox, &pod, "function", reference).await.unwrap();
+    let container = node
+        .cri
+        .create_container(&sandbox, &pod, "function", reference)
+        .await
+        .unwrap();
     node.cri.start_container(&container).await.unwrap();
     let address = SocketAddr::new(ip, demo_image::PORT);
-    let body = probe::first_200(address, demo_image::PATH, Duration::from_secs(60)).await.unwrap();
+    let body = probe::first_200(address, demo_image::PATH, Duration::from_secs(60))
+        .await
+        .unwrap();
     assert!(String::from_utf8_lossy(&body).contains("\"count\": 7"));
     container
 }
