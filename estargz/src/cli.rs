@@ -185,7 +185,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     let lines = text
         .lines()
         .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:"));
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("tip:"));
     let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
     let line = line.trim_start_matches("error: ");
     Failure::new(Code::Usage, format!("{line} (estargz --help shows what there is)")).report()

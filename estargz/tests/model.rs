@@ -231,7 +231,11 @@ fn modelled(toc: &Toc) -> Option<BTreeMap<Path, Seen>> {
             path.clone(),
             Seen {
                 kind,
-                mode: entry.map_or(0o755, |(_, entry)| u32::try_from(entry.mode).unwrap()),
+                // Linux gives every symbolic link these bits.
+                mode: entry.map_or(0o755, |(_, entry)| match entry.kind {
+                    EntryType::Symlink => 0o777,
+                    _ => u32::try_from(entry.mode).unwrap(),
+                }),
                 nlink: u32::try_from(nlink).unwrap(),
                 size: target
                     .as_ref()

@@ -2,14 +2,11 @@
 
 use std::io::Write as _;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::Parser as _;
 use hullspeed_snapshotter::cli::{Cli, Command};
 use hullspeed_snapshotter::config::{self, Config, Loaded};
-use hullspeed_snapshotter::layer::LayerMounts;
 use hullspeed_snapshotter::run::{self, RunError};
-use hullspeed_snapshotter::snapshot::no_layers::NoLayers;
 use hullspeed_snapshotter::telemetry;
 
 /// Wrong flags or configuration, as sysexits.h has it.
@@ -63,12 +60,7 @@ fn serve(config: Config) -> Result<(), RunError> {
         .map_err(RunError::Process)?;
     runtime.block_on(async {
         let stop = run::stop_signal()?;
-        run::run(
-            config,
-            |_config, _metrics| async { Ok(Arc::new(NoLayers) as Arc<dyn LayerMounts>) },
-            stop,
-        )
-        .await
+        run::run(config, run::layers, stop).await
     })
 }
 

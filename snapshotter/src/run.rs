@@ -18,8 +18,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::grpc::Snapshots;
 use crate::http::Endpoint;
+use crate::layer::layers::Layers;
 use crate::layer::{Cause, LayerMounts};
 use crate::metrics::Metrics;
+use crate::snapshot::no_layers::NoLayers;
 use crate::snapshot::store::StoreError;
 use crate::snapshot::{self, Service, ServiceOptions, chain};
 use root::Root;
@@ -154,6 +156,15 @@ where
     drop(root);
     tracing::info!("stopped");
     served
+}
+
+/// The lazy layers as the configuration wants them: real ones, or none where `layers.lazy` is off.
+pub async fn layers(config: Arc<Config>, metrics: Metrics) -> Result<Arc<dyn LayerMounts>, Cause> {
+    if !config.layers.lazy {
+        return Ok(Arc::new(NoLayers));
+    }
+    let runtime = tokio::runtime::Handle::current();
+    Ok(Arc::new(Layers::new(&config, metrics, runtime)?))
 }
 
 fn open_service(config: &Config, layers: Arc<dyn LayerMounts>, metrics: Metrics) -> Result<Service, RunError> {

@@ -203,7 +203,7 @@ fn later_duplicates_win_and_directories_keep_their_files() {
     ]);
     assert_eq!(
         listing(&index),
-        ["/ 1 d711 3", "/d/ 3 d700 2", "/d/f/ 2 f644 1", "/x/ 4 l0 1"]
+        ["/ 1 d711 3", "/d/ 3 d700 2", "/d/f/ 2 f644 1", "/x/ 4 l777 1"]
     );
     assert_eq!(index.chunk_count(), 1, "the replaced file's chunk is gone");
     assert_eq!(

@@ -525,26 +525,36 @@ fn an_interrupted_conversion_leaves_nothing() {
         .collect();
     let image = layout.image(false, "amd64", &layers);
     layout.tag("t", image);
-    let to = temp.path().join("to");
+    let registry = Registry::start(false);
+    let scratch = temp.path().join("tmp");
+    fs::create_dir(&scratch).unwrap();
     let before = tree(temp.path());
-    let mut child = estargz(&["convert", "-q", &name(&from, ""), &name(&to, "")])
-        .spawn()
-        .unwrap();
-    // As soon as it has something to leave behind.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while fs::read_dir(temp.path()).unwrap().count() < 2 {
-        assert!(
-            Instant::now() < deadline && child.try_wait().unwrap().is_none(),
-            "no work was seen"
-        );
-        std::thread::sleep(Duration::from_millis(5));
+    let archive = format!("oci-archive:{}", temp.path().join("to.tar").display());
+    for (dst, stage, signal, code) in [
+        (name(&temp.path().join("to"), ""), temp.path(), "-INT", 130),
+        (archive, temp.path(), "-TERM", 143),
+        (format!("docker://{}/app:x", registry.host), &scratch, "-INT", 130),
+    ] {
+        let entries = fs::read_dir(stage).unwrap().count();
+        let mut command = estargz(&["convert", "-q", &name(&from, ""), &dst]);
+        let quiet = command.env("TMPDIR", &scratch).stderr(std::process::Stdio::null());
+        let mut child = quiet.spawn().unwrap();
+        // As soon as it has something to leave behind.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while fs::read_dir(stage).unwrap().count() == entries {
+            let running = child.try_wait().unwrap().is_none();
+            assert!(Instant::now() < deadline && running, "no work was seen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(150));
+        tool("kill", &[signal, &child.id().to_string()]);
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{dst}");
+        let after = tree(temp.path());
+        assert!(after == before, "{dst} left {:?}", after.keys().collect::<Vec<_>>());
     }
-    std::thread::sleep(Duration::from_millis(150));
-    tool("kill", &["-INT", &child.id().to_string()]);
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(
-        tree(temp.path()) == before,
-        "left: {:?}",
-        tree(temp.path()).keys().collect::<Vec<_>>()
+    bad(
+        &["inspect", &format!("docker://{}/app:x", registry.host)],
+        3,
+        &["not found"],
     );
 }

@@ -11,7 +11,6 @@ mod tests;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -58,8 +57,6 @@ pub enum LayersError {
 /// All layers of this daemon.
 pub struct Layers {
     shared: Arc<Shared>,
-    tasks: TaskTracker,
-    stop: CancellationToken,
 }
 
 /// What the tasks of all layers share.
@@ -75,7 +72,8 @@ struct Shared {
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     metrics: Metrics,
     runtime: Handle,
-    stopping: AtomicBool,
+    tasks: TaskTracker,
+    stop: CancellationToken,
 }
 
 /// A layer that somebody wants.
@@ -124,20 +122,17 @@ impl Layers {
             slots: Mutex::new(HashMap::new()),
             metrics,
             runtime: runtime.clone(),
-            stopping: AtomicBool::new(false),
-        });
-        let layers = Self {
-            shared,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
-        };
+        });
+        let layers = Self { shared };
         layers.spawn_checkpoints(&runtime);
         Ok(layers)
     }
 
     /// Makes residency durable every now and then.
     fn spawn_checkpoints(&self, runtime: &Handle) {
-        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        let (shared, stop) = (self.shared.clone(), self.shared.stop.clone());
         let mut ticks = {
             let _guard = runtime.enter();
             tokio::time::interval(shared.config.cache.checkpoint_interval)
@@ -149,7 +144,8 @@ impl Layers {
                 shared.checkpoint_all().await;
             }
         };
-        self.tasks
+        self.shared
+            .tasks
             .spawn_on(async move { stop.run_until_cancelled(checkpoints).await }, runtime);
     }
 
@@ -158,12 +154,12 @@ impl Layers {
         &self,
         work: impl Future<Output = Result<T, NotLazy>> + Send + 'static,
     ) -> Result<T, NotLazy> {
-        if self.shared.stopping.load(Ordering::Acquire) {
+        if self.shared.stop.is_cancelled() {
             return Err(NotLazy::Refused {
                 why: "the daemon is stopping",
             });
         }
-        let task = self.tasks.spawn_on(work, &self.shared.runtime);
+        let task = self.shared.tasks.spawn_on(work, &self.shared.runtime);
         task.await.unwrap_or(Err(NotLazy::Refused {
             why: "the mount was interrupted",
         }))
@@ -203,13 +199,22 @@ impl Shared {
             .await;
     }
 
-    async fn unmount_all(&self) {
-        let slots: Vec<_> = self.slots().drain().collect();
-        stream::iter(slots)
-            .for_each_concurrent(PARALLEL, |(toc_digest, slot)| async move {
-                self.unmount(&toc_digest, &slot).await
-            })
-            .await;
+    async fn unmount_all(self: &Arc<Self>) {
+        let slots: Vec<_> = self
+            .slots()
+            .iter()
+            .map(|(toc_digest, slot)| (*toc_digest, slot.clone()))
+            .collect();
+        let unmount = |(toc_digest, slot)| {
+            let shared = self.clone();
+            async move { shared.unmount_and_forget(toc_digest, slot).await }
+        };
+        stream::iter(slots).for_each_concurrent(PARALLEL, unmount).await;
+    }
+
+    async fn unmount_and_forget(&self, toc_digest: Digest, slot: Arc<Slot>) {
+        self.unmount(&toc_digest, &slot).await;
+        self.forget(&toc_digest, slot);
     }
 }
 
@@ -279,8 +284,7 @@ impl LayerMounts for Layers {
         // A task of its own for the same reason as mounting: it must not stop in the middle.
         let released = self.detached(async move {
             let slot = shared.slot(&toc_digest);
-            shared.unmount(&toc_digest, &slot).await;
-            shared.forget(&toc_digest, slot);
+            shared.unmount_and_forget(toc_digest, slot).await;
             Ok(())
         });
         // Refused only while stopping, which unmounts everything.
@@ -292,15 +296,14 @@ impl LayerMounts for Layers {
     }
 
     async fn shutdown(&self) {
-        if self.shared.stopping.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        self.stop.cancel();
-        self.shared.unmount_all().await;
-        self.shared.engine.stop();
-        self.tasks.close();
-        self.tasks.wait().await;
+        let shared = &self.shared;
+        // From here on nothing is mounted, and what waits for a registry gives up.
+        shared.stop.cancel();
+        shared.unmount_all().await;
+        shared.engine.stop();
+        shared.tasks.close();
+        shared.tasks.wait().await;
         // What was being mounted when the stop came.
-        self.shared.unmount_all().await;
+        shared.unmount_all().await;
     }
 }

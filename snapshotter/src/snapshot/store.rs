@@ -9,7 +9,7 @@
 //! - `children`: (id of parent, id of child) → nothing;
 //! - `layers`: (TOC digest, id of snapshot) → nothing, the uses of each lazy layer.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
@@ -18,11 +18,19 @@ use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefi
 
 use super::{Error, Info, Kind, Labels};
 use crate::layer::{LayerOrigin, Usage};
+use open::open_database;
 use record::Record;
+use tables::{
+    add_child, ancestors, committed_parent, decode, failed, find_target, new_parent, read, rebased_parent, write,
+};
 
-pub mod record;
+mod open;
+mod record;
+mod tables;
 #[cfg(test)]
 mod tests;
+
+pub use open::StoreError;
 
 /// Longest key, name or parent accepted.
 pub const MAX_NAME_BYTES: usize = 4096;
@@ -37,80 +45,6 @@ const META: TableDefinition<'static, &'static str, u64> = TableDefinition::new("
 const SNAPSHOTS: Names = TableDefinition::new("snapshots");
 const CHILDREN: TableDefinition<'static, (u64, u64), ()> = TableDefinition::new("children");
 const LAYERS: LayerUses = TableDefinition::new("layers");
-
-/// Why the metadata cannot be used. None of these is the fault of a request.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The file cannot be opened.
-    #[error("cannot open {}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: redb::Error,
-    },
-    /// The file is not a metadata file, or is damaged.
-    #[error(
-        "{} is damaged or not a metadata file; restore it, or move it away together with the directory snapshots and \
-         remove all snapshots of this snapshotter from containerd",
-        path.display()
-    )]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What was found.
-        detail: String,
-    },
-    /// The file was written by another version.
-    #[error("{} has schema {found}, this program reads schema {SCHEMA}", path.display())]
-    Schema {
-        /// The file.
-        path: PathBuf,
-        /// Version found.
-        found: u64,
-    },
-    /// A transaction failed.
-    #[error("a transaction failed")]
-    Transaction(#[source] Box<redb::Error>),
-    /// A record cannot be decoded.
-    #[error("the record of snapshot {name:?} cannot be decoded")]
-    Record {
-        /// Name of the snapshot.
-        name: String,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// Records contradict each other.
-    #[error("the records contradict each other at snapshot {name:?}")]
-    Inconsistent {
-        /// Name of the snapshot.
-        name: String,
-    },
-}
-
-impl StoreError {
-    /// Whether the disk is full.
-    pub fn is_storage_full(&self) -> bool {
-        matches!(self, Self::Transaction(error)
-            if matches!(error.as_ref(), redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull))
-    }
-
-    /// Whether what is stored cannot be right.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            Self::Damaged { .. } | Self::Schema { .. } | Self::Record { .. } | Self::Inconsistent { .. } => true,
-            Self::Transaction(error) => matches!(error.as_ref(), redb::Error::Corrupted(_)),
-            Self::Open { .. } => false,
-        }
-    }
-}
-
-/// redb has an error type per kind of call; all of them mean the same to us.
-fn failed(error: impl Into<redb::Error>) -> Error {
-    Error::Store(StoreError::Transaction(Box::new(error.into())))
-}
 
 /// A snapshot with what is above and below it, enough to make its mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -490,166 +424,4 @@ impl Listing {
         self.last = Some(last.info.name.clone());
         Ok(Some(page))
     }
-}
-
-/// Opens and checks the whole file, which is as small as there are few snapshots: redb trusts its pages later on.
-fn open_database(path: &Path) -> Result<Database, StoreError> {
-    let damaged = |detail: String| StoreError::Damaged {
-        path: path.to_owned(),
-        detail,
-    };
-    // On some damage redb fails an assertion, which must not be how the daemon ends.
-    let opened = std::panic::catch_unwind(|| {
-        let mut db = Database::create(path)?;
-        let sound = db.check_integrity()?;
-        Ok::<_, redb::Error>((db, sound))
-    });
-    match opened {
-        Ok(Ok((db, sound))) => {
-            if !sound {
-                tracing::warn!(path = %path.display(), "the metadata was damaged and is repaired");
-            }
-            Ok(db)
-        }
-        Ok(Err(redb::Error::Corrupted(detail))) => Err(damaged(detail)),
-        Ok(Err(redb::Error::Io(error))) if error.kind() == std::io::ErrorKind::InvalidData => {
-            Err(damaged(error.to_string()))
-        }
-        Ok(Err(source)) => Err(StoreError::Open {
-            path: path.to_owned(),
-            source,
-        }),
-        Err(_) => Err(damaged("its pages contradict each other".to_owned())),
-    }
-}
-
-fn read(table: &impl ReadableTable<&'static str, &'static [u8]>, name: &str) -> Result<Option<Record>, Error> {
-    table
-        .get(name)
-        .map_err(failed)?
-        .map(|bytes| decode(name, bytes.value()))
-        .transpose()
-}
-
-fn decode(name: &str, bytes: &[u8]) -> Result<Record, Error> {
-    serde_json::from_slice(bytes).map_err(|source| {
-        Error::Store(StoreError::Record {
-            name: name.to_owned(),
-            source,
-        })
-    })
-}
-
-fn write(table: &mut redb::Table<'_, &'static str, &'static [u8]>, name: &str, record: &Record) -> Result<(), Error> {
-    let bytes = serde_json::to_vec(record).map_err(|source| {
-        Error::Store(StoreError::Record {
-            name: name.to_owned(),
-            source,
-        })
-    })?;
-    table.insert(name, bytes.as_slice()).map_err(failed)?;
-    Ok(())
-}
-
-fn add_child(tx: &WriteTransaction, parent: Option<&Record>, child: u64) -> Result<(), Error> {
-    if let Some(parent) = parent {
-        tx.open_table(CHILDREN)
-            .map_err(failed)?
-            .insert((parent.id, child), ())
-            .map_err(failed)?;
-    }
-    Ok(())
-}
-
-fn find_target(
-    table: &impl ReadableTable<&'static str, &'static [u8]>,
-    target: &str,
-    parent: Option<&str>,
-) -> Result<Option<String>, Error> {
-    match read(table, target)? {
-        None => return Ok(None),
-        Some(record) if record.kind == Kind::Committed && record.parent.as_deref() == parent => {
-            return Ok(Some(target.to_owned()));
-        }
-        Some(_) => {}
-    }
-    let prefix = format!("{target}#");
-    for entry in table.range::<&str>(prefix.as_str()..).map_err(failed)? {
-        let (name, bytes) = entry.map_err(failed)?;
-        if !name.value().starts_with(&prefix) {
-            break;
-        }
-        let record = decode(name.value(), bytes.value())?;
-        if record.layer.is_some() && record.parent.as_deref() == parent {
-            return Ok(Some(name.value().to_owned()));
-        }
-    }
-    Ok(None)
-}
-
-/// The parent of a new snapshot.
-fn committed_parent(
-    table: &impl ReadableTable<&'static str, &'static [u8]>,
-    parent: Option<&str>,
-) -> Result<Option<Record>, Error> {
-    let Some(parent) = parent else { return Ok(None) };
-    match read(table, parent)? {
-        None => Err(Error::ParentNotFound {
-            parent: parent.to_owned(),
-        }),
-        Some(record) if record.kind != Kind::Committed => Err(Error::ParentNotCommitted {
-            parent: parent.to_owned(),
-        }),
-        Some(record) => Ok(Some(record)),
-    }
-}
-
-/// The parent that a commit ends up with.
-fn new_parent(table: &impl ReadableTable<&'static str, &'static [u8]>, parent: &str) -> Result<Record, Error> {
-    match read(table, parent)? {
-        None => Err(Error::ParentNotFound {
-            parent: parent.to_owned(),
-        }),
-        Some(record) if record.kind != Kind::Committed => Err(Error::NewParentNotCommitted {
-            parent: parent.to_owned(),
-        }),
-        Some(record) => Ok(record),
-    }
-}
-
-/// A commit may give a parent to a snapshot that has none, and may repeat the one it has.
-fn rebased_parent<'a>(key: &str, has: Option<&'a str>, wanted: Option<&'a str>) -> Result<Option<&'a str>, Error> {
-    match (has, wanted) {
-        (Some(has), Some(wanted)) if has != wanted => Err(Error::ParentChanged {
-            key: key.to_owned(),
-            parent: wanted.to_owned(),
-        }),
-        (has, wanted) => Ok(has.or(wanted)),
-    }
-}
-
-/// Numbers and lazy layers of the chain that ends at `parent`, nearest first.
-fn ancestors(
-    table: &impl ReadableTable<&'static str, &'static [u8]>,
-    parent: Option<&str>,
-) -> Result<(Vec<u64>, Vec<LayerOrigin>), Error> {
-    let mut ids = Vec::new();
-    let mut layers: Vec<LayerOrigin> = Vec::new();
-    let mut next = parent.map(str::to_owned);
-    while let Some(name) = next {
-        let record =
-            read(table, &name)?.ok_or_else(|| Error::Store(StoreError::Inconsistent { name: name.clone() }))?;
-        // Numbers fall towards the root except after a rebase; a repeated one would be an endless loop.
-        if ids.contains(&record.id) {
-            return Err(Error::Store(StoreError::Inconsistent { name }));
-        }
-        ids.push(record.id);
-        if let Some(origin) = record.layer
-            && !layers.iter().any(|known| known.toc_digest == origin.toc_digest)
-        {
-            layers.push(origin.into());
-        }
-        next = record.parent;
-    }
-    Ok((ids, layers))
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use estargz::input;
-use estargz::writer::{self, BuildOptions, BuiltLayer};
+use estargz::writer::{self, BuildError, BuildOptions, BuiltLayer};
 use futures_util::StreamExt;
 use hullspeed_registry::Digest;
 use tempfile::{NamedTempFile, TempPath};
@@ -177,7 +177,10 @@ fn build(
         inner: file.as_file_mut(),
         cancel,
     });
-    let built = writer::build(&mut tar, &mut out, options).map_err(|error| Failure::layer(&error))?;
+    let built = writer::build(&mut tar, &mut out, options).map_err(|error| match error {
+        BuildError::Write(error) | BuildError::Spool(error) => unwritable(error),
+        error => Failure::layer(&error),
+    })?;
     out.flush().map_err(unwritable)?;
     drop(out);
     let actual = tar.finish().map_err(|error| Failure::layer(&error))?;

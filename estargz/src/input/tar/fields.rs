@@ -18,6 +18,67 @@ pub(super) struct Decoded {
     pub(super) records: Vec<Record>,
 }
 
+/// A header block together with the pax records that override it.
+struct Fields<'a> {
+    header: &'a Block,
+    records: Vec<Record>,
+    name: String,
+    start: u64,
+}
+
+impl Fields<'_> {
+    fn bad(&self, field: &'static str) -> TarError {
+        TarError::BadField {
+            name: self.name.clone(),
+            offset: self.start,
+            field,
+        }
+    }
+
+    fn number(&self, range: Range<usize>, field: &'static str) -> Result<u64, TarError> {
+        let number = numeric(&self.header[range]).and_then(|n| u64::try_from(n).ok());
+        number.ok_or_else(|| self.bad(field))
+    }
+
+    fn overridden(&mut self, key: &'static str, range: Range<usize>) -> Result<u64, TarError> {
+        match take(&mut self.records, key.as_bytes()) {
+            Some(value) => pax::decimal(&value).ok_or_else(|| self.bad(key)),
+            None => self.number(range, key),
+        }
+    }
+
+    fn mtime(&mut self) -> Result<Timestamp, TarError> {
+        let time = match take(&mut self.records, b"mtime") {
+            Some(value) => Timestamp::parse(&value),
+            None => numeric(&self.header[136..148]).map(|seconds| Timestamp { seconds, nanos: 0 }),
+        };
+        time.ok_or_else(|| self.bad("mtime"))
+    }
+
+    /// Whether there are the fields that version 7 did not have.
+    fn is_extended(&self) -> bool {
+        &self.header[257..262] == b"ustar"
+    }
+
+    fn owner(&mut self, key: &[u8], range: Range<usize>) -> Vec<u8> {
+        match take(&mut self.records, key) {
+            Some(name) => name,
+            None if self.is_extended() => text(&self.header[range]).to_vec(),
+            None => Vec::new(),
+        }
+    }
+
+    fn device(&self, kind: TarKind) -> Result<(u64, u64), TarError> {
+        if !matches!(kind, TarKind::Char | TarKind::Block) || !self.is_extended() {
+            return Ok((0, 0));
+        }
+        Ok((
+            self.number(329..337, "device number")?,
+            self.number(337..345, "device number")?,
+        ))
+    }
+}
+
 /// Puts header and extensions together. `start` is where the entry begins.
 pub(super) fn decode(header: &Block, start: u64, extensions: Extensions) -> Result<Decoded, TarError> {
     let mut records = extensions.records;
@@ -27,52 +88,25 @@ pub(super) fn decode(header: &Block, start: u64, extensions: Extensions) -> Resu
             .or_else(|| take(&mut records, b"path"))
             .unwrap_or_else(|| header_name(header))
     });
-    let shown_name = shown(&name);
+    let link = extensions.long_link.or_else(|| take(&mut records, b"linkpath"));
+    let link = link.unwrap_or_else(|| text(&header[157..257]).to_vec());
+    let mut fields = Fields {
+        header,
+        records,
+        name: shown(&name),
+        start,
+    };
     let Some((kind, sparse)) = kind_of(header[156], &name) else {
         return Err(TarError::UnsupportedType {
-            name: shown_name,
+            name: fields.name,
             offset: start,
             typeflag: header[156],
         });
     };
-    let link = extensions.long_link.or_else(|| take(&mut records, b"linkpath"));
-    let link = link.unwrap_or_else(|| text(&header[157..257]).to_vec());
-    let bad = |field| TarError::BadField {
-        name: shown_name.clone(),
-        offset: start,
-        field,
-    };
-    let number = |range: Range<usize>, field| {
-        numeric(&header[range])
-            .and_then(|n| u64::try_from(n).ok())
-            .ok_or_else(|| bad(field))
-    };
-    let mut overridden = |key: &[u8], range, field| match take(&mut records, key) {
-        Some(value) => pax::decimal(&value).ok_or_else(|| bad(field)),
-        None => number(range, field),
-    };
-    let uid = overridden(b"uid", 108..116, "uid")?;
-    let gid = overridden(b"gid", 116..124, "gid")?;
-    let stored = overridden(b"size", 124..136, "size")?;
-    let mtime = match take(&mut records, b"mtime") {
-        Some(value) => Timestamp::parse(&value),
-        None => numeric(&header[136..148]).map(|seconds| Timestamp { seconds, nanos: 0 }),
-    };
-    let extended = &header[257..262] == b"ustar";
-    let owner = |range: Range<usize>| {
-        if extended {
-            text(&header[range]).to_vec()
-        } else {
-            Vec::new()
-        }
-    };
-    let device = match kind {
-        TarKind::Char | TarKind::Block if extended => {
-            (number(329..337, "device number")?, number(337..345, "device number")?)
-        }
-        _ => (0, 0),
-    };
+    let stored = fields.overridden("size", 124..136)?;
+    let mode = fields.number(100..108, "mode")? & 0o7777;
     let entry = TarEntry {
+        name,
         kind,
         link: if matches!(kind, TarKind::Symlink | TarKind::Hardlink) {
             link
@@ -80,23 +114,22 @@ pub(super) fn decode(header: &Block, start: u64, extensions: Extensions) -> Resu
             Vec::new()
         },
         size: 0,
-        mode: u32::try_from(number(100..108, "mode")? & 0o7777).map_err(|_| bad("mode"))?,
-        uid,
-        gid,
-        user: take(&mut records, b"uname").unwrap_or_else(|| owner(265..297)),
-        group: take(&mut records, b"gname").unwrap_or_else(|| owner(297..329)),
-        mtime: mtime.ok_or_else(|| bad("mtime"))?,
-        device,
+        mode: u32::try_from(mode).map_err(|_| fields.bad("mode"))?,
+        uid: fields.overridden("uid", 108..116)?,
+        gid: fields.overridden("gid", 116..124)?,
+        user: fields.owner(b"uname", 265..297),
+        group: fields.owner(b"gname", 297..329),
+        mtime: fields.mtime()?,
+        device: fields.device(kind)?,
         xattrs: Vec::new(),
         records: Vec::new(),
         offset: start,
-        name,
     };
     Ok(Decoded {
         entry,
         stored,
         sparse,
-        records,
+        records: fields.records,
     })
 }
 

@@ -126,15 +126,22 @@ impl LayerStore {
 
     fn write_layer(&self, dir: &Path, toc: &[u8], index: &[u8], origin: &Origin) -> Result<(), CacheError> {
         fs::create_dir(dir).map_err(io_error("create", dir))?;
-        for (name, bytes) in [("toc", toc), ("index", index), ("origin", &encode_origin(origin))] {
-            files::write_synced(&dir.join(name), bytes).map_err(io_error("write", &dir.join(name)))?;
-        }
-        let size = open_index_bytes(index)?.data_size();
+        let data_size = open_index_bytes(index)?.data_size();
         let data = dir.join("data");
         File::create(&data)
-            .and_then(|file| file.set_len(size).and_then(|()| file.sync_all()))
+            .and_then(|file| file.set_len(data_size))
             .map_err(io_error("create", &data))?;
+        for (name, bytes) in [("toc", toc), ("index", index), ("origin", &encode_origin(origin))] {
+            fs::write(dir.join(name), bytes).map_err(io_error("write", &dir.join(name)))?;
+        }
         fs::create_dir(dir.join("mnt")).map_err(io_error("create", &dir.join("mnt")))?;
+        // All files first, so that the first sync takes most of the others along.
+        for name in ["toc", "index", "origin", "data"] {
+            let path = dir.join(name);
+            File::open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(io_error("sync", &path))?;
+        }
         files::sync_dir(dir).map_err(io_error("sync", dir))
     }
 

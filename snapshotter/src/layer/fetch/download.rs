@@ -71,7 +71,7 @@ impl Download {
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
         while self.position < self.end {
             if self.priority > Priority::Demand && !self.urgency.is_raised() {
-                self.engine.gate.stand_aside().await;
+                self.engine.gate.stand_aside(&self.urgency).await;
             }
             match self.receive().await {
                 Ok(mut piece) => {

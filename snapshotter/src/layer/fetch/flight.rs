@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -31,16 +30,28 @@ struct Flight {
 }
 
 /// Whether a reader waits for a group of members, so that it must not pause for other readers.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Urgency(Arc<AtomicBool>);
+#[derive(Debug, Clone)]
+pub(super) struct Urgency(Arc<watch::Sender<bool>>);
+
+impl Default for Urgency {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(false)))
+    }
+}
 
 impl Urgency {
     pub(super) fn raise(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.send_if_modified(|raised| !std::mem::replace(raised, true));
     }
 
     pub(super) fn is_raised(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        *self.0.borrow()
+    }
+
+    /// Returns when a reader waits.
+    pub(super) async fn raised(&self) {
+        // The sender is ours, so waiting cannot fail.
+        let _ = self.0.subscribe().wait_for(|raised| *raised).await;
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
+use super::flight::Urgency;
 use crate::layer::source::Priority;
 
 /// Longest time that a prefetch stands aside for readers between two pieces of its body.
@@ -55,7 +56,7 @@ impl Gate {
             }
             Priority::Prefetch => {
                 let prefetch_slot = self.prefetch_slots.acquire().await.ok();
-                self.stand_aside().await;
+                self.stand_aside(&Urgency::default()).await;
                 Slot {
                     _prefetch_slot: prefetch_slot,
                     _slot: self.slots.acquire().await.ok(),
@@ -65,12 +66,16 @@ impl Gate {
         }
     }
 
-    /// Waits while readers' requests are under way, though not for long.
-    pub(super) async fn stand_aside(&self) {
+    /// Waits while readers' requests are under way, though not for long, and not once a reader waits for this very fetch.
+    pub(super) async fn stand_aside(&self, urgency: &Urgency) {
         if *self.demand.borrow() > 0 {
             let mut demand = self.demand.subscribe();
-            // Both outcomes mean that it is our turn again.
-            let _ = tokio::time::timeout(LONGEST_PAUSE, demand.wait_for(|count| *count == 0)).await;
+            // Whichever comes first, it is our turn again.
+            tokio::select! {
+                _ = demand.wait_for(|count| *count == 0) => {}
+                () = urgency.raised() => {}
+                () = tokio::time::sleep(LONGEST_PAUSE) => {}
+            }
         }
     }
 }
@@ -102,10 +107,21 @@ mod tests {
         );
         let demand = gate.enter(Priority::Demand).await;
         let before = Instant::now();
-        gate.stand_aside().await;
+        let urgency = Urgency::default();
+        gate.stand_aside(&urgency).await;
         assert!(before.elapsed() >= LONGEST_PAUSE);
+        urgency.raise();
+        assert!(
+            tokio::time::timeout(LONGEST_PAUSE, gate.stand_aside(&urgency))
+                .await
+                .is_ok()
+        );
         drop(demand);
-        assert!(tokio::time::timeout(LONGEST_PAUSE, gate.stand_aside()).await.is_ok());
+        assert!(
+            tokio::time::timeout(LONGEST_PAUSE, gate.stand_aside(&Urgency::default()))
+                .await
+                .is_ok()
+        );
         drop(prefetch);
     }
 

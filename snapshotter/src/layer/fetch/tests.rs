@@ -60,9 +60,10 @@ impl Bench {
         }
     }
 
-    /// Waits until nothing is under way.
+    /// Waits until nothing is under way, nor the checkpoint that a complete layer gets.
     async fn settle(&self) {
-        while !self.fs.fetch().flights().is_empty() {
+        let layer = self.fs.fetch().layer();
+        while !self.fs.fetch().flights().is_empty() || (layer.residency().is_complete() && layer.is_dirty()) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -210,6 +211,7 @@ async fn a_source_that_never_delivers_is_given_up() {
     assert_eq!(bench.errno("zeros").await, libc::EIO);
     assert_eq!(bench.source.requests().len(), 1 + download::MAX_FRUITLESS as usize);
     bench.assert_file("zeros").await;
+    bench.settle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -241,6 +243,7 @@ async fn wrong_bytes_are_asked_for_once_more_and_then_are_an_error_for_their_rea
     assert_eq!(bench.source.requests().len(), 3);
     // The source has come to its senses.
     bench.assert_file(twice).await;
+    bench.settle().await;
     assert_only_verified(bench.fs.fetch().layer());
 }
 

@@ -71,7 +71,12 @@ impl Shared {
             let client = self.registries.client()?;
             self.manifests.layers(&client, &image, digest).await
         };
-        layers.await.unwrap_or_else(|error: Arc<SourceError>| {
+        let layers = self
+            .stop
+            .run_until_cancelled(layers)
+            .await
+            .unwrap_or(Ok(Arc::default()));
+        layers.unwrap_or_else(|error: Arc<SourceError>| {
             tracing::warn!(image = request.image, manifest = %digest, error = &*error as &dyn std::error::Error, "cannot read the image's manifest; its layers are opened one by one");
             Arc::default()
         })
@@ -83,11 +88,14 @@ impl Shared {
             return;
         }
         let (shared, image, own) = (self.clone(), request.image.clone(), request.layer_digest);
-        self.runtime.spawn(async move {
+        let ahead = async move {
             let others: Vec<LayerDescriptor> = layers.iter().filter(|layer| layer.digest != own).copied().collect();
             let open = |layer| shared.clone().open_other(image.clone(), layer);
             stream::iter(others).for_each_concurrent(MAX_OPENING, open).await;
-        });
+        };
+        let stop = self.stop.clone();
+        let ahead = async move { stop.run_until_cancelled(ahead).await };
+        self.tasks.spawn_on(ahead, &self.runtime);
     }
 
     async fn open_other(self: Arc<Self>, image: String, layer: LayerDescriptor) {
@@ -128,7 +136,11 @@ impl Shared {
         };
         let source = self.source(wanted.image, &layer, wanted.size);
         let stall = self.config.registry.stall_timeout;
-        let opened = open::open(&*source, wanted.image, wanted.expected, &self.metrics, stall).await?;
+        let opening = open::open(&*source, wanted.image, wanted.expected, &self.metrics, stall);
+        let stopped = NotLazy::Refused {
+            why: "the daemon is stopping",
+        };
+        let opened = self.stop.run_until_cancelled(opening).await.unwrap_or(Err(stopped))?;
         let origin = Origin {
             image: wanted.image.to_owned(),
             layer_digest: layer,
