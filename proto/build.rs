@@ -2,7 +2,9 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let containerd = protox::compile(["services/snapshots/v1/snapshots.proto"], ["containerd"])?;
-    tonic_prost_build::configure().build_transport(true).compile_fds(containerd)?;
+    tonic_prost_build::configure()
+        .build_transport(true)
+        .compile_fds(containerd)?;
     let cri = protox::compile(["runtime/v1/cri.proto"], ["cri"])?;
     tonic_prost_build::configure().build_transport(true).compile_fds(cri)?;
     println!("cargo:rerun-if-changed=containerd");

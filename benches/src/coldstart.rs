@@ -40,6 +40,8 @@ pub struct Stage<'a> {
     pub proxy: Proxy,
     /// Reference of the pause image, past the link.
     pub pause: String,
+    /// Whether each round's requests are listed on standard error.
+    pub list_requests: bool,
 }
 
 /// The image of one mode.
@@ -70,7 +72,12 @@ pub async fn measure(stage: &Stage<'_>, subject: &Subject, round: u32) -> Result
     check_cold(&mut node, subject).await?;
     stage.proxy.reset();
     let name = format!("{}-{round}", subject.mode.name());
-    let sample = start(stage, &mut node, subject, &name).await.with_context(|| format!("round {round} of {}", subject.mode.name()))?;
+    let sample = start(stage, &mut node, subject, &name)
+        .await
+        .with_context(|| format!("round {round} of {}", subject.mode.name()))?;
+    if stage.list_requests {
+        list_requests(&stage.proxy);
+    }
     check_honest(&node, subject, &sample)?;
     node.cri.remove_everything().await?;
     node.containerd.stop()?;
@@ -86,8 +93,14 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
         Mode::Overlayfs => None,
         Mode::Hullspeed => Some(Snapshotter::start(stage.run, SNAPSHOTTER, "").await?),
     };
-    let choice = snapshotter.as_ref().map_or(SnapshotterChoice::Overlayfs, Snapshotter::choice);
-    let options = ContainerdOptions { name: CONTAINERD.into(), snapshotter: choice, pause_image: stage.pause.clone() };
+    let choice = snapshotter
+        .as_ref()
+        .map_or(SnapshotterChoice::Overlayfs, Snapshotter::choice);
+    let options = ContainerdOptions {
+        name: CONTAINERD.into(),
+        snapshotter: choice,
+        pause_image: stage.pause.clone(),
+    };
     let containerd = Containerd::start(stage.run, &stage.network, &options).await?;
     let mut cri = containerd.cri().await?;
     cri.pull(&stage.pause).await?;
@@ -97,14 +110,24 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
     cri.start_container(&container).await?;
     cri.remove_container(&container).await?;
     cri.remove_sandbox(&sandbox).await?;
-    Ok(Node { snapshotter, containerd, cri })
+    Ok(Node {
+        snapshotter,
+        containerd,
+        cri,
+    })
 }
 
 /// Nothing of the image is on the node: no record, no blob, no layer.
 async fn check_cold(node: &mut Node, subject: &Subject) -> Result<()> {
-    ensure!(node.cri.image(&subject.reference).await?.is_none(), "not cold: containerd knows the image");
+    ensure!(
+        node.cri.image(&subject.reference).await?.is_none(),
+        "not cold: containerd knows the image"
+    );
     for digest in subject.image.layer_digests() {
-        ensure!(!node.containerd.has_blob(&digest), "not cold: containerd has the layer {digest}");
+        ensure!(
+            !node.containerd.has_blob(&digest),
+            "not cold: containerd has the layer {digest}"
+        );
     }
     if let Some(snapshotter) = &node.snapshotter {
         let layers = snapshotter.root().join("layers");
@@ -124,7 +147,9 @@ async fn start(stage: &Stage<'_>, node: &mut Node, subject: &Subject, name: &str
     let sandbox = cri.run_sandbox(&pod).await?;
     let ip = cri.sandbox_ip(&sandbox).await?;
     let sandbox_time = clock.lap();
-    let container = cri.create_container(&sandbox, &pod, "function", &subject.reference).await?;
+    let container = cri
+        .create_container(&sandbox, &pod, "function", &subject.reference)
+        .await?;
     let create = clock.lap();
     cri.start_container(&container).await?;
     let start = clock.lap();
@@ -155,15 +180,35 @@ fn check_honest(node: &Node, subject: &Subject, sample: &Sample) -> Result<()> {
     match &node.snapshotter {
         None => {
             let whole = subject.image.compressed_bytes();
-            ensure!(sample.wire_bytes >= whole, "not cold: {} bytes on the wire for an image of {whole}", sample.wire_bytes);
+            ensure!(
+                sample.wire_bytes >= whole,
+                "not cold: {} bytes on the wire for an image of {whole}",
+                sample.wire_bytes
+            );
         }
         Some(snapshotter) => {
             let layers = subject.image.layer_digests();
             let mounted = sweep::mounts_below(&snapshotter.root().join("layers"))?.len();
-            ensure!(mounted >= layers.len(), "not lazy: {mounted} of {} layers are mounted, the others were unpacked", layers.len());
+            ensure!(
+                mounted >= layers.len(),
+                "not lazy: {mounted} of {} layers are mounted, the others were unpacked",
+                layers.len()
+            );
         }
     }
     Ok(())
+}
+
+/// One line a request, in the order of arrival.
+fn list_requests(proxy: &Proxy) {
+    for request in proxy.requests() {
+        let range = request.range.unwrap_or_default();
+        let at = request.at.as_millis();
+        eprintln!(
+            "{at:>6} ms {} {} {range} {} {} bytes",
+            request.method, request.path, request.status, request.body_bytes
+        );
+    }
 }
 
 fn drop_caches() -> Result<()> {

@@ -34,25 +34,35 @@ pub struct DemoOptions {
     pub rounds: u32,
     /// One mode alone.
     pub only: Option<Mode>,
+    /// Whether each round's requests are listed on standard error.
+    pub list_requests: bool,
 }
 
 /// Runs the demo in `run`; prints the table on standard output and progress on standard error.
 pub async fn run(run: &RunDir, options: &DemoOptions) -> Result<()> {
-    let modes: Vec<Mode> = Mode::ALL.into_iter().filter(|mode| options.only.is_none_or(|only| only == *mode)).collect();
+    let modes: Vec<Mode> = Mode::ALL
+        .into_iter()
+        .filter(|mode| options.only.is_none_or(|only| only == *mode))
+        .collect();
     eprintln!("image: Debian with python3, packages and a function (a minute at first, then cached)");
     let image = DemoImage::cached(run, &options.directory).await?;
-    let mut stage = stage(run).await?;
+    let stage = stage(run, options.list_requests).await?;
     let mut subjects = Vec::new();
     for mode in modes {
         subjects.push(subject(run, &stage, &image, mode)?);
     }
     let compressed = image.read()?.compressed_bytes();
-    describe(&mut stage, &image, compressed)?;
+    describe(&stage, &image, compressed)?;
     let mut samples = vec![Vec::new(); subjects.len()];
     for round in 1..=options.rounds {
         for (subject, samples) in subjects.iter().zip(&mut samples) {
             let sample = coldstart::measure(&stage, subject, round).await?;
-            eprintln!("round {round}/{} {}: {}", options.rounds, subject.mode.name(), line(&sample));
+            eprintln!(
+                "round {round}/{} {}: {}",
+                options.rounds,
+                subject.mode.name(),
+                line(&sample)
+            );
             samples.push(sample);
         }
     }
@@ -75,7 +85,7 @@ fn line(sample: &Sample) -> String {
 }
 
 /// The registry with the pause image, the link in front of it, the pods' network.
-async fn stage(run: &RunDir) -> Result<Stage<'_>> {
+async fn stage(run: &RunDir, list_requests: bool) -> Result<Stage<'_>> {
     let storage = run.directory("storage")?;
     let registry = Registry::start(run, &storage)?;
     let pause_layout = run.path().join("pause");
@@ -83,7 +93,14 @@ async fn stage(run: &RunDir) -> Result<Stage<'_>> {
     registry.push(&format!("oci:{}:latest", pause_layout.display()), "pause:latest")?;
     let proxy = Proxy::start(registry.address(), LinkOptions::WIDE_AREA).await?;
     let pause = format!("{}/pause:latest", registry.address());
-    Ok(Stage { run, network: Network::create(run)?, registry, proxy, pause })
+    Ok(Stage {
+        run,
+        network: Network::create(run)?,
+        registry,
+        proxy,
+        pause,
+        list_requests,
+    })
 }
 
 /// Puts a mode's image into the registry.
@@ -92,18 +109,30 @@ fn subject(run: &RunDir, stage: &Stage<'_>, image: &DemoImage, mode: Mode) -> Re
         Mode::Overlayfs => (image.source(), demo_image::TAG, image.read()?),
         Mode::Hullspeed => {
             let layout = convert(run, image)?;
-            (format!("oci:{}:{CONVERTED}", layout.display()), CONVERTED, LayoutImage::read(&layout, CONVERTED)?)
+            (
+                format!("oci:{}:{CONVERTED}", layout.display()),
+                CONVERTED,
+                LayoutImage::read(&layout, CONVERTED)?,
+            )
         }
     };
     stage.registry.push(&source, &format!("{REPOSITORY}:{tag}"))?;
-    Ok(Subject { mode, reference: format!("{}/{REPOSITORY}:{tag}", stage.proxy.address()), image: read })
+    Ok(Subject {
+        mode,
+        reference: format!("{}/{REPOSITORY}:{tag}", stage.proxy.address()),
+        image: read,
+    })
 }
 
 /// Converts the image with our converter, what the function reads first in front.
 fn convert(run: &RunDir, image: &DemoImage) -> Result<PathBuf> {
     let layout = run.path().join("converted");
     let mut command = Command::new(programs::find("estargz")?);
-    command.arg("convert").arg("--prioritize").arg(&image.access).arg(image.source());
+    command
+        .arg("convert")
+        .arg("--prioritize")
+        .arg(&image.access)
+        .arg(image.source());
     command.arg(format!("oci:{}:{CONVERTED}", layout.display()));
     let mut process = run.spawn("convert", command)?;
     let status = process.wait(CONVERT_LIMIT)?;
@@ -113,9 +142,12 @@ fn convert(run: &RunDir, image: &DemoImage) -> Result<PathBuf> {
     Ok(layout)
 }
 
-fn describe(stage: &mut Stage<'_>, image: &DemoImage, compressed: u64) -> Result<()> {
+fn describe(stage: &Stage<'_>, image: &DemoImage, compressed: u64) -> Result<()> {
     let layers = image.read()?.layers().len();
-    let LinkOptions { delay, bytes_per_second } = LinkOptions::WIDE_AREA;
+    let LinkOptions {
+        delay,
+        bytes_per_second,
+    } = LinkOptions::WIDE_AREA;
     let rate = bytes_per_second.map_or_else(|| "no".into(), |rate| format!("{} Mbit/s", rate * 8 / 1_000_000));
     eprintln!(
         "image: {layers} layers, {:.1} MB compressed; link {}: {} ms a request, {rate} cap",
@@ -130,7 +162,9 @@ fn publish(subjects: &[Subject], samples: &[Vec<Sample>], compressed: u64, direc
     let medians: Vec<_> = samples.iter().filter_map(|samples| Medians::of(samples)).collect();
     let columns: Vec<_> = subjects.iter().map(|subject| subject.mode).zip(medians).collect();
     println!("{}", table(&columns));
-    let [(Mode::Overlayfs, overlayfs), (Mode::Hullspeed, hullspeed)] = columns.as_slice() else { return Ok(()) };
+    let [(Mode::Overlayfs, overlayfs), (Mode::Hullspeed, hullspeed)] = columns.as_slice() else {
+        return Ok(());
+    };
     let report = Report::new(*overlayfs, *hullspeed, compressed);
     println!(
         "total with hullspeed: {:.1} % of overlayfs; on the wire: {:.1} % of the image's {:.1} MB compressed",

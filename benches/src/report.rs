@@ -107,7 +107,11 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     let upper = *values.get(middle)?;
-    Some(if values.len() % 2 == 1 { upper } else { f64::midpoint(values[middle - 1], upper) })
+    Some(if values.len() % 2 == 1 {
+        upper
+    } else {
+        f64::midpoint(values[middle - 1], upper)
+    })
 }
 
 /// `result.json`.
@@ -135,9 +139,16 @@ impl Report {
     #[must_use]
     pub fn new(overlayfs: Medians, hullspeed: Medians, compressed_bytes: u64) -> Self {
         let ratio = hullspeed.total_ms / overlayfs.total_ms;
-        Self { modes: Modes { overlayfs, hullspeed }, compressed_bytes, ratio_total: (ratio * 1e4).round() / 1e4 }
+        Self {
+            modes: Modes { overlayfs, hullspeed },
+            compressed_bytes,
+            ratio_total: (ratio * 1e4).round() / 1e4,
+        }
     }
 }
+
+/// A row's name, its value, and how many digits follow the point.
+type Row = (&'static str, fn(&Medians) -> f64, usize);
 
 /// The table: a row a phase, a column a mode, and the ratio of the second mode to the first.
 #[must_use]
@@ -147,7 +158,7 @@ pub fn table(columns: &[(Mode, Medians)]) -> Table {
     let names = columns.iter().map(|(mode, _)| mode.name().to_string());
     let ratio = (columns.len() == 2).then(|| "ratio".to_string());
     table.set_header(["median".to_string()].into_iter().chain(names).chain(ratio));
-    let rows: [(&str, fn(&Medians) -> f64, usize); 8] = [
+    let rows: [Row; 8] = [
         ("pull, ms", |medians| medians.pull_ms, 1),
         ("sandbox, ms", |medians| medians.sandbox_ms, 1),
         ("create, ms", |medians| medians.create_ms, 1),
@@ -179,27 +190,55 @@ mod tests {
     fn sample(milliseconds: u64) -> Sample {
         let phase = Duration::from_millis(milliseconds);
         let requests = milliseconds;
-        Sample { pull: phase, sandbox: phase, create: phase, start: phase, first_200: phase, wire_bytes: milliseconds * 1000, requests }
+        Sample {
+            pull: phase,
+            sandbox: phase,
+            create: phase,
+            start: phase,
+            first_200: phase,
+            wire_bytes: milliseconds * 1000,
+            requests,
+        }
     }
 
     #[test]
     fn medians_ignore_order_and_outliers() {
         let medians = Medians::of(&[sample(900), sample(10), sample(20)]).unwrap();
-        assert_eq!((medians.pull_ms, medians.total_ms, medians.wire_bytes, medians.requests), (20.0, 100.0, 20_000, 20));
+        assert_eq!(
+            (medians.pull_ms, medians.total_ms, medians.wire_bytes, medians.requests),
+            (20.0, 100.0, 20_000, 20)
+        );
         assert_eq!(median(vec![4.0, 1.0]), Some(2.5));
         assert_eq!(Medians::of(&[]), None);
     }
 
     #[test]
     fn the_report_has_the_promised_shape() {
-        let (slow, fast) = (Medians::of(&[sample(1000)]).unwrap(), Medians::of(&[sample(250)]).unwrap());
+        let (slow, fast) = (
+            Medians::of(&[sample(1000)]).unwrap(),
+            Medians::of(&[sample(250)]).unwrap(),
+        );
         let report = serde_json::to_value(Report::new(slow, fast, 77)).unwrap();
         assert_eq!(report["ratio_total"], 0.25);
         assert_eq!(report["compressed_bytes"], 77);
         assert_eq!(report.as_object().unwrap().len(), 3);
-        let keys: Vec<_> = report["modes"]["hullspeed"].as_object().unwrap().keys().cloned().collect();
-        let mut wanted =
-            ["pull_ms", "sandbox_ms", "create_ms", "start_ms", "first_200_ms", "total_ms", "wire_bytes", "requests"].map(String::from);
+        let keys: Vec<_> = report["modes"]["hullspeed"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect();
+        let mut wanted = [
+            "pull_ms",
+            "sandbox_ms",
+            "create_ms",
+            "start_ms",
+            "first_200_ms",
+            "total_ms",
+            "wire_bytes",
+            "requests",
+        ]
+        .map(String::from);
         wanted.sort();
         let mut keys = keys;
         keys.sort();

@@ -2,7 +2,13 @@
 //!
 //! The definitions hold only the part of each published contract that Hullspeed speaks. Field names, numbers and
 //! types are facts of those contracts; the comments are ours.
-#![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::cast_possible_truncation, reason = "generated code")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "generated code"
+)]
 
 /// containerd's API.
 pub mod containerd {

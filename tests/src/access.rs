@@ -29,7 +29,9 @@ pub async fn measure(run: &RunDir, root: &Path, config: &ImageConfig) -> Result<
     let mut command = Command::new("/usr/sbin/chroot");
     command.arg(root).args(&config.entrypoint).env_clear();
     command.envs(config.env.iter().filter_map(|variable| variable.split_once('=')));
-    command.env("HOST", Ipv4Addr::LOCALHOST.to_string()).env("PORT", port.to_string());
+    command
+        .env("HOST", Ipv4Addr::LOCALHOST.to_string())
+        .env("PORT", port.to_string());
     let mut process = run.spawn("access", command)?;
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let answered = crate::probe::first_200(address, crate::demo_image::PATH, ANSWER_LIMIT).await;

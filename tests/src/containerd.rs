@@ -72,7 +72,11 @@ impl Containerd {
         // Without it containerd asks systemd, which may not be there, for nothing.
         command.arg("--config").arg(&config).env_remove("NOTIFY_SOCKET");
         let process = run.spawn(&options.name, command)?;
-        let mut containerd = Self { process, directory, snapshotter: options.snapshotter.name().into() };
+        let mut containerd = Self {
+            process,
+            directory,
+            snapshotter: options.snapshotter.name().into(),
+        };
         containerd.wait_ready().await?;
         Ok(containerd)
     }
@@ -80,9 +84,17 @@ impl Containerd {
     /// Stops it and starts it again on the same directories.
     pub async fn restart(&mut self, run: &RunDir) -> Result<()> {
         self.process.stop()?;
-        let name = self.directory.file_name().context("a containerd without a directory")?.to_string_lossy().into_owned();
+        let name = self
+            .directory
+            .file_name()
+            .context("a containerd without a directory")?
+            .to_string_lossy()
+            .into_owned();
         let mut command = Command::new("containerd");
-        command.arg("--config").arg(self.directory.join("config.toml")).env_remove("NOTIFY_SOCKET");
+        command
+            .arg("--config")
+            .arg(self.directory.join("config.toml"))
+            .env_remove("NOTIFY_SOCKET");
         self.process = run.spawn(&name, command)?;
         self.wait_ready().await
     }
@@ -100,7 +112,10 @@ impl Containerd {
             };
             self.process.check_running()?;
             if Instant::now() > end {
-                bail!("containerd is not ready after {START_LIMIT:?}: {not_ready}; its log ends:\n{}", self.process.log_tail());
+                bail!(
+                    "containerd is not ready after {START_LIMIT:?}: {not_ready}; its log ends:\n{}",
+                    self.process.log_tail()
+                );
             }
             tokio::time::sleep(POLL).await;
         }
@@ -133,13 +148,19 @@ impl Containerd {
     #[must_use]
     pub fn has_blob(&self, digest: &str) -> bool {
         let name = digest.strip_prefix("sha256:").unwrap_or(digest);
-        self.root().join("io.containerd.content.v1.content/blobs/sha256").join(name).exists()
+        self.root()
+            .join("io.containerd.content.v1.content/blobs/sha256")
+            .join(name)
+            .exists()
     }
 
     /// The mounted root file system of a started CRI container.
     #[must_use]
     pub fn rootfs(&self, container_id: &str) -> PathBuf {
-        self.directory.join("state/io.containerd.runtime.v2.task/k8s.io").join(container_id).join("rootfs")
+        self.directory
+            .join("state/io.containerd.runtime.v2.task/k8s.io")
+            .join(container_id)
+            .join("rootfs")
     }
 
     /// The process, for its log and for signals.

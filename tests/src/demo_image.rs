@@ -113,10 +113,16 @@ impl DemoImage {
         let lock = File::create(cache.join("image.lock")).context("cannot create the image cache's lock")?;
         lock.lock().context("cannot lock the image cache")?;
         let directory = cache.join(format!("image-{}", recipe_key()));
-        let image = Self { layout: directory.join("oci"), access: directory.join("access.txt") };
+        let image = Self {
+            layout: directory.join("oci"),
+            access: directory.join("access.txt"),
+        };
         if !directory.exists() {
             let part = run.directory("image-part")?;
-            Build::new(run)?.build(&part).await.context("cannot build the demo image")?;
+            Build::new(run)?
+                .build(&part)
+                .await
+                .context("cannot build the demo image")?;
             // On one file system this is atomic: a cached image is a whole one.
             if fs::rename(&part, &directory).is_err() {
                 process::output(Command::new("cp").arg("-a").arg(&part).arg(&directory))?;
@@ -140,7 +146,15 @@ impl DemoImage {
 
 fn recipe_key() -> String {
     let mut hash = Sha256::new();
-    let parts = [BASE_SCRIPT, PYTHON_SCRIPT, PACKAGES_SCRIPT, TRIM_SCRIPT, FUNCTION_SCRIPT, APT_FUNCTION, CLEAN_SCRIPT];
+    let parts = [
+        BASE_SCRIPT,
+        PYTHON_SCRIPT,
+        PACKAGES_SCRIPT,
+        TRIM_SCRIPT,
+        FUNCTION_SCRIPT,
+        APT_FUNCTION,
+        CLEAN_SCRIPT,
+    ];
     for part in parts.into_iter().chain([SERVER, CONFIG, PAGE]) {
         hash.update(part.as_bytes());
         hash.update([0]);
@@ -159,9 +173,16 @@ struct Build<'a> {
 
 impl<'a> Build<'a> {
     fn new(run: &'a RunDir) -> Result<Self> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).context("a clock before 1970")?;
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .context("a clock before 1970")?;
         let began = i64::try_from(now.as_secs()).context("a clock beyond i64")?;
-        Ok(Self { run, work: run.directory("image-build")?, layers: Vec::new(), began })
+        Ok(Self {
+            run,
+            work: run.directory("image-build")?,
+            layers: Vec::new(),
+            began,
+        })
     }
 
     async fn build(mut self, output: &Path) -> Result<()> {
@@ -188,10 +209,17 @@ impl<'a> Build<'a> {
         let root = self.work.join("base");
         let (uri, suite) = package_source()?;
         let mut debootstrap = Command::new("debootstrap");
-        debootstrap.args(["--variant=minbase", &suite]).arg(&root).arg(&uri).env("SOURCE_DATE_EPOCH", EPOCH.to_string());
+        debootstrap
+            .args(["--variant=minbase", &suite])
+            .arg(&root)
+            .arg(&uri)
+            .env("SOURCE_DATE_EPOCH", EPOCH.to_string());
         self.step("debootstrap", debootstrap)?;
         let mut script = Command::new("sh");
-        script.args(["-euc", BASE_SCRIPT]).env("ROOT", &root).env("WORK", &self.work);
+        script
+            .args(["-euc", BASE_SCRIPT])
+            .env("ROOT", &root)
+            .env("WORK", &self.work);
         self.step("base", script)?;
         self.layers.push(root);
         Ok(())
@@ -218,11 +246,20 @@ impl<'a> Build<'a> {
             process::output(Command::new("mount").arg("--bind").arg(source).arg(&target))?;
         }
         let mut command = Command::new("/usr/sbin/chroot");
-        command.arg(&merged).args(["sh", "-euc", &format!("{APT_FUNCTION}{script}{CLEAN_SCRIPT}")]);
-        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C").env("TZ", "UTC");
+        command
+            .arg(&merged)
+            .args(["sh", "-euc", &format!("{APT_FUNCTION}{script}{CLEAN_SCRIPT}")]);
+        command
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("LC_ALL", "C")
+            .env("TZ", "UTC");
         // Not SOURCE_DATE_EPOCH: with it Python compiles bytecode that reads its source at each import, which no ordinary
         // image has. Bytecode by time stamps is reproducible here, for packages fix their files' times.
-        command.env("DEBIAN_FRONTEND", "noninteractive").env("EPOCH", EPOCH.to_string()).env("PYTHONHASHSEED", "0");
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .env("EPOCH", EPOCH.to_string())
+            .env("PYTHONHASHSEED", "0");
         if let Some(proxy) = apt_proxy()? {
             command.env("http_proxy", proxy);
         }
@@ -237,14 +274,25 @@ impl<'a> Build<'a> {
     fn mount_merged(&self, upper: Option<&Path>) -> Result<PathBuf> {
         let merged = self.work.join("merged");
         fs::create_dir_all(&merged).context("cannot create a mount point")?;
-        let lower: Vec<_> = self.layers.iter().rev().map(|layer| layer.display().to_string()).collect();
+        let lower: Vec<_> = self
+            .layers
+            .iter()
+            .rev()
+            .map(|layer| layer.display().to_string())
+            .collect();
         let mut options = format!("lowerdir={},redirect_dir=off,metacopy=off,index=off", lower.join(":"));
         if let Some(upper) = upper {
             let work = self.work.join("overlay-work");
-            fs::create_dir_all(upper).and_then(|()| fs::create_dir_all(&work)).context("cannot create a layer")?;
+            fs::create_dir_all(upper)
+                .and_then(|()| fs::create_dir_all(&work))
+                .context("cannot create a layer")?;
             options += &format!(",upperdir={},workdir={}", upper.display(), work.display());
         }
-        process::output(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&merged))?;
+        process::output(
+            Command::new("mount")
+                .args(["-t", "overlay", "-o", &options, "overlay"])
+                .arg(&merged),
+        )?;
         Ok(merged)
     }
 
@@ -275,7 +323,10 @@ impl<'a> Build<'a> {
         let mut process = self.run.spawn(&format!("image-{name}"), command)?;
         let status = process.wait(STAGE_LIMIT)?;
         if !status.success() {
-            bail!("the step {name} failed ({status}); its log ends:\n{}", process.log_tail());
+            bail!(
+                "the step {name} failed ({status}); its log ends:\n{}",
+                process.log_tail()
+            );
         }
         Ok(())
     }
@@ -302,16 +353,24 @@ fn image_config() -> ImageConfig {
 fn package_source() -> Result<(String, String)> {
     let suite = release_name()?;
     let mut command = Command::new("apt-get");
-    command.args(["indextargets", "--format", "$(COMPONENT) $(RELEASE) $(REPO_URI)", "Created-By: Packages"]);
+    command.args([
+        "indextargets",
+        "--format",
+        "$(COMPONENT) $(RELEASE) $(REPO_URI)",
+        "Created-By: Packages",
+    ]);
     let text = String::from_utf8_lossy(&process::output(&mut command)?).into_owned();
-    let found = text.lines().find_map(|line| line.strip_prefix(&format!("main {suite} ")));
+    let found = text
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("main {suite} ")));
     let uri = found.with_context(|| format!("apt on this machine has no source for main of {suite}"))?;
     Ok((uri.to_string(), suite))
 }
 
 /// The HTTP proxy of this machine's apt, if it has one.
 fn apt_proxy() -> Result<Option<String>> {
-    let text = process::output(Command::new("apt-config").args(["--format", "%f %v%n", "dump", "Acquire::http::Proxy"]))?;
+    let text =
+        process::output(Command::new("apt-config").args(["--format", "%f %v%n", "dump", "Acquire::http::Proxy"]))?;
     let text = String::from_utf8_lossy(&text).into_owned();
     let value = text.lines().find_map(|line| line.strip_prefix("Acquire::http::Proxy "));
     Ok(value.map(str::trim).filter(|value| !value.is_empty()).map(Into::into))
@@ -320,5 +379,8 @@ fn apt_proxy() -> Result<Option<String>> {
 fn release_name() -> Result<String> {
     let text = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
     let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    Ok(name.context("/etc/os-release names no release")?.trim_matches('"').to_string())
+    Ok(name
+        .context("/etc/os-release names no release")?
+        .trim_matches('"')
+        .to_string())
 }

@@ -25,9 +25,14 @@ pub fn write(root: &Path, output: impl Write) -> Result<()> {
     let mut hardlinks = HashMap::new();
     for relative in paths(root)? {
         let path = root.join(&relative);
-        append(&mut builder, &mut hardlinks, &path, &relative).with_context(|| format!("cannot archive {}", path.display()))?;
+        append(&mut builder, &mut hardlinks, &path, &relative)
+            .with_context(|| format!("cannot archive {}", path.display()))?;
     }
-    builder.into_inner().context("cannot end an archive")?.flush().context("cannot end an archive")
+    builder
+        .into_inner()
+        .context("cannot end an archive")?
+        .flush()
+        .context("cannot end an archive")
 }
 
 /// All paths below `root`, sorted, parents first.
@@ -65,7 +70,9 @@ fn append<W: Write>(
         if let Some(first) = hardlinks.get(&inode) {
             header.set_entry_type(EntryType::Link);
             header.set_size(0);
-            return builder.append_link(&mut header, relative, first).context("cannot append a hardlink");
+            return builder
+                .append_link(&mut header, relative, first)
+                .context("cannot append a hardlink");
         }
         hardlinks.insert(inode, relative.into());
     }
@@ -82,7 +89,11 @@ fn append<W: Write>(
         let rdev = metadata.rdev();
         header.set_device_major(rustix::fs::major(rdev))?;
         header.set_device_minor(rustix::fs::minor(rdev))?;
-        let name = if metadata.is_dir() { directory_name(relative) } else { relative.into() };
+        let name = if metadata.is_dir() {
+            directory_name(relative)
+        } else {
+            relative.into()
+        };
         builder.append_data(&mut header, name, io::empty())?;
     }
     if xattrs.get(OPAQUE_XATTR).is_some_and(|value| value == b"y") {
@@ -112,7 +123,9 @@ fn whiteout<W: Write>(builder: &mut Builder<W>, name: &Path) -> Result<()> {
     header.set_entry_type(EntryType::Regular);
     header.set_mode(0o644);
     header.set_size(0);
-    builder.append_data(&mut header, name, io::empty()).context("cannot append a whiteout")
+    builder
+        .append_data(&mut header, name, io::empty())
+        .context("cannot append a whiteout")
 }
 
 fn header(metadata: &Metadata) -> Result<Header> {
@@ -155,7 +168,11 @@ fn append_xattrs<W: Write>(builder: &mut Builder<W>, xattrs: &BTreeMap<Vec<u8>, 
 /// Whole seconds for every path below `root`; what was changed at `since` or later, which is what a build made, gets the
 /// time `instead`.
 pub fn clamp_times(root: &Path, since: i64, instead: i64) -> Result<()> {
-    for path in paths(root)?.iter().map(|relative| root.join(relative)).chain([root.to_path_buf()]) {
+    for path in paths(root)?
+        .iter()
+        .map(|relative| root.join(relative))
+        .chain([root.to_path_buf()])
+    {
         let mtime = fs::symlink_metadata(&path)?.mtime();
         set_mtime(&path, if mtime >= since { instead } else { mtime })?;
     }
@@ -164,8 +181,19 @@ pub fn clamp_times(root: &Path, since: i64, instead: i64) -> Result<()> {
 
 /// Sets the modification time and a zero access time, links not followed.
 pub fn set_mtime(path: &Path, seconds: i64) -> Result<()> {
-    let stamp = |seconds| rustix::fs::Timespec { tv_sec: seconds, tv_nsec: 0 };
-    let times = rustix::fs::Timestamps { last_access: stamp(0), last_modification: stamp(seconds) };
-    rustix::fs::utimensat(rustix::fs::CWD, path.as_os_str().as_bytes(), &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
-        .with_context(|| format!("cannot set the times of {}", path.display()))
+    let stamp = |seconds| rustix::fs::Timespec {
+        tv_sec: seconds,
+        tv_nsec: 0,
+    };
+    let times = rustix::fs::Timestamps {
+        last_access: stamp(0),
+        last_modification: stamp(seconds),
+    };
+    rustix::fs::utimensat(
+        rustix::fs::CWD,
+        path.as_os_str().as_bytes(),
+        &times,
+        rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .with_context(|| format!("cannot set the times of {}", path.display()))
 }

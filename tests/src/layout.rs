@@ -61,7 +61,10 @@ impl LayoutWriter {
     pub fn create(directory: &Path) -> Result<Self> {
         let blobs = directory.join("blobs/sha256");
         fs::create_dir_all(&blobs).with_context(|| format!("cannot create {}", blobs.display()))?;
-        Ok(Self { directory: directory.into(), layers: Vec::new() })
+        Ok(Self {
+            directory: directory.into(),
+            layers: Vec::new(),
+        })
     }
 
     /// Adds the next layer; `write` writes its tar archive.
@@ -75,7 +78,11 @@ impl LayoutWriter {
         let (mut file, digest, size) = encoder.finish().context("cannot compress a layer")?.finish();
         file.flush().context("cannot write a layer")?;
         fs::rename(&part, self.blob_path(&digest)).context("cannot name a layer")?;
-        let layer = Layer { blob: Blob { digest, size }, diff_id, uncompressed };
+        let layer = Layer {
+            blob: Blob { digest, size },
+            diff_id,
+            uncompressed,
+        };
         self.layers.push(layer.clone());
         Ok(layer)
     }
@@ -89,7 +96,11 @@ impl LayoutWriter {
             "config": {"Entrypoint": config.entrypoint, "Env": config.env, "WorkingDir": config.working_dir},
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
         }))?;
-        let layers: Vec<_> = self.layers.iter().map(|layer| descriptor(LAYER_TYPE, &layer.blob)).collect();
+        let layers: Vec<_> = self
+            .layers
+            .iter()
+            .map(|layer| descriptor(LAYER_TYPE, &layer.blob))
+            .collect();
         let manifest = self.json_blob(&json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
@@ -112,7 +123,10 @@ impl LayoutWriter {
         let bytes = value.to_string().into_bytes();
         let digest = format!("sha256:{}", hex::encode(Sha256::digest(&bytes)));
         fs::write(self.blob_path(&digest), &bytes).context("cannot write a blob")?;
-        Ok(Blob { digest, size: bytes.len() as u64 })
+        Ok(Blob {
+            digest,
+            size: bytes.len() as u64,
+        })
     }
 
     fn write(&self, name: &str, value: &Value) -> Result<()> {
@@ -135,7 +149,9 @@ fn architecture() -> &'static str {
 /// The file of a blob in a layout.
 #[must_use]
 pub fn blob_path(layout: &Path, digest: &str) -> PathBuf {
-    layout.join("blobs/sha256").join(digest.strip_prefix("sha256:").unwrap_or(digest))
+    layout
+        .join("blobs/sha256")
+        .join(digest.strip_prefix("sha256:").unwrap_or(digest))
 }
 
 /// An image read back from a layout: the first manifest that the index names with `tag`, through nested indexes.
@@ -153,7 +169,10 @@ impl LayoutImage {
         let index = json_file(&layout.join("index.json"))?;
         let manifests = index["manifests"].as_array().context("an index without manifests")?;
         let named = |entry: &&Value| entry["annotations"]["org.opencontainers.image.ref.name"] == tag;
-        let entry = manifests.iter().find(named).with_context(|| format!("{} has no image {tag}", layout.display()))?;
+        let entry = manifests
+            .iter()
+            .find(named)
+            .with_context(|| format!("{} has no image {tag}", layout.display()))?;
         let mut manifest = Self::blob(layout, entry)?;
         if let Some(inner) = manifest["manifests"].as_array() {
             manifest = Self::blob(layout, inner.first().context("an empty image index")?)?;
@@ -163,7 +182,10 @@ impl LayoutImage {
     }
 
     fn blob(layout: &Path, descriptor: &Value) -> Result<Value> {
-        json_file(&blob_path(layout, descriptor["digest"].as_str().context("a descriptor without a digest")?))
+        json_file(&blob_path(
+            layout,
+            descriptor["digest"].as_str().context("a descriptor without a digest")?,
+        ))
     }
 
     /// Layer descriptors, lowest first.
@@ -175,7 +197,10 @@ impl LayoutImage {
     /// Layer digests, lowest first.
     #[must_use]
     pub fn layer_digests(&self) -> Vec<String> {
-        self.layers().iter().filter_map(|layer| layer["digest"].as_str().map(Into::into)).collect()
+        self.layers()
+            .iter()
+            .filter_map(|layer| layer["digest"].as_str().map(Into::into))
+            .collect()
     }
 
     /// Sum of the layers' compressed sizes.
@@ -188,7 +213,10 @@ impl LayoutImage {
     #[must_use]
     pub fn diff_ids(&self) -> Vec<String> {
         let ids = self.config["rootfs"]["diff_ids"].as_array();
-        ids.into_iter().flatten().filter_map(|id| id.as_str().map(Into::into)).collect()
+        ids.into_iter()
+            .flatten()
+            .filter_map(|id| id.as_str().map(Into::into))
+            .collect()
     }
 }
 
@@ -206,11 +234,19 @@ struct HashingWriter<W> {
 
 impl<W: Write> HashingWriter<W> {
     fn new(inner: W) -> Self {
-        Self { inner, hash: Sha256::new(), bytes: 0 }
+        Self {
+            inner,
+            hash: Sha256::new(),
+            bytes: 0,
+        }
     }
 
     fn finish(self) -> (W, String, u64) {
-        (self.inner, format!("sha256:{}", hex::encode(self.hash.finalize())), self.bytes)
+        (
+            self.inner,
+            format!("sha256:{}", hex::encode(self.hash.finalize())),
+            self.bytes,
+        )
     }
 }
 
@@ -247,12 +283,18 @@ mod tests {
         };
         let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         assert_eq!(write(a.path()), write(b.path()));
-        assert_eq!(fs::read(a.path().join("index.json")).unwrap(), fs::read(b.path().join("index.json")).unwrap());
+        assert_eq!(
+            fs::read(a.path().join("index.json")).unwrap(),
+            fs::read(b.path().join("index.json")).unwrap()
+        );
         let image = LayoutImage::read(a.path(), "one").unwrap();
         assert_eq!(image.layer_digests().len(), 1);
         let blob = blob_path(a.path(), &image.layer_digests()[0]);
         assert_eq!(digest_of(File::open(&blob).unwrap()).unwrap(), image.layer_digests()[0]);
         assert_eq!(image.compressed_bytes(), fs::metadata(&blob).unwrap().len());
-        assert_eq!(digest_of(flate2::read::GzDecoder::new(File::open(blob).unwrap())).unwrap(), image.diff_ids()[0]);
+        assert_eq!(
+            digest_of(flate2::read::GzDecoder::new(File::open(blob).unwrap())).unwrap(),
+            image.diff_ids()[0]
+        );
     }
 }

@@ -71,7 +71,9 @@ fn free_subnet(id: &str) -> Result<u16> {
     let first = u16::from_str_radix(&id[..2], 16).context("a run id that is not hexadecimal")?;
     let free = (0..SUBNETS).map(|step| (first + step) % SUBNETS).find(|third| {
         let prefix = format!("10.213.{third}.");
-        !routes.split_whitespace().any(|word| word.starts_with(&prefix) || word.starts_with("10.213.0.0/16"))
+        !routes
+            .split_whitespace()
+            .any(|word| word.starts_with(&prefix) || word.starts_with("10.213.0.0/16"))
     });
     match free {
         Some(third) => Ok(third),

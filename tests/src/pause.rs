@@ -39,7 +39,12 @@ pub fn compile(directory: &Path) -> Result<PathBuf> {
     let source = directory.join("pause.c");
     fs::write(&source, SOURCE).with_context(|| format!("cannot write {}", source.display()))?;
     let program = directory.join("pause");
-    crate::process::output(Command::new("cc").args(["-static", "-Os", "-s", "-o"]).arg(&program).arg(&source))?;
+    crate::process::output(
+        Command::new("cc")
+            .args(["-static", "-Os", "-s", "-o"])
+            .arg(&program)
+            .arg(&source),
+    )?;
     fs::remove_file(&source)?;
     Ok(program)
 }
@@ -52,7 +57,10 @@ pub fn build(layout: &Path, scratch: &Path) -> Result<()> {
     layer_tar::clamp_times(&root, 0, 0)?;
     let mut writer = LayoutWriter::create(layout)?;
     writer.add_layer(|tar| layer_tar::write(&root, tar))?;
-    let config = ImageConfig { entrypoint: vec!["/pause".into()], ..ImageConfig::default() };
+    let config = ImageConfig {
+        entrypoint: vec!["/pause".into()],
+        ..ImageConfig::default()
+    };
     writer.finish(&config, "latest")?;
     fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))
 }

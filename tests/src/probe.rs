@@ -57,7 +57,10 @@ mod tests {
 
     #[test]
     fn answers_are_taken_apart() {
-        assert_eq!(parse(b"HTTP/1.0 200 OK\r\nA: b\r\n\r\nhello"), Some((200, b"hello".to_vec())));
+        assert_eq!(
+            parse(b"HTTP/1.0 200 OK\r\nA: b\r\n\r\nhello"),
+            Some((200, b"hello".to_vec()))
+        );
         assert_eq!(parse(b"HTTP/1.0 503 no\r\n\r\n"), Some((503, vec![])));
         assert_eq!(parse(b"garbage"), None);
     }

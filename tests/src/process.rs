@@ -48,7 +48,10 @@ impl Spawner {
                 }
             })
             .context("cannot start the spawner thread")?;
-        Ok(Self { requests: Mutex::new(Some(requests)), thread: Some(thread) })
+        Ok(Self {
+            requests: Mutex::new(Some(requests)),
+            thread: Some(thread),
+        })
     }
 
     /// From now on nothing is spawned.
@@ -83,7 +86,13 @@ pub struct Process {
 
 impl Process {
     /// Spawns `command` for the run at `run_dir`; its output goes to `log`, appended.
-    pub(crate) fn spawn(spawner: &Spawner, run_dir: &Path, name: &str, log: &Path, mut command: Command) -> Result<Self> {
+    pub(crate) fn spawn(
+        spawner: &Spawner,
+        run_dir: &Path,
+        name: &str,
+        log: &Path,
+        mut command: Command,
+    ) -> Result<Self> {
         let open = || OpenOptions::new().create(true).append(true).open(log);
         let output: File = open().with_context(|| format!("cannot open {}", log.display()))?;
         let errors = output.try_clone().context("cannot duplicate a log descriptor")?;
@@ -91,8 +100,14 @@ impl Process {
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         crate::sys::die_with_parent(&mut command);
         let program = command.get_program().to_string_lossy().into_owned();
-        let child = spawner.spawn(command).with_context(|| format!("cannot start {name} ({program})"))?;
-        Ok(Self { name: name.into(), child, log: log.into() })
+        let child = spawner
+            .spawn(command)
+            .with_context(|| format!("cannot start {name} ({program})"))?;
+        Ok(Self {
+            name: name.into(),
+            child,
+            log: log.into(),
+        })
     }
 
     /// The process id.
@@ -115,14 +130,20 @@ impl Process {
 
     /// The exit status, if it has ended.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
-        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.name))
+        self.child
+            .try_wait()
+            .with_context(|| format!("cannot wait for {}", self.name))
     }
 
     /// Fails, quoting the log, if the process has ended.
     pub fn check_running(&mut self) -> Result<()> {
         match self.try_wait()? {
             None => Ok(()),
-            Some(status) => bail!("{} ended early ({status}); its log ends:\n{}", self.name, self.log_tail()),
+            Some(status) => bail!(
+                "{} ended early ({status}); its log ends:\n{}",
+                self.name,
+                self.log_tail()
+            ),
         }
     }
 
@@ -134,7 +155,11 @@ impl Process {
                 return Ok(status);
             }
             if Instant::now() > end {
-                bail!("{} still runs after {limit:?}; its log ends:\n{}", self.name, self.log_tail());
+                bail!(
+                    "{} still runs after {limit:?}; its log ends:\n{}",
+                    self.name,
+                    self.log_tail()
+                );
             }
             thread::sleep(POLL);
         }
@@ -210,11 +235,22 @@ fn tail(path: &Path) -> io::Result<String> {
 /// Runs a short command to its end and returns its standard output; a failure quotes its standard error.
 pub fn output(command: &mut Command) -> Result<Vec<u8>> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let done = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {program}"))?;
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {program}"))?;
     if !done.status.success() {
-        let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy().into_owned()).collect();
+        let arguments: Vec<_> = command
+            .get_args()
+            .map(|argument| argument.to_string_lossy().into_owned())
+            .collect();
         let said = String::from_utf8_lossy(&done.stderr);
-        bail!("{program} {} failed ({}): {}", arguments.join(" "), done.status, said.trim());
+        bail!(
+            "{program} {} failed ({}): {}",
+            arguments.join(" "),
+            done.status,
+            said.trim()
+        );
     }
     Ok(done.stdout)
 }

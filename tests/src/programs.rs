@@ -16,7 +16,10 @@ pub fn find(name: &str) -> Result<PathBuf> {
     };
     let path = directory.join(name);
     if !path.is_file() {
-        bail!("{} does not exist; build it first: cargo build --workspace --bins", path.display());
+        bail!(
+            "{} does not exist; build it first: cargo build --workspace --bins",
+            path.display()
+        );
     }
     Ok(path)
 }
@@ -24,6 +27,10 @@ pub fn find(name: &str) -> Result<PathBuf> {
 fn build_directory() -> Result<PathBuf> {
     let me = std::env::current_exe().context("cannot tell where this program is")?;
     let directory = me.parent().context("this program is in no directory")?;
-    let above = if directory.ends_with("deps") { directory.parent() } else { None };
+    let above = if directory.ends_with("deps") {
+        directory.parent()
+    } else {
+        None
+    };
     Ok(above.unwrap_or(directory).to_path_buf())
 }

@@ -12,7 +12,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse as _, Response};
-use http::{StatusCode, Uri, header};
+use http::{HeaderValue, StatusCode, Uri, header};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -38,7 +38,10 @@ pub struct LinkOptions {
 
 impl LinkOptions {
     /// The demo's link: 20 ms per request, 200 Mbit/s.
-    pub const WIDE_AREA: Self = Self { delay: Duration::from_millis(20), bytes_per_second: Some(200_000_000 / 8) };
+    pub const WIDE_AREA: Self = Self {
+        delay: Duration::from_millis(20),
+        bytes_per_second: Some(200_000_000 / 8),
+    };
 }
 
 struct Shared {
@@ -60,18 +63,31 @@ pub struct Proxy {
 impl Proxy {
     /// Starts a proxy on a free loopback port in front of `upstream`.
     pub async fn start(upstream: SocketAddr, options: LinkOptions) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("no port for the proxy")?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .context("no port for the proxy")?;
         let address = listener.local_addr()?;
         let link = Arc::new(Link::new(options.bytes_per_second));
         let client = Client::builder(TokioExecutor::new()).build_http();
         let (log, rules) = (Log::default(), Mutex::default());
-        let shared = Arc::new(Shared { upstream, delay: options.delay, client, log, link: Arc::clone(&link), rules });
+        let shared = Arc::new(Shared {
+            upstream,
+            delay: options.delay,
+            client,
+            log,
+            link: Arc::clone(&link),
+            rules,
+        });
         let router = Router::new().fallback(forward).with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move {
             // Ends only when it is aborted.
             let _ = axum::serve(LinkListener::new(listener, link), router).await;
         });
-        Ok(Self { address, shared, server })
+        Ok(Self {
+            address,
+            shared,
+            server,
+        })
     }
 
     /// Where clients connect; the host part of image references.
@@ -84,7 +100,11 @@ impl Proxy {
     #[must_use]
     pub fn totals(&self) -> Totals {
         let link = self.shared.link.bytes();
-        Totals { requests: self.shared.log.count(), bytes_down: link.0, bytes_up: link.1 }
+        Totals {
+            requests: self.shared.log.count(),
+            bytes_down: link.0,
+            bytes_up: link.1,
+        }
     }
 
     /// The requests since the last [`Self::reset`], oldest first.
@@ -131,7 +151,12 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let entry = shared.log.begin(&request);
     let fault = {
         let mut rules = shared.rules.lock().unwrap_or_else(PoisonError::into_inner);
-        fault::pick(&mut rules, request.method(), request.uri().path(), request.headers().contains_key(header::RANGE))
+        fault::pick(
+            &mut rules,
+            request.method(),
+            request.uri().path(),
+            request.headers().contains_key(header::RANGE),
+        )
     };
     tokio::time::sleep(shared.delay).await;
     let response = match &fault {
@@ -164,5 +189,13 @@ async fn upstream(shared: &Shared, mut request: Request, fault: &Option<Fault>) 
 
 fn status_only(code: u16) -> Response {
     let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    (status, format!("injected fault: {status}\n")).into_response()
+    let mut response = (status, format!("injected fault: {status}\n")).into_response();
+    if status == StatusCode::UNAUTHORIZED {
+        // A 401 without a challenge is no HTTP.
+        response.headers_mut().insert(
+            header::WWW_AUTHENTICATE,
+            HeaderValue::from_static("Basic realm=\"injected\""),
+        );
+    }
+    response
 }

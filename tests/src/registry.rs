@@ -34,7 +34,10 @@ impl Registry {
                 Err(error) => last = Some(error),
             }
         }
-        Err(last.map_or_else(|| anyhow::anyhow!("no port was tried"), |error| error.context("docker-registry did not start")))
+        Err(last.map_or_else(
+            || anyhow::anyhow!("no port was tried"),
+            |error| error.context("docker-registry did not start"),
+        ))
     }
 
     fn start_on(run: &RunDir, storage: &Path, port: u16) -> Result<Self> {
@@ -51,7 +54,11 @@ impl Registry {
         fs::write(&config, text.to_string()).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
-        let mut registry = Self { process: run.spawn("registry", command)?, address, storage: storage.into() };
+        let mut registry = Self {
+            process: run.spawn("registry", command)?,
+            address,
+            storage: storage.into(),
+        };
         let end = Instant::now() + START_LIMIT;
         while TcpStream::connect(address).is_err() {
             registry.process.check_running()?;
@@ -79,7 +86,15 @@ impl Registry {
     pub fn push(&self, source: &str, name: &str) -> Result<()> {
         let target = format!("docker://{}/{name}", self.address);
         let mut command = Command::new("skopeo");
-        command.args(["copy", "--quiet", "--all", "--preserve-digests", "--dest-tls-verify=false"]).args([source, &target]);
+        command
+            .args([
+                "copy",
+                "--quiet",
+                "--all",
+                "--preserve-digests",
+                "--dest-tls-verify=false",
+            ])
+            .args([source, &target]);
         process::output(&mut command).with_context(|| format!("cannot push {source}"))?;
         Ok(())
     }

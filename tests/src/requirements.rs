@@ -15,7 +15,10 @@ pub fn check() -> Result<()> {
     }
     let missing = missing_packages(PACKAGES, |proof| Path::new(proof).exists());
     if !missing.is_empty() {
-        bail!("missing Debian packages: {}; run tests/install-packages.sh", missing.join(" "));
+        bail!(
+            "missing Debian packages: {}; run tests/install-packages.sh",
+            missing.join(" ")
+        );
     }
     check_fuse()?;
     check_overlay()
@@ -31,7 +34,10 @@ pub fn check_fuse() -> Result<()> {
 
 fn check_overlay() -> Result<()> {
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if !known.lines().any(|line| line.trim_start_matches("nodev").trim() == "overlay") {
+    if !known
+        .lines()
+        .any(|line| line.trim_start_matches("nodev").trim() == "overlay")
+    {
         bail!("the kernel has no overlayfs: load the overlay module");
     }
     Ok(())
@@ -41,7 +47,10 @@ fn check_overlay() -> Result<()> {
 fn missing_packages(list: &str, exists: impl Fn(&str) -> bool) -> Vec<&str> {
     let lines = list.lines().filter(|line| !line.starts_with('#'));
     let pairs = lines.filter_map(|line| line.split_once(char::is_whitespace));
-    pairs.filter(|(_, proof)| !exists(proof.trim())).map(|(package, _)| package).collect()
+    pairs
+        .filter(|(_, proof)| !exists(proof.trim()))
+        .map(|(package, _)| package)
+        .collect()
 }
 
 #[cfg(test)]

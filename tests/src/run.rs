@@ -32,7 +32,10 @@ impl RunDir {
 
     /// A fresh directory below the system's temporary one.
     pub fn temporary() -> Result<Self> {
-        let parent = tempfile::Builder::new().prefix("hullspeed-").tempdir().context("no temporary directory")?;
+        let parent = tempfile::Builder::new()
+            .prefix("hullspeed-")
+            .tempdir()
+            .context("no temporary directory")?;
         let path = parent.path().join("run");
         Self::with_parent(&path, Some(parent))
     }
@@ -40,18 +43,30 @@ impl RunDir {
     fn with_parent(path: &Path, parent: Option<tempfile::TempDir>) -> Result<Self> {
         let outer = path.parent().context("the run directory needs a parent")?;
         fs::create_dir_all(outer).with_context(|| format!("cannot create {}", outer.display()))?;
-        let outer = outer.canonicalize().with_context(|| format!("cannot resolve {}", outer.display()))?;
+        let outer = outer
+            .canonicalize()
+            .with_context(|| format!("cannot resolve {}", outer.display()))?;
         let path = outer.join(path.file_name().context("the run directory needs a name")?);
         let length = path.as_os_str().len();
         if length > MAX_DIRECTORY_BYTES {
-            bail!("{} is too long for Unix sockets in it ({length} > {MAX_DIRECTORY_BYTES} bytes); use a shorter path", path.display());
+            bail!(
+                "{} is too long for Unix sockets in it ({length} > {MAX_DIRECTORY_BYTES} bytes); use a shorter path",
+                path.display()
+            );
         }
         let lock = lock(&path)?;
         sweep(&path).with_context(|| format!("cannot sweep what an earlier run left in {}", path.display()))?;
         remove_tree(&path)?;
         fs::create_dir_all(path.join("logs")).with_context(|| format!("cannot create {}", path.display()))?;
         let names = RunNames::new(&path);
-        Ok(Self { path, names, spawner: Spawner::start()?, keep_files: false, _lock: lock, _parent: parent })
+        Ok(Self {
+            path,
+            names,
+            spawner: Spawner::start()?,
+            keep_files: false,
+            _lock: lock,
+            _parent: parent,
+        })
     }
 
     /// Keeps logs and state on disk when the run ends, to look at a failure. Processes and mounts go all the same.
@@ -97,7 +112,13 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        let swept = sweep(&self.path).and_then(|()| if self.keep_files { Ok(()) } else { remove_tree(&self.path) });
+        let swept = sweep(&self.path).and_then(|()| {
+            if self.keep_files {
+                Ok(())
+            } else {
+                remove_tree(&self.path)
+            }
+        });
         match swept {
             Ok(()) => {
                 let _ = fs::remove_file(lock_path(&self.path));
@@ -128,7 +149,11 @@ pub fn remove_tree(path: &Path) -> Result<()> {
         return Ok(());
     }
     if let Some(mount) = crate::sweep::mounts_below(path)?.first() {
-        bail!("{} is still a mount point; {} is left in place", mount.display(), path.display());
+        bail!(
+            "{} is still a mount point; {} is left in place",
+            mount.display(),
+            path.display()
+        );
     }
     fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))
 }

@@ -82,9 +82,22 @@ impl Scenario {
         registry.push(&target, &format!("{REPOSITORY}:{CONVERTED}"))?;
         let proxy = Proxy::start(registry.address(), LinkOptions::default()).await?;
         let network = Network::create(&run)?;
-        let (plain, converted) = (LayoutImage::read(layout, tag)?, LayoutImage::read(&converted_layout, CONVERTED)?);
+        let (plain, converted) = (
+            LayoutImage::read(layout, tag)?,
+            LayoutImage::read(&converted_layout, CONVERTED)?,
+        );
         let (plain_layout, plain_tag) = (layout.into(), tag.into());
-        Ok(Self { proxy, registry, network, plain_layout, plain, plain_tag, converted_layout, converted, run })
+        Ok(Self {
+            proxy,
+            registry,
+            network,
+            plain_layout,
+            plain,
+            plain_tag,
+            converted_layout,
+            converted,
+            run,
+        })
     }
 
     /// Reference of a tag of the image, through the proxy.
@@ -102,7 +115,16 @@ impl Scenario {
     /// Starts a containerd in the directory `name`.
     pub async fn containerd(&self, name: &str, snapshotter: SnapshotterChoice) -> Result<Containerd> {
         let pause_image = format!("{}/pause:latest", self.registry.address());
-        Containerd::start(&self.run, &self.network, &ContainerdOptions { name: name.into(), snapshotter, pause_image }).await
+        Containerd::start(
+            &self.run,
+            &self.network,
+            &ContainerdOptions {
+                name: name.into(),
+                snapshotter,
+                pause_image,
+            },
+        )
+        .await
     }
 
     /// Starts our snapshotter, and a containerd that uses it.
@@ -140,12 +162,19 @@ impl Node {
     async fn new(containerd: Containerd, snapshotter: Option<Snapshotter>) -> Result<Self> {
         let cri = containerd.cri().await?;
         let snapshots = Snapshots::connect(&containerd.socket(), containerd.snapshotter()).await?;
-        Ok(Self { cri, snapshots, containerd, snapshotter })
+        Ok(Self {
+            cri,
+            snapshots,
+            containerd,
+            snapshotter,
+        })
     }
 
     /// Our snapshotter.
     pub fn snapshotter(&mut self) -> Result<&mut Snapshotter> {
-        self.snapshotter.as_mut().context("this node has no snapshotter of ours")
+        self.snapshotter
+            .as_mut()
+            .context("this node has no snapshotter of ours")
     }
 
     /// Mounts a read-only view of a pulled image at `<run>/view-<key>`.
@@ -167,7 +196,11 @@ impl Node {
         let layers = image.layer_digests().len();
         let snapshotter = self.snapshotter()?;
         let mounted = crate::sweep::mounts_below(&snapshotter.root().join("layers"))?.len();
-        ensure!(mounted == layers, "{mounted} layers are mounted, the image has {layers}; log:\n{}", snapshotter.process().log_tail());
+        ensure!(
+            mounted == layers,
+            "{mounted} layers are mounted, the image has {layers}; log:\n{}",
+            snapshotter.process().log_tail()
+        );
         Ok(())
     }
 }
@@ -176,9 +209,18 @@ impl Node {
 pub fn estargz(run: &RunDir, arguments: &[&str]) -> Result<String> {
     let output = run.path().join("estargz.out");
     let mut command = Command::new("sh");
-    command.args(["-c", "exec \"$@\" > \"$OUTPUT\"", "sh"]).arg(programs::find("estargz")?).args(arguments).env("OUTPUT", &output);
+    command
+        .args(["-c", "exec \"$@\" > \"$OUTPUT\"", "sh"])
+        .arg(programs::find("estargz")?)
+        .args(arguments)
+        .env("OUTPUT", &output);
     let mut process = run.spawn("estargz", command)?;
     let status = process.wait(CONVERT_LIMIT)?;
-    ensure!(status.success(), "estargz {} failed ({status}); it said:\n{}", arguments.join(" "), process.log_tail());
+    ensure!(
+        status.success(),
+        "estargz {} failed ({status}); it said:\n{}",
+        arguments.join(" "),
+        process.log_tail()
+    );
     fs::read_to_string(&output).context("cannot read what estargz printed")
 }

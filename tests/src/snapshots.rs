@@ -28,13 +28,24 @@ impl Snapshots {
     /// Connects to containerd, or straight to a snapshotter.
     pub async fn connect(socket: &Path, snapshotter: &str) -> Result<Self> {
         let channel = crate::cri::connect(socket).await?;
-        Ok(Self { client: SnapshotsClient::new(channel), snapshotter: snapshotter.into() })
+        Ok(Self {
+            client: SnapshotsClient::new(channel),
+            snapshotter: snapshotter.into(),
+        })
     }
 
     /// All snapshots.
     pub async fn list(&mut self) -> Result<Vec<Info>> {
-        let request = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), ..Default::default() };
-        let mut stream = self.client.list(in_namespace(request)).await.context("Snapshots List")?.into_inner();
+        let request = ListSnapshotsRequest {
+            snapshotter: self.snapshotter.clone(),
+            ..Default::default()
+        };
+        let mut stream = self
+            .client
+            .list(in_namespace(request))
+            .await
+            .context("Snapshots List")?
+            .into_inner();
         let mut found = Vec::new();
         while let Some(part) = stream.message().await.context("Snapshots List")? {
             found.extend(part.info);
@@ -44,7 +55,10 @@ impl Snapshots {
 
     /// Bytes and inodes of a snapshot.
     pub async fn usage(&mut self, key: &str) -> Result<(i64, i64), Status> {
-        let request = UsageRequest { snapshotter: self.snapshotter.clone(), key: key.into() };
+        let request = UsageRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.into(),
+        };
         let usage = self.client.usage(in_namespace(request)).await?.into_inner();
         Ok((usage.size, usage.inodes))
     }
@@ -55,29 +69,47 @@ impl Snapshots {
             snapshotter: self.snapshotter.clone(),
             key: key.into(),
             parent: parent.into(),
-            ..Default::default()
+            // Without it containerd's garbage collection removes the view as soon as it runs.
+            labels: [("containerd.io/gc.root".to_string(), "test".to_string())].into(),
         };
-        let answer = self.client.view(in_namespace(request)).await.with_context(|| format!("Snapshots View of {parent}"))?;
+        let answer = self
+            .client
+            .view(in_namespace(request))
+            .await
+            .with_context(|| format!("Snapshots View of {parent}"))?;
         let mounts = answer.into_inner().mounts;
-        let [mount] = mounts.as_slice() else { bail!("a view of {} mounts where one is expected", mounts.len()) };
+        let [mount] = mounts.as_slice() else {
+            bail!("a view of {} mounts where one is expected", mounts.len())
+        };
         std::fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
         mount_at(mount, target)?;
-        Ok(View { path: target.into(), key: key.into() })
+        Ok(View {
+            path: target.into(),
+            key: key.into(),
+        })
     }
 
     /// Unmounts a view and removes its snapshot.
     pub async fn remove(&mut self, view: View) -> Result<()> {
         let key = view.key.clone();
         drop(view);
-        let request = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key };
-        self.client.remove(in_namespace(request)).await.context("Snapshots Remove")?;
+        let request = RemoveSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key,
+        };
+        self.client
+            .remove(in_namespace(request))
+            .await
+            .context("Snapshots Remove")?;
         Ok(())
     }
 }
 
 fn in_namespace<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(NAMESPACE));
+    request
+        .metadata_mut()
+        .insert("containerd-namespace", MetadataValue::from_static(NAMESPACE));
     request
 }
 
@@ -108,7 +140,9 @@ pub fn mount_at(mount: &Mount, target: &Path) -> Result<()> {
     if mount.r#type != "bind" {
         command.args(["-t", &mount.r#type]);
     }
-    command.args(["-o", &mount.options.join(","), "--", &mount.source]).arg(target);
+    command
+        .args(["-o", &mount.options.join(","), "--", &mount.source])
+        .arg(target);
     crate::process::output(&mut command)?;
     Ok(())
 }
@@ -118,7 +152,9 @@ pub fn mount_at(mount: &Mount, target: &Path) -> Result<()> {
 pub fn chain_id(diff_ids: &[String]) -> String {
     let mut ids = diff_ids.iter();
     let first = ids.next().cloned().unwrap_or_default();
-    ids.fold(first, |chain, diff| format!("sha256:{}", hex::encode(Sha256::digest(format!("{chain} {diff}")))))
+    ids.fold(first, |chain, diff| {
+        format!("sha256:{}", hex::encode(Sha256::digest(format!("{chain} {diff}"))))
+    })
 }
 
 #[cfg(test)]

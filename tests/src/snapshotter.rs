@@ -35,16 +35,26 @@ impl Snapshotter {
         let directory = run.directory(name)?;
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, crate::registry::free_port()?));
         let config = directory.join("snapshotter.toml");
-        fs::write(&config, config_text(&directory, metrics) + extra).with_context(|| format!("cannot write {}", config.display()))?;
+        fs::write(&config, config_text(&directory, metrics) + extra)
+            .with_context(|| format!("cannot write {}", config.display()))?;
         let process = run.spawn(name, command(&config)?)?;
-        let mut snapshotter = Self { process, directory, metrics };
+        let mut snapshotter = Self {
+            process,
+            directory,
+            metrics,
+        };
         snapshotter.wait_ready()?;
         Ok(snapshotter)
     }
 
     /// Starts it again, after it was stopped or killed, on the same directory.
     pub async fn start_again(&mut self, run: &RunDir) -> Result<()> {
-        let name = self.directory.file_name().context("a snapshotter without a directory")?.to_string_lossy().into_owned();
+        let name = self
+            .directory
+            .file_name()
+            .context("a snapshotter without a directory")?
+            .to_string_lossy()
+            .into_owned();
         self.process = run.spawn(&name, command(&self.config())?)?;
         self.wait_ready()
     }
@@ -55,7 +65,10 @@ impl Snapshotter {
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
             self.process.check_running()?;
             if Instant::now() > end {
-                bail!("{PROGRAM} is not ready after {START_LIMIT:?}; its log ends:\n{}", self.process.log_tail());
+                bail!(
+                    "{PROGRAM} is not ready after {START_LIMIT:?}; its log ends:\n{}",
+                    self.process.log_tail()
+                );
             }
             std::thread::sleep(POLL);
         }
@@ -83,13 +96,19 @@ impl Snapshotter {
     /// A layer's cache directory, by TOC digest (`sha256:…`).
     #[must_use]
     pub fn layer(&self, toc_digest: &str) -> PathBuf {
-        self.root().join("layers").join(toc_digest.strip_prefix("sha256:").unwrap_or(toc_digest))
+        self.root()
+            .join("layers")
+            .join(toc_digest.strip_prefix("sha256:").unwrap_or(toc_digest))
     }
 
     /// As containerd's configuration names it.
     #[must_use]
     pub fn choice(&self) -> SnapshotterChoice {
-        SnapshotterChoice::Proxy { name: PLUGIN.into(), address: self.socket(), root: self.root() }
+        SnapshotterChoice::Proxy {
+            name: PLUGIN.into(),
+            address: self.socket(),
+            root: self.root(),
+        }
     }
 
     /// The text of `/metrics`.
@@ -101,9 +120,13 @@ impl Snapshotter {
     /// Sum of a metric's samples whose line contains all of `labels`; 0 when there is none.
     pub async fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
         let text = self.metrics().await?;
-        let lines = text.lines().filter(|line| !line.starts_with('#') && line.split(['{', ' ']).next() == Some(name));
+        let lines = text
+            .lines()
+            .filter(|line| !line.starts_with('#') && line.split(['{', ' ']).next() == Some(name));
         let chosen = lines.filter(|line| labels.iter().all(|label| line.contains(label)));
-        Ok(chosen.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        Ok(chosen
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum())
     }
 
     /// The process, for its log and for signals.
@@ -115,7 +138,11 @@ impl Snapshotter {
 /// The command that starts the daemon on a configuration file.
 pub fn command(config: &Path) -> Result<Command> {
     let mut command = Command::new(programs::find(PROGRAM)?);
-    command.arg("--config").arg(config).env_remove("NOTIFY_SOCKET").env_remove("RUST_LOG");
+    command
+        .arg("--config")
+        .arg(config)
+        .env_remove("NOTIFY_SOCKET")
+        .env_remove("RUST_LOG");
     Ok(command)
 }
 

@@ -44,7 +44,11 @@ impl RunNames {
         use sha2::Digest as _;
         let digest = sha2::Sha256::digest(directory.as_os_str().as_bytes());
         let id = hex::encode(&digest[..4]);
-        Self { bridge: format!("hs{id}"), cgroup: format!("hullspeed-{id}"), id }
+        Self {
+            bridge: format!("hs{id}"),
+            cgroup: format!("hullspeed-{id}"),
+            id,
+        }
     }
 }
 
@@ -72,7 +76,11 @@ fn kill_all(directory: &Path, names: &RunNames) -> Result<()> {
             let _ = rustix::process::kill_process(*pid, Signal::KILL);
         }
         if Instant::now() > end {
-            bail!("{} processes of the run in {} do not end", pids.len(), directory.display());
+            bail!(
+                "{} processes of the run in {} do not end",
+                pids.len(),
+                directory.display()
+            );
         }
         thread::sleep(POLL);
     }
@@ -104,7 +112,11 @@ fn parse_pid(text: &str) -> Option<Pid> {
 }
 
 fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
 }
 
 /// The run's cgroup directories in every hierarchy, children before parents.
@@ -131,8 +143,13 @@ fn collect_directories(directory: &Path, found: &mut Vec<PathBuf>) {
 fn remove_cgroups(names: &RunNames) -> Result<()> {
     let end = Instant::now() + LIMIT;
     loop {
-        let left: Vec<_> = cgroups(names).into_iter().filter(|group| fs::remove_dir(group).is_err()).collect();
-        let Some(first) = left.iter().find(|group| group.exists()) else { return Ok(()) };
+        let left: Vec<_> = cgroups(names)
+            .into_iter()
+            .filter(|group| fs::remove_dir(group).is_err())
+            .collect();
+        let Some(first) = left.iter().find(|group| group.exists()) else {
+            return Ok(());
+        };
         if Instant::now() > end {
             bail!("cannot remove the cgroup {}", first.display());
         }
@@ -159,7 +176,9 @@ pub fn unmount_below(directory: &Path) -> Result<()> {
 pub fn mounts_below(directory: &Path) -> Result<Vec<PathBuf>> {
     let text = fs::read("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let lines = text.split(|&byte| byte == b'\n');
-    let targets = lines.filter_map(|line| line.split(|&byte| byte == b' ').nth(4)).map(unescape);
+    let targets = lines
+        .filter_map(|line| line.split(|&byte| byte == b' ').nth(4))
+        .map(unescape);
     Ok(targets.filter(|target| target.starts_with(directory)).collect())
 }
 
@@ -200,8 +219,14 @@ fn remove_interfaces(names: &RunNames) -> Result<()> {
 fn remove_shim_sockets(directory: &Path) {
     for state in entries(directory).flat_map(|child| entries(&child.join("state/io.containerd.runtime.v2.task"))) {
         for bundle in entries(&state) {
-            let Ok(address) = fs::read_to_string(bundle.join("address")) else { continue };
-            if let Some(socket) = address.trim().strip_prefix("unix://").filter(|path| path.starts_with("/run/containerd/s/")) {
+            let Ok(address) = fs::read_to_string(bundle.join("address")) else {
+                continue;
+            };
+            if let Some(socket) = address
+                .trim()
+                .strip_prefix("unix://")
+                .filter(|path| path.starts_with("/run/containerd/s/"))
+            {
                 let _ = fs::remove_file(socket);
             }
         }
@@ -211,7 +236,9 @@ fn remove_shim_sockets(directory: &Path) {
 /// A CNI result that a killed run left: its file name begins with our network's name.
 fn remove_cni_results(names: &RunNames) {
     for result in entries(Path::new(CNI_RESULTS)) {
-        let ours = result.file_name().is_some_and(|name| name.as_bytes().starts_with(names.bridge.as_bytes()));
+        let ours = result
+            .file_name()
+            .is_some_and(|name| name.as_bytes().starts_with(names.bridge.as_bytes()));
         if ours {
             let _ = fs::remove_file(result);
         }

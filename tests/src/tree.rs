@@ -66,7 +66,11 @@ pub fn read(root: &Path) -> Result<Tree> {
     let mounts = crate::sweep::mounts_below(root)?;
     let mut stack = vec![PathBuf::new()];
     while let Some(relative) = stack.pop() {
-        let path = if relative.as_os_str().is_empty() { root.to_path_buf() } else { root.join(&relative) };
+        let path = if relative.as_os_str().is_empty() {
+            root.to_path_buf()
+        } else {
+            root.join(&relative)
+        };
         if path != root && mounts.contains(&path) {
             continue;
         }
@@ -74,7 +78,9 @@ pub fn read(root: &Path) -> Result<Tree> {
         if metadata.is_dir() {
             let children = fs::read_dir(&path).with_context(|| format!("cannot list {}", path.display()))?;
             for child in children {
-                let name = child.with_context(|| format!("cannot list {}", path.display()))?.file_name();
+                let name = child
+                    .with_context(|| format!("cannot list {}", path.display()))?
+                    .file_name();
                 stack.push(relative.join(name));
             }
         }
@@ -88,7 +94,11 @@ pub fn read(root: &Path) -> Result<Tree> {
 fn name_hardlinks(root: &Path, tree: &mut Tree, inodes: &HashMap<PathBuf, (u64, u64)>) {
     let mut first = HashMap::new();
     for (relative, node) in tree.iter_mut() {
-        let path = if relative.as_os_str().is_empty() { root.to_path_buf() } else { root.join(relative) };
+        let path = if relative.as_os_str().is_empty() {
+            root.to_path_buf()
+        } else {
+            root.join(relative)
+        };
         if let Some(inode) = inodes.get(&path) {
             node.same_as = first.entry(*inode).or_insert_with(|| relative.clone()).clone();
         }
@@ -117,9 +127,14 @@ fn kind(path: &Path, metadata: &Metadata) -> Result<Kind> {
     } else if kind.is_file() {
         let mut hash = Sha256::new();
         let mut file = fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let size = std::io::copy(&mut file, &mut HashWriter(&mut hash)).with_context(|| format!("cannot read {}", path.display()))?;
+        let size = std::io::copy(&mut file, &mut HashWriter(&mut hash))
+            .with_context(|| format!("cannot read {}", path.display()))?;
         // A file that reads longer or shorter than it says shows as a difference.
-        let suffix = if size == metadata.len() { String::new() } else { format!(" after {size} bytes") };
+        let suffix = if size == metadata.len() {
+            String::new()
+        } else {
+            format!(" after {size} bytes")
+        };
         Kind::Regular(metadata.len(), hex::encode(hash.finalize()) + &suffix)
     } else if kind.is_symlink() {
         Kind::Symlink(fs::read_link(path).with_context(|| format!("cannot read the link {}", path.display()))?)
@@ -151,7 +166,11 @@ impl std::io::Write for HashWriter<'_> {
 pub fn xattrs(path: &Path) -> std::io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let mut buffer = vec![0_u8; MAX_XATTR];
     let length = rustix::fs::llistxattr(path, &mut buffer[..])?;
-    let names: Vec<Vec<u8>> = buffer[..length].split(|&byte| byte == 0).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect();
+    let names: Vec<Vec<u8>> = buffer[..length]
+        .split(|&byte| byte == 0)
+        .filter(|name| !name.is_empty())
+        .map(<[u8]>::to_vec)
+        .collect();
     let mut found = BTreeMap::new();
     for name in names {
         let length = rustix::fs::lgetxattr(path, std::ffi::OsStr::from_bytes(&name), &mut buffer[..])?;
@@ -218,7 +237,10 @@ mod tests {
         symlink("d/a", root.path().join("link")).unwrap();
         let times = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
         for path in ["d/a", "d", ""] {
-            fs::File::open(root.path().join(path)).unwrap().set_times(times).unwrap();
+            fs::File::open(root.path().join(path))
+                .unwrap()
+                .set_times(times)
+                .unwrap();
         }
         root
     }
@@ -244,7 +266,17 @@ mod tests {
         node.xattrs.insert(b"user.x".to_vec(), b"y".to_vec());
         after.remove(Path::new("link"));
         let report = differences(&before, &after).unwrap();
-        for word in ["8 differences", "kind", "mode", "uid", "gid", "mtime", "links", "xattrs", "/link: only on the left"] {
+        for word in [
+            "8 differences",
+            "kind",
+            "mode",
+            "uid",
+            "gid",
+            "mtime",
+            "links",
+            "xattrs",
+            "/link: only on the left",
+        ] {
             assert!(report.contains(word), "{word} is missing in {report}");
         }
         assert!(differences(&after, &before).unwrap().contains("only on the right"));

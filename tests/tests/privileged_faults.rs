@@ -22,7 +22,10 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
     let scenario = Scenario::fixture().await.unwrap();
     let layer = scenario.converted.layers()[0].clone();
     let layer_digest = layer["digest"].as_str().unwrap().to_string();
-    let toc_digest = layer["annotations"]["containerd.io/snapshot/stargz/toc.digest"].as_str().unwrap().to_string();
+    let toc_digest = layer["annotations"]["containerd.io/snapshot/stargz/toc.digest"]
+        .as_str()
+        .unwrap()
+        .to_string();
     let mut node = scenario.lazy_node("[fetch]\nprefetch = false\n").await.unwrap();
     node.cri.pull(&scenario.reference(CONVERTED)).await.unwrap();
     node.check_lazy(&scenario.converted).unwrap();
@@ -38,19 +41,29 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
     let chunk = index.chunk(chunks.start + 1).unwrap();
     let member = index.member(chunk.member).unwrap();
     let middle = u64::midpoint(member.start, member.end);
-    scenario.proxy.inject(FaultRule::get(layer_digest.clone(), Fault::Corrupt(middle..middle + 64)));
+    scenario.proxy.inject(FaultRule::get(
+        layer_digest.clone(),
+        Fault::Corrupt(middle..middle + 64),
+    ));
 
     let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
     let file = File::open(view.path().join(LARGE_FILE)).unwrap();
     let mut buffer = vec![0; 4096];
     let error = file.read_exact_at(&mut buffer, CHUNK as u64 + 100_000).unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()), "{error}");
+    assert_eq!(
+        error.raw_os_error(),
+        Some(rustix::io::Errno::IO.raw_os_error()),
+        "{error}"
+    );
 
     // Nothing of the chunk is in `data`.
     let data = File::open(cache.join("data")).unwrap();
     let mut stored = vec![1; usize::try_from(chunk.size).unwrap()];
     data.read_exact_at(&mut stored, chunk.data_offset).unwrap();
-    assert!(stored.iter().all(|&byte| byte == 0), "bytes of a chunk that did not verify are in the cache");
+    assert!(
+        stored.iter().all(|&byte| byte == 0),
+        "bytes of a chunk that did not verify are in the cache"
+    );
 
     // One line says which image, layer, file and chunk; a metric counts.
     let log = node.snapshotter().unwrap().process().log_text().unwrap();
@@ -58,8 +71,18 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
         let image = line.contains(&scenario.reference(CONVERTED)) || line.contains("test/image");
         image && line.contains(&layer_digest) && line.contains(LARGE_FILE) && line.contains("chunk")
     };
-    assert!(log.lines().any(|line| named(&line)), "no line names image, layer, file and chunk:\n{log}");
-    assert!(node.snapshotter().unwrap().metric("hullspeed_verify_failures_total", &[]).await.unwrap() >= 1.0);
+    assert!(
+        log.lines().any(|line| named(&line)),
+        "no line names image, layer, file and chunk:\n{log}"
+    );
+    assert!(
+        node.snapshotter()
+            .unwrap()
+            .metric("hullspeed_verify_failures_total", &[])
+            .await
+            .unwrap()
+            >= 1.0
+    );
 
     // The other chunks are fine, and once the registry is honest again so is this one.
     let content = large_content();
@@ -76,7 +99,10 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
 async fn a_registry_that_ignores_ranges_is_served_from_all_the_same() {
     let scenario = Scenario::fixture().await.unwrap();
     let mut node = scenario.lazy_node("").await.unwrap();
-    scenario.proxy.inject(FaultRule { ranges_only: true, ..FaultRule::get("/blobs/", Fault::IgnoreRange) });
+    scenario.proxy.inject(FaultRule {
+        ranges_only: true,
+        ..FaultRule::get("/blobs/", Fault::IgnoreRange)
+    });
     node.cri.pull(&scenario.reference(CONVERTED)).await.unwrap();
     let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());
@@ -92,6 +118,15 @@ async fn a_plain_image_falls_back_to_overlay_snapshots() {
     let view = node.view(&scenario.run, "view", &scenario.plain).await.unwrap();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());
     node.snapshots.remove(view).await.unwrap();
-    let fallbacks = node.snapshotter().unwrap().metric("hullspeed_snapshot_prepare_total", &["no_toc_digest"]).await.unwrap();
-    assert!(fallbacks >= 3.0, "{fallbacks} fallbacks are counted for three layers:\n{}", node.snapshotter().unwrap().metrics().await.unwrap());
+    let fallbacks = node
+        .snapshotter()
+        .unwrap()
+        .metric("hullspeed_snapshot_prepare_total", &["no_toc_digest"])
+        .await
+        .unwrap();
+    assert!(
+        fallbacks >= 3.0,
+        "{fallbacks} fallbacks are counted for three layers:\n{}",
+        node.snapshotter().unwrap().metrics().await.unwrap()
+    );
 }

@@ -44,7 +44,9 @@ async fn get(address: SocketAddr, path: &str) -> (Option<u16>, usize) {
     }
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
-    let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") else { return (None, 0) };
+    let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") else {
+        return (None, 0);
+    };
     let status = std::str::from_utf8(&answer[9..12]).unwrap().parse().unwrap();
     (Some(status), answer.len() - end - 4)
 }
@@ -54,7 +56,15 @@ async fn the_link_delays_caps_and_counts() {
     const SIZE: usize = 1 << 20;
     const RATE: u64 = 4 << 20;
     let delay = Duration::from_millis(20);
-    let proxy = Proxy::start(origin(SIZE).await, LinkOptions { delay, bytes_per_second: Some(RATE) }).await.unwrap();
+    let proxy = Proxy::start(
+        origin(SIZE).await,
+        LinkOptions {
+            delay,
+            bytes_per_second: Some(RATE),
+        },
+    )
+    .await
+    .unwrap();
     let start = Instant::now();
     // Two connections at once share the cap: 2 MiB at 4 MiB/s.
     let (a, b) = tokio::join!(get(proxy.address(), "/a"), get(proxy.address(), "/b"));
@@ -65,10 +75,20 @@ async fn the_link_delays_caps_and_counts() {
     let totals = proxy.totals();
     assert_eq!(totals.requests, 2);
     let bodies = 2 * SIZE as u64;
-    assert!(totals.bytes_down > bodies && totals.bytes_down < bodies + 1024, "headers count, nothing else: {totals:?}");
-    let mut paths: Vec<_> = proxy.requests().into_iter().map(|record| (record.path, record.status, record.body_bytes)).collect();
+    assert!(
+        totals.bytes_down > bodies && totals.bytes_down < bodies + 1024,
+        "headers count, nothing else: {totals:?}"
+    );
+    let mut paths: Vec<_> = proxy
+        .requests()
+        .into_iter()
+        .map(|record| (record.path, record.status, record.body_bytes))
+        .collect();
     paths.sort();
-    assert_eq!(paths, [("/a".into(), 200, SIZE as u64), ("/b".into(), 200, SIZE as u64)]);
+    assert_eq!(
+        paths,
+        [("/a".into(), 200, SIZE as u64), ("/b".into(), 200, SIZE as u64)]
+    );
     proxy.reset();
     let start = Instant::now();
     get(proxy.address(), "/tiny").await;
@@ -116,9 +136,22 @@ fn a_run_leaves_nothing_behind_and_a_killed_one_is_swept() {
     let process = run.spawn("stubborn", command).unwrap();
     let pid = process.pid();
     let mount = run.directory("mount").unwrap();
-    assert!(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&mount).status().unwrap().success());
+    assert!(
+        Command::new("mount")
+            .args(["-t", "tmpfs", "tmpfs"])
+            .arg(&mount)
+            .status()
+            .unwrap()
+            .success()
+    );
     let names = RunNames::new(run.path());
-    assert!(Command::new("ip").args(["link", "add", &names.bridge, "type", "bridge"]).status().unwrap().success());
+    assert!(
+        Command::new("ip")
+            .args(["link", "add", &names.bridge, "type", "bridge"])
+            .status()
+            .unwrap()
+            .success()
+    );
     let real = run.path().to_path_buf();
     // What a SIGKILL leaves: nothing is dropped.
     std::mem::forget(process);
@@ -140,21 +173,34 @@ async fn a_pod_runs_on_overlayfs_and_goes_without_trace() {
     let registry = registry::Registry::start(&run, &run.directory("storage").unwrap()).unwrap();
     let layout = run.path().join("pause-image");
     pause::build(&layout, run.path()).unwrap();
-    registry.push(&format!("oci:{}:latest", layout.display()), "pause:latest").unwrap();
+    registry
+        .push(&format!("oci:{}:latest", layout.display()), "pause:latest")
+        .unwrap();
     let network = hullspeed_tests::network::Network::create(&run).unwrap();
     let options = hullspeed_tests::containerd::ContainerdOptions {
         name: "containerd".into(),
         snapshotter: hullspeed_tests::containerd::SnapshotterChoice::Overlayfs,
         pause_image: format!("{}/pause:latest", registry.address()),
     };
-    let mut containerd = hullspeed_tests::containerd::Containerd::start(&run, &network, &options).await.unwrap();
+    let mut containerd = hullspeed_tests::containerd::Containerd::start(&run, &network, &options)
+        .await
+        .unwrap();
     let mut cri = containerd.cri().await.unwrap();
     assert!(cri.version().await.unwrap().starts_with("containerd"));
     cri.pull(&options.pause_image).await.unwrap();
     let pod = Pod::new("first", &run.directory("pods").unwrap(), &run.names().cgroup);
     let sandbox = cri.run_sandbox(&pod).await.unwrap();
-    assert!(cri.sandbox_ip(&sandbox).await.unwrap().to_string().starts_with("10.213."));
-    let container = cri.create_container(&sandbox, &pod, "main", &options.pause_image).await.unwrap();
+    assert!(
+        cri.sandbox_ip(&sandbox)
+            .await
+            .unwrap()
+            .to_string()
+            .starts_with("10.213.")
+    );
+    let container = cri
+        .create_container(&sandbox, &pod, "main", &options.pause_image)
+        .await
+        .unwrap();
     cri.start_container(&container).await.unwrap();
     assert!(containerd.rootfs(&container).join("pause").is_file());
     // Not removed on purpose: the sweep has to cope with a live pod.
@@ -164,6 +210,14 @@ async fn a_pod_runs_on_overlayfs_and_goes_without_trace() {
     drop(run);
     assert!(!Path::new("/sys/fs/cgroup/pids").join(&names.cgroup).exists());
     assert!(!Path::new("/sys/class/net").join(&names.bridge).exists());
-    let results = std::fs::read_dir("/var/lib/cni/results").into_iter().flatten().flatten();
-    assert_eq!(results.filter(|entry| entry.file_name().to_string_lossy().starts_with(&names.bridge)).count(), 0);
+    let results = std::fs::read_dir("/var/lib/cni/results")
+        .into_iter()
+        .flatten()
+        .flatten();
+    assert_eq!(
+        results
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(&names.bridge))
+            .count(),
+        0
+    );
 }

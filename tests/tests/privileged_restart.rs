@@ -2,12 +2,23 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use hullspeed_tests::scenario::{CONVERTED, Node, Scenario};
 use hullspeed_tests::tree;
 
+/// containerd dials a snapshotter that was gone again after a pause, of a few seconds at most.
+const REDIAL_LIMIT: Duration = Duration::from_secs(15);
+
 async fn names(node: &mut Node) -> BTreeSet<String> {
-    node.snapshots.list().await.unwrap().into_iter().map(|info| info.name).collect()
+    let end = Instant::now() + REDIAL_LIMIT;
+    loop {
+        match node.snapshots.list().await {
+            Ok(infos) => return infos.into_iter().map(|info| info.name).collect(),
+            Err(error) if Instant::now() > end => panic!("{error:#}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
 }
 
 async fn restart_keeps_everything(kill: bool) {
@@ -23,10 +34,19 @@ async fn restart_keeps_everything(kill: bool) {
         process.kill().unwrap();
     } else {
         let status = process.stop().unwrap();
-        assert!(status.success(), "a graceful stop ended with {status}:\n{}", process.log_tail());
+        assert!(
+            status.success(),
+            "a graceful stop ended with {status}:\n{}",
+            process.log_tail()
+        );
     }
     scenario.proxy.set_dead(!kill);
-    node.snapshotter.as_mut().unwrap().start_again(&scenario.run).await.unwrap();
+    node.snapshotter
+        .as_mut()
+        .unwrap()
+        .start_again(&scenario.run)
+        .await
+        .unwrap();
     assert_eq!(names(&mut node).await, snapshots);
     let after = node.tree(&scenario.run, "after", &scenario.converted).await.unwrap();
     assert_eq!(tree::differences(&before, &after), None);

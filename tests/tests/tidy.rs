@@ -11,10 +11,16 @@ const MAX_PRODUCTION_LINES: usize = 500;
 const MAX_LINES: usize = 800;
 
 /// Names that say nothing about what is in a module.
-const BANNED_NAMES: [&str; 9] = ["utils", "util", "helpers", "helper", "common", "misc", "manager", "stuff", "mod"];
+const BANNED_NAMES: [&str; 9] = [
+    "utils", "util", "helpers", "helper", "common", "misc", "manager", "stuff", "mod",
+];
 
 fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().canonicalize().unwrap()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .canonicalize()
+        .unwrap()
 }
 
 fn crates() -> Vec<PathBuf> {
@@ -27,9 +33,14 @@ fn crates() -> Vec<PathBuf> {
 
 fn sources() -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut stack: Vec<_> = crates().into_iter().flat_map(|path| ["src", "tests", "benches"].map(|name| path.join(name))).collect();
+    let mut stack: Vec<_> = crates()
+        .into_iter()
+        .flat_map(|path| ["src", "tests", "benches"].map(|name| path.join(name)))
+        .collect();
     while let Some(directory) = stack.pop() {
-        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let Ok(entries) = fs::read_dir(&directory) else {
+            continue;
+        };
         for path in entries.map(|entry| entry.unwrap().path()) {
             if path.is_dir() {
                 stack.push(path);
@@ -55,10 +66,14 @@ fn files_are_short() {
     let faults = sources().into_iter().filter_map(|path| {
         let text = fs::read_to_string(&path).unwrap();
         let lines = text.lines().count();
-        let tests_only = path.file_name().unwrap() == "tests.rs" || path.components().any(|part| part.as_os_str() == "tests");
+        let tests_only =
+            path.file_name().unwrap() == "tests.rs" || path.components().any(|part| part.as_os_str() == "tests");
         let production = text.lines().position(|line| line == "#[cfg(test)]").unwrap_or(lines);
         if !tests_only && production > MAX_PRODUCTION_LINES {
-            return Some(format!("{}: {production} lines of production code, at most {MAX_PRODUCTION_LINES}", shown(&path)));
+            return Some(format!(
+                "{}: {production} lines of production code, at most {MAX_PRODUCTION_LINES}",
+                shown(&path)
+            ));
         }
         (lines > MAX_LINES).then(|| format!("{}: {lines} lines, at most {MAX_LINES}", shown(&path)))
     });
@@ -73,16 +88,32 @@ fn modules_say_what_they_are_for() {
         // Unit tests in a file of their own are described by the module they test.
         path.file_name().unwrap() != "tests.rs" && !first.is_some_and(|line| line.starts_with("//!"))
     };
-    check("no `//!` at the top", sources().into_iter().filter(undocumented).map(|path| shown(&path)).collect());
+    check(
+        "no `//!` at the top",
+        sources()
+            .into_iter()
+            .filter(undocumented)
+            .map(|path| shown(&path))
+            .collect(),
+    );
 }
 
 #[test]
 fn names_say_something() {
     let banned = |path: &PathBuf| {
-        let parts = path.strip_prefix(workspace()).unwrap().iter().map(|part| part.to_string_lossy().into_owned());
-        parts.map(|part| part.trim_end_matches(".rs").to_string()).any(|part| BANNED_NAMES.contains(&part.as_str()))
+        let parts = path
+            .strip_prefix(workspace())
+            .unwrap()
+            .iter()
+            .map(|part| part.to_string_lossy().into_owned());
+        parts
+            .map(|part| part.trim_end_matches(".rs").to_string())
+            .any(|part| BANNED_NAMES.contains(&part.as_str()))
     };
-    check("names that say nothing", sources().into_iter().filter(banned).map(|path| shown(&path)).collect());
+    check(
+        "names that say nothing",
+        sources().into_iter().filter(banned).map(|path| shown(&path)).collect(),
+    );
 }
 
 #[test]
@@ -91,16 +122,27 @@ fn every_crate_takes_the_shared_lints() {
         let text = fs::read_to_string(path.join("Cargo.toml")).unwrap();
         !text.contains("[lints]\nworkspace = true")
     });
-    check("no `[lints] workspace = true`", faults.map(|path| shown(&path)).collect());
+    check(
+        "no `[lints] workspace = true`",
+        faults.map(|path| shown(&path)).collect(),
+    );
 }
 
 #[test]
 fn accessors_are_not_called_get() {
     let faults = sources().into_iter().flat_map(|path| {
         let text = fs::read_to_string(&path).unwrap();
-        let lines: Vec<_> = text.lines().enumerate().map(|(number, line)| (number + 1, line.to_string())).collect();
-        let getters = lines.into_iter().filter(|(_, line)| line.trim_start().starts_with("pub fn get_"));
-        getters.map(move |(number, line)| format!("{}:{number}: {}", shown(&path), line.trim())).collect::<Vec<_>>()
+        let lines: Vec<_> = text
+            .lines()
+            .enumerate()
+            .map(|(number, line)| (number + 1, line.to_string()))
+            .collect();
+        let getters = lines
+            .into_iter()
+            .filter(|(_, line)| line.trim_start().starts_with("pub fn get_"));
+        getters
+            .map(move |(number, line)| format!("{}:{number}: {}", shown(&path), line.trim()))
+            .collect::<Vec<_>>()
     });
     check("getters", faults.collect());
 }

@@ -28,6 +28,9 @@ struct Cli {
     /// Measure one mode only; result.json is then not written.
     #[arg(long, value_name = "MODE")]
     only: Option<Mode>,
+    /// List each round's requests on standard error.
+    #[arg(long)]
+    requests: bool,
     /// Keep logs and state in DIR/run, to look into a failure.
     #[arg(long)]
     keep: bool,
@@ -35,7 +38,11 @@ struct Cli {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error.into()),
     };
@@ -57,7 +64,12 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     let mut run = RunDir::open(&cli.directory.join("run"))?;
     run.keep_files(cli.keep);
     let run = Arc::new(run);
-    let options = DemoOptions { directory: cli.directory, rounds: cli.rounds, only: cli.only };
+    let options = DemoOptions {
+        directory: cli.directory,
+        rounds: cli.rounds,
+        only: cli.only,
+        list_requests: cli.requests,
+    };
     let worker = Arc::clone(&run);
     let work = tokio::spawn(async move { demo::run(&worker, &options).await });
     tokio::select! {

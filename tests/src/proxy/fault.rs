@@ -47,13 +47,23 @@ impl FaultRule {
     /// A rule for every GET whose path contains `path_contains`.
     pub fn get(path_contains: impl Into<String>, fault: Fault) -> Self {
         let path_contains = path_contains.into();
-        Self { path_contains, method: Some(Method::GET), ranges_only: false, skip: 0, times: None, fault }
+        Self {
+            path_contains,
+            method: Some(Method::GET),
+            ranges_only: false,
+            skip: 0,
+            times: None,
+            fault,
+        }
     }
 
     /// The same rule, for so many requests only.
     #[must_use]
     pub fn times(self, times: u32) -> Self {
-        Self { times: Some(times), ..self }
+        Self {
+            times: Some(times),
+            ..self
+        }
     }
 
     fn matches(&self, method: &Method, path: &str, ranged: bool) -> bool {
@@ -76,7 +86,9 @@ pub(super) fn pick(rules: &mut [FaultRule], method: &Method, path: &str, ranged:
 /// Offset in the blob of the body's first byte, from `Content-Range`.
 pub(super) fn range_start(headers: &HeaderMap) -> u64 {
     let value = headers.get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
-    let start = value.and_then(|text| text.strip_prefix("bytes ")).and_then(|text| text.split('-').next());
+    let start = value
+        .and_then(|text| text.strip_prefix("bytes "))
+        .and_then(|text| text.split('-').next());
     start.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
@@ -92,7 +104,9 @@ pub(super) fn apply(body: Body, fault: Option<Fault>, start: u64) -> Body {
             });
             Body::from_stream(frames)
         }
-        Some(Fault::Truncate(after)) => Body::from_stream(head(body, after).chain(stream::once(async { Err(broken()) }))),
+        Some(Fault::Truncate(after)) => {
+            Body::from_stream(head(body, after).chain(stream::once(async { Err(broken()) })))
+        }
         Some(Fault::Stall(after)) => Body::from_stream(head(body, after).chain(stream::pending())),
         _ => body,
     }
@@ -135,7 +149,10 @@ mod tests {
 
     #[test]
     fn a_rule_skips_then_hits_so_many_times() {
-        let mut rules = vec![FaultRule { skip: 1, ..FaultRule::get("/blobs/", Fault::Status(500)).times(2) }];
+        let mut rules = vec![FaultRule {
+            skip: 1,
+            ..FaultRule::get("/blobs/", Fault::Status(500)).times(2)
+        }];
         let mut ask = || pick(&mut rules, &Method::GET, "/v2/a/blobs/sha256:00", false);
         let answers: Vec<_> = (0..5).map(|_| ask().is_some()).collect();
         assert_eq!(answers, [false, true, true, false, false]);
@@ -143,11 +160,17 @@ mod tests {
 
     #[test]
     fn a_rule_leaves_other_requests_alone() {
-        let mut rules = vec![FaultRule { ranges_only: true, ..FaultRule::get("/blobs/", Fault::Status(500)) }];
+        let mut rules = vec![FaultRule {
+            ranges_only: true,
+            ..FaultRule::get("/blobs/", Fault::Status(500))
+        }];
         assert_eq!(pick(&mut rules, &Method::GET, "/v2/a/manifests/x", true), None);
         assert_eq!(pick(&mut rules, &Method::HEAD, "/v2/a/blobs/x", true), None);
         assert_eq!(pick(&mut rules, &Method::GET, "/v2/a/blobs/x", false), None);
-        assert_eq!(pick(&mut rules, &Method::GET, "/v2/a/blobs/x", true), Some(Fault::Status(500)));
+        assert_eq!(
+            pick(&mut rules, &Method::GET, "/v2/a/blobs/x", true),
+            Some(Fault::Status(500))
+        );
     }
 
     #[test]

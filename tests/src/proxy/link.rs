@@ -35,7 +35,11 @@ impl Bucket {
         self.tokens = (self.tokens + gained).min(BURST_BYTES as f64);
         self.filled = now;
         let wanted = MAX_WRITE as f64;
-        if self.tokens >= wanted { Ok(MAX_WRITE) } else { Err(Duration::from_secs_f64((wanted - self.tokens) / self.rate)) }
+        if self.tokens >= wanted {
+            Ok(MAX_WRITE)
+        } else {
+            Err(Duration::from_secs_f64((wanted - self.tokens) / self.rate))
+        }
     }
 }
 
@@ -49,9 +53,18 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
-        let full = |rate: u64| Bucket { rate: rate.max(1) as f64, tokens: BURST_BYTES as f64, filled: Instant::now() };
+        let full = |rate: u64| Bucket {
+            rate: rate.max(1) as f64,
+            tokens: BURST_BYTES as f64,
+            filled: Instant::now(),
+        };
         let bucket = bytes_per_second.map(|rate| Mutex::new(full(rate)));
-        Self { bucket, down: AtomicU64::new(0), up: AtomicU64::new(0), dead: AtomicBool::new(false) }
+        Self {
+            bucket,
+            down: AtomicU64::new(0),
+            up: AtomicU64::new(0),
+            dead: AtomicBool::new(false),
+        }
     }
 
     /// Bytes sent to and received from clients.
@@ -69,7 +82,11 @@ impl Link {
     }
 
     fn check(&self) -> io::Result<()> {
-        if self.dead.load(Ordering::Relaxed) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+        if self.dead.load(Ordering::Relaxed) {
+            Err(io::ErrorKind::ConnectionReset.into())
+        } else {
+            Ok(())
+        }
     }
 
     fn available(&self) -> Result<u64, Duration> {
@@ -109,7 +126,14 @@ impl Listener for LinkListener {
                 Ok((stream, peer)) if self.link.check().is_ok() => {
                     // Without it small answers wait for the peer's delayed acknowledgement.
                     let _ = stream.set_nodelay(true);
-                    return (LinkStream { inner: stream, link: Arc::clone(&self.link), wait: None }, peer);
+                    return (
+                        LinkStream {
+                            inner: stream,
+                            link: Arc::clone(&self.link),
+                            wait: None,
+                        },
+                        peer,
+                    );
                 }
                 // A dead link drops the connection at once.
                 Ok(_) => {}
@@ -132,11 +156,17 @@ pub(super) struct LinkStream {
 }
 
 impl AsyncRead for LinkStream {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         self.link.check()?;
         let before = buffer.filled().len();
         let done = Pin::new(&mut self.inner).poll_read(context, buffer);
-        self.link.up.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
+        self.link
+            .up
+            .fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
         done
     }
 }

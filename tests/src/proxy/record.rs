@@ -70,7 +70,11 @@ pub(super) struct Log(Mutex<State>);
 
 impl Default for Log {
     fn default() -> Self {
-        Self(Mutex::new(State { began: Instant::now(), count: 0, rows: Vec::new() }))
+        Self(Mutex::new(State {
+            began: Instant::now(),
+            count: 0,
+            rows: Vec::new(),
+        }))
     }
 }
 
@@ -81,14 +85,30 @@ impl Log {
 
     pub(super) fn begin(&self, request: &Request) -> Entry {
         let answer = Arc::new(Answer::default());
-        let range = request.headers().get(header::RANGE).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-        let path = request.uri().path_and_query().map_or_else(String::new, ToString::to_string);
+        let range = request
+            .headers()
+            .get(header::RANGE)
+            .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+        let path = request
+            .uri()
+            .path_and_query()
+            .map_or_else(String::new, ToString::to_string);
         let mut state = self.state();
         state.count += 1;
         if state.rows.len() < MAX_RECORDS {
             let (at, method) = (state.began.elapsed(), request.method().to_string());
-            let record = RequestRecord { at, method, path, range, status: 0, body_bytes: 0 };
-            state.rows.push(Row { record, answer: Arc::clone(&answer) });
+            let record = RequestRecord {
+                at,
+                method,
+                path,
+                range,
+                status: 0,
+                body_bytes: 0,
+            };
+            state.rows.push(Row {
+                record,
+                answer: Arc::clone(&answer),
+            });
         }
         Entry(answer)
     }
@@ -107,7 +127,11 @@ impl Log {
     }
 
     pub(super) fn reset(&self) {
-        *self.state() = State { began: Instant::now(), count: 0, rows: Vec::new() };
+        *self.state() = State {
+            began: Instant::now(),
+            count: 0,
+            rows: Vec::new(),
+        };
     }
 }
 
