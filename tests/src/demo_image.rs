@@ -118,6 +118,7 @@ impl DemoImage {
             access: directory.join("access.txt"),
         };
         if !directory.exists() {
+            remove_outdated(cache)?;
             let part = run.directory("image-part")?;
             Build::new(run)?
                 .build(&part)
@@ -142,6 +143,17 @@ impl DemoImage {
     pub fn source(&self) -> String {
         format!("oci:{}:{TAG}", self.layout.display())
     }
+}
+
+/// Images of older recipes; the lock is held.
+fn remove_outdated(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache).context("cannot list the image cache")? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("image-") {
+            remove_tree(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn recipe_key() -> String {

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -118,8 +118,21 @@ impl Registry {
     }
 }
 
+/// Ports that are tried: below the range from which the kernel picks ports of outgoing connections, so that none of
+/// those takes a port between our look and its use, or while a daemon is restarted.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
 /// A loopback port that was free a moment ago.
 pub fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free loopback port")?;
-    Ok(listener.local_addr()?.port())
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |now| now.subsec_nanos());
+    let count = u32::from(PORTS.end - PORTS.start);
+    // Processes that look at the same time should look at different places.
+    let first = (now / 1000).wrapping_add(std::process::id().wrapping_mul(97));
+    let ports = (0..count).filter_map(|step| u16::try_from(first.wrapping_add(step) % count).ok());
+    let free = ports
+        .map(|offset| PORTS.start + offset)
+        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
+    free.context("no free loopback port")
 }

@@ -106,7 +106,11 @@ impl RunDir {
     pub fn abort(&self) -> Result<()> {
         self.spawner.close();
         sweep(&self.path)?;
-        remove_tree(&self.path)
+        if !self.keep_files {
+            remove_tree(&self.path)?;
+        }
+        let _ = fs::remove_file(lock_path(&self.path));
+        Ok(())
     }
 }
 

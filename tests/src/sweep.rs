@@ -60,7 +60,7 @@ pub fn sweep(directory: &Path) -> Result<()> {
     unmount_below(directory)?;
     remove_interfaces(&names)?;
     remove_cgroups(&names)?;
-    remove_cni_results(&names);
+    remove_cni_results(directory, &names);
     Ok(())
 }
 
@@ -233,13 +233,18 @@ fn remove_shim_sockets(directory: &Path) {
     }
 }
 
-/// A CNI result that a killed run left: its file name begins with our network's name.
-fn remove_cni_results(names: &RunNames) {
+/// CNI results that a killed run left. Their names hold our network's name, or, those of the loopback, the sandbox's id,
+/// which containerd's own directories in the run tell.
+fn remove_cni_results(directory: &Path, names: &RunNames) {
+    let sandboxes =
+        entries(directory).flat_map(|child| entries(&child.join("root/io.containerd.grpc.v1.cri/sandboxes")));
+    let ids: Vec<_> = sandboxes
+        .filter_map(|path| Some(path.file_name()?.to_str()?.to_string()))
+        .collect();
     for result in entries(Path::new(CNI_RESULTS)) {
-        let ours = result
-            .file_name()
-            .is_some_and(|name| name.as_bytes().starts_with(names.bridge.as_bytes()));
-        if ours {
+        let name = result.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with(&names.bridge) || ids.iter().any(|id| name.contains(id)) {
+            // Another sweep may be as fast.
             let _ = fs::remove_file(result);
         }
     }

@@ -179,7 +179,7 @@ pub fn xattrs(path: &Path) -> std::io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     Ok(found)
 }
 
-/// The differences between two trees, a line each, the first [`MAX_DIFFERENCES`] in full; `None` when they are equal.
+/// The differences between two trees, a line each, the first so many in full; `None` when they are equal.
 #[must_use]
 pub fn differences(left: &Tree, right: &Tree) -> Option<String> {
     let mut lines = Vec::new();

@@ -158,7 +158,7 @@ mod converter {
             "estargz",
             &["convert", &source, &goal],
             5,
-            &[&target.display().to_string()],
+            &[&disk.0.display().to_string()],
         );
         assert!(!target.join("index.json").exists(), "a half image was left");
         let left: u64 = files(&disk.0)

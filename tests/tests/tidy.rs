@@ -11,9 +11,7 @@ const MAX_PRODUCTION_LINES: usize = 500;
 const MAX_LINES: usize = 800;
 
 /// Names that say nothing about what is in a module.
-const BANNED_NAMES: [&str; 9] = [
-    "utils", "util", "helpers", "helper", "common", "misc", "manager", "stuff", "mod",
-];
+const BANNED_NAMES: [&str; 8] = ["utils", "util", "helpers", "helper", "misc", "manager", "stuff", "mod"];
 
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
