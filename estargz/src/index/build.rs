@@ -291,7 +291,11 @@ fn describe(entry: &TocEntry, record: &mut InodeRecord) -> Result<(), EntryFault
     };
     record.kind = kind.code();
     // Linux gives every symbolic link these bits, whatever the archive says.
-    let mode = if kind == FileKind::Symlink { 0o777 } else { entry.mode & 0o7777 };
+    let mode = if kind == FileKind::Symlink {
+        0o777
+    } else {
+        entry.mode & 0o7777
+    };
     record.mode = u16::try_from(mode).expect("12 bits").into();
     record.uid = bounded("uid", entry.uid, u64::from(u32::MAX))?.into();
     record.gid = bounded("gid", entry.gid, u64::from(u32::MAX))?.into();
