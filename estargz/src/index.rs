@@ -1,6 +1,6 @@
 //! The compact index of a layer: everything the TOC says, in a form that is mapped and used as it lies on disk.
 //!
-//! [`build`] turns a TOC into the bytes of an index file once, when the layer is first seen; [`LayerIndex::open`]
+//! [`build()`] turns a TOC into the bytes of an index file once, when the layer is first seen; [`LayerIndex::open`]
 //! checks all of a file once, in linear time, so that no accessor can fail, panic or loop afterwards. The snapshotter
 //! asks it for every lookup, attribute and read; the cache and the fetch engine plan with its chunk and member tables.
 //!

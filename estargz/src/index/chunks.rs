@@ -1,6 +1,6 @@
 //! The chunks of files and the compressed members that hold them, taken from a TOC.
 //!
-//! Used only by [`super::build`]. Invariants of the result: the chunks of one file have consecutive ids and cover it
+//! Used only by [`super::build()`]. Invariants of the result: the chunks of one file have consecutive ids and cover it
 //! without gap or overlap; members are sorted, do not overlap, end before the TOC, and each one's chunks have
 //! consecutive ids.
 

@@ -1,7 +1,7 @@
 //! The tree that a TOC describes: every path once, implied directories added, later duplicates winning, whiteouts and
 //! opaque marks translated, hard links resolved, inode numbers given.
 //!
-//! Used only by [`super::build`]. Time and memory are linear in the TOC: names stay slices of the entries' strings, and
+//! Used only by [`super::build()`]. Time and memory are linear in the TOC: names stay slices of the entries' strings, and
 //! the number of nodes is bounded by [`MAX_INODES`].
 
 use std::collections::HashMap;
