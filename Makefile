@@ -28,7 +28,7 @@ demo: install build
 test: install
 	$(CARGO) build --locked --workspace --bins
 	@if $(CARGO) nextest --version > /dev/null 2>&1; then set -x; \
-	  $(CARGO) nextest run --locked --workspace --no-fail-fast && $(CARGO) test --locked --workspace --doc; \
+	  $(CARGO) test --locked --workspace --doc && $(CARGO) nextest run --locked --workspace --no-fail-fast; \
 	else set -x; $(CARGO) test --locked --workspace --no-fail-fast; fi
 
 check:

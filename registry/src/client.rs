@@ -27,6 +27,8 @@ pub struct ClientOptions {
     pub credentials: Credentials,
     /// PEM file of certificate authorities that are trusted besides the platform's.
     pub ca_file: Option<PathBuf>,
+    /// Time to open a connection, TLS included.
+    pub connect_timeout: Duration,
     /// Time without a byte after which a transfer counts as stalled.
     pub idle_timeout: Duration,
     /// Retries of transient failures.
@@ -39,6 +41,7 @@ impl Default for ClientOptions {
             plain_http: Vec::new(),
             credentials: Credentials::anonymous(),
             ca_file: None,
+            connect_timeout: CONNECT_TIMEOUT,
             idle_timeout: IDLE_TIMEOUT,
             retry: RetryPolicy::default(),
         }
@@ -76,7 +79,7 @@ impl Client {
                 .user_agent(concat!("hullspeed/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
                 .referer(false)
-                .connect_timeout(CONNECT_TIMEOUT)
+                .connect_timeout(options.connect_timeout)
                 .tcp_nodelay(true)
         };
         let direct = builder().no_proxy().tls_certs_only(authorities.clone()).build();
@@ -146,6 +149,11 @@ impl Client {
 
     pub(crate) fn idle(&self) -> Duration {
         self.shared.options.idle_timeout
+    }
+
+    /// Longest wait for the head of an answer, which may need a new connection first.
+    pub(crate) fn head_wait(&self) -> Duration {
+        self.shared.options.connect_timeout + self.shared.options.idle_timeout
     }
 
     pub(crate) fn tokens(&self) -> &Tokens {

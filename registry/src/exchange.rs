@@ -15,7 +15,7 @@ use crate::auth::{Authorization, Challenge, Grant, Scope, Slot};
 use crate::body;
 use crate::client::Client;
 use crate::error::{Error, Fault};
-use crate::limits::{CONNECT_TIMEOUT, MAX_REDIRECTS};
+use crate::limits::MAX_REDIRECTS;
 use crate::upload::FileBody;
 
 /// A registry's API root.
@@ -212,7 +212,7 @@ impl Client {
 
     /// The head of the answer to a request with a small or no body.
     pub(crate) async fn head_of(&self, request: RequestBuilder) -> Result<Response, Fault> {
-        let wait = self.idle() + CONNECT_TIMEOUT;
+        let wait = self.head_wait();
         let sent = tokio::time::timeout(wait, request.send())
             .await
             .map_err(|_| Fault::Stalled(wait))?;

@@ -20,7 +20,7 @@ pub const MAX_TOKENS: usize = 512;
 pub const MAX_URLS: usize = 4096;
 /// Longest wait that a `Retry-After` can impose.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
-/// Time to open a connection, TLS included.
+/// Default time to open a connection, TLS included.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Default time without a single byte after which a transfer counts as stalled.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,10 +1,12 @@
 //! The run directory: the one place where a run keeps everything, and the guard that takes everything away.
 
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
+use sha2::{Digest as _, Sha256};
 
 use crate::process::{Process, Spawner};
 use crate::sweep::{RunNames, sweep};
@@ -28,6 +30,21 @@ impl RunDir {
     /// Takes `path` for a run. What an earlier run left there is swept; a live run there is refused.
     pub fn open(path: &Path) -> Result<Self> {
         Self::with_parent(path, None)
+    }
+
+    /// Like [`Self::open`]; but where Unix sockets would not fit below `path`, the run takes a directory in `/var/tmp`
+    /// that is named after it, so that the next run for the same path finds and sweeps what this one may leave.
+    pub fn open_near(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path).with_context(|| format!("cannot resolve {}", path.display()))?;
+        if path.as_os_str().len() <= MAX_DIRECTORY_BYTES {
+            return Self::open(&path);
+        }
+        let digest = hex::encode(Sha256::digest(path.as_os_str().as_bytes()));
+        Self::open(
+            &Path::new("/var/tmp")
+                .join(format!("hullspeed-{}", &digest[..12]))
+                .join("run"),
+        )
     }
 
     /// A fresh directory below the system's temporary one.

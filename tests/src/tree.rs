@@ -112,8 +112,7 @@ fn node(path: &Path, metadata: &Metadata) -> Result<Node> {
         uid: metadata.uid(),
         gid: metadata.gid(),
         mtime: (metadata.mtime(), metadata.mtime_nsec()),
-        // Merged directories of overlayfs always say 1, those of one layer what its file system says.
-        links: if metadata.is_dir() { 0 } else { metadata.nlink() },
+        links: metadata.nlink(),
         same_as: PathBuf::new(),
         xattrs: xattrs(path).with_context(|| format!("cannot read the extended attributes of {}", path.display()))?,
     })

@@ -61,7 +61,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     requirements::check()?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
-    let mut run = RunDir::open(&cli.directory.join("run"))?;
+    let mut run = RunDir::open_near(&cli.directory.join("run"))?;
     run.keep_files(cli.keep);
     let run = Arc::new(run);
     let options = DemoOptions {

@@ -104,6 +104,7 @@ impl Layers {
             plain_http: config.registry.plain_http.clone(),
             credentials: Credentials::from_environment(),
             ca_file: config.registry.ca_file.clone(),
+            connect_timeout: config.registry.connect_timeout,
             idle_timeout: config.registry.stall_timeout,
             // The fetch engine asks again itself; it knows what is still needed.
             retry: RetryPolicy {
