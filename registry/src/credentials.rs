@@ -11,8 +11,9 @@ use std::sync::Arc;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use tokio::sync::Semaphore;
 
-use crate::limits::{HELPER_TIMEOUT, MAX_CONFIG_BYTES};
+use crate::limits::{HELPER_TIMEOUT, MAX_CONFIG_BYTES, MAX_HELPERS};
 
 /// The key under which docker files Docker Hub's login.
 const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
@@ -41,9 +42,51 @@ impl fmt::Debug for Login {
 }
 
 /// Where logins come from, asked in order; the first that knows a registry wins. Cheap to clone.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Credentials {
     sources: Arc<[Source]>,
+    helpers: Helpers,
+}
+
+impl Default for Credentials {
+    fn default() -> Self {
+        Self::of(Vec::new())
+    }
+}
+
+/// The bound on credential helpers that run at once, shared by all clones of [`Credentials`].
+#[derive(Clone)]
+struct Helpers {
+    places: Arc<Semaphore>,
+}
+
+impl Helpers {
+    fn new() -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(MAX_HELPERS)),
+        }
+    }
+
+    /// Runs `ask` on a thread of its own, once there is a place for it; `None` if it panicked.
+    ///
+    /// The place is held by the thread, not by the caller: nothing can stop a helper that hangs, so a caller that has lost
+    /// patience must not make room for another one.
+    async fn run<T: Send + 'static>(&self, ask: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let place = Arc::clone(&self.places).acquire_owned().await.ok()?;
+        let running = tokio::task::spawn_blocking(move || {
+            let answer = ask();
+            drop(place);
+            answer
+        });
+        running.await.ok()
+    }
+}
+
+/// What a configuration says about a registry: whose entry to read, and whether a program has to be asked for it.
+struct Choice {
+    json: String,
+    key: String,
+    helper: Option<String>,
 }
 
 #[derive(Clone)]
@@ -149,9 +192,7 @@ impl Credentials {
             let path = Path::new(&directory).join("containers/auth.json");
             sources.push(Source::File { path, required: false });
         }
-        Self {
-            sources: sources.into(),
-        }
+        Self::of(sources)
     }
 
     /// The login for `host` (as in a [`crate::Reference`]), if any source has one.
@@ -163,20 +204,35 @@ impl Credentials {
                 }
                 continue;
             }
-            let host = host.to_owned();
-            // Helpers are programs that may ask a keychain or a cloud: they run on a thread of their own.
-            let lookup = tokio::task::spawn_blocking(move || source.find(&host));
-            match tokio::time::timeout(HELPER_TIMEOUT, lookup).await {
-                Ok(Ok(found)) => match found? {
+            let found = tokio::time::timeout(HELPER_TIMEOUT, self.look_up(source, host.to_owned()));
+            match found.await {
+                Ok(Some(found)) => match found? {
                     Some(login) => return Ok(Some(login)),
                     None => continue,
                 },
-                Ok(Err(_)) | Err(_) => {
+                Ok(None) | Err(_) => {
                     return Err(helper_error("of the docker configuration", "gave no answer in time"));
                 }
             }
         }
         Ok(None)
+    }
+
+    /// What one source says; `None` if the look-up broke down.
+    async fn look_up(&self, source: Source, host: String) -> Option<Result<Option<Login>, CredentialError>> {
+        let reader = source.clone();
+        // Only what needs a helper waits for a place among them: one that hangs is no obstacle to any other login.
+        let chosen = tokio::task::spawn_blocking(move || match reader.choose(&host) {
+            Ok(Some(choice)) if choice.helper.is_some() => Err(choice),
+            Ok(Some(choice)) => Ok(reader.find(choice)),
+            Ok(None) => Ok(Ok(None)),
+            Err(error) => Ok(Err(error)),
+        });
+        match chosen.await.ok()? {
+            Ok(found) => Some(found),
+            // Helpers are programs that may ask a keychain or a cloud.
+            Err(choice) => self.helpers.run(move || source.find(choice)).await,
+        }
     }
 
     /// Where logins are looked for, for error messages.
@@ -192,6 +248,14 @@ impl Credentials {
     fn first(self, source: Source) -> Self {
         Self {
             sources: std::iter::once(source).chain(self.sources.iter().cloned()).collect(),
+            helpers: self.helpers,
+        }
+    }
+
+    fn of(sources: Vec<Source>) -> Self {
+        Self {
+            sources: sources.into(),
+            helpers: Helpers::new(),
         }
     }
 }
@@ -249,16 +313,17 @@ impl Source {
         Ok(Some(json))
     }
 
-    fn find(&self, host: &str) -> Result<Option<Login>, CredentialError> {
+    fn choose(&self, host: &str) -> Result<Option<Choice>, CredentialError> {
         let Some(json) = self.read()? else { return Ok(None) };
         let parse_error = |source| CredentialError::Parse {
             path: self.name(),
             source,
         };
         let keys: Keys = serde_json::from_str(&json).map_err(parse_error)?;
-        let Some((key, helper)) = keys.choose(host) else {
-            return Ok(None);
-        };
+        Ok(keys.choose(host).map(|(key, helper)| Choice { json, key, helper }))
+    }
+
+    fn find(&self, Choice { json, key, helper }: Choice) -> Result<Option<Login>, CredentialError> {
         let found = docker_credential::get_credential_from_reader(json.as_bytes(), &key);
         let entry_error = |reason| CredentialError::Entry {
             path: self.name(),
@@ -439,6 +504,44 @@ mod tests {
                 .unwrap(),
             None
         );
+    }
+
+    #[tokio::test]
+    async fn helpers_that_hang_keep_their_places_and_bother_nobody_else() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        use std::time::Duration;
+
+        let json = format!(r#"{{"auths":{{"r.io":{ENTRY}}},"credHelpers":{{"x.io":"hullspeed-absent"}}}}"#);
+        let source = Source::Text {
+            name: "test",
+            json: json.into(),
+        };
+        let credentials = Credentials::anonymous().first(source);
+        let begun = Arc::new(AtomicUsize::new(0));
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let hang = Arc::new(std::sync::Mutex::new(hang));
+        let patience = Duration::from_millis(50);
+        for _ in 0..MAX_HELPERS + 2 {
+            let (begun, hang) = (Arc::clone(&begun), Arc::clone(&hang));
+            let helper = credentials.helpers.run(move || {
+                begun.fetch_add(1, Ordering::SeqCst);
+                let _ended = hang.lock().map(|hang| hang.recv());
+            });
+            assert!(tokio::time::timeout(patience, helper).await.is_err());
+        }
+        assert_eq!(
+            begun.load(Ordering::SeqCst),
+            MAX_HELPERS,
+            "those behind them were not even begun"
+        );
+        // A clone shares the places. Logins that need no helper need none of them.
+        let clone = credentials.clone().with_login("y.io", basic("y", "p").unwrap());
+        assert!(tokio::time::timeout(patience, clone.login("x.io")).await.is_err());
+        let found = tokio::time::timeout(Duration::from_secs(10), clone.login("r.io")).await;
+        assert_eq!(found.unwrap().unwrap(), basic("u", "p:w"));
+        drop(release);
+        let error = clone.login("x.io").await.unwrap_err();
+        assert!(error.to_string().contains("$PATH"), "{error}");
     }
 
     #[tokio::test]

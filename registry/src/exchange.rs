@@ -1,7 +1,7 @@
 //! One request from start to end: authorisation, redirects by hand, re-authentication, retries.
 //!
 //! Invariants: an `Authorization` is only ever sent to the registry's own origin (scheme, host and port); https is never
-//! left for http on the word of a redirect; the number of requests made for one [`Ask`] is bounded.
+//! left for http on the word of a redirect or of the address of an upload; the number of requests made for one [`Ask`] is bounded.
 
 use std::time::Duration;
 
@@ -198,7 +198,8 @@ impl Client {
         Err(Fault::Redirect(format!("more than {MAX_REDIRECTS} in a row")))
     }
 
-    fn redirect_target(&self, response: &Response, from: &Url) -> Result<Url, Fault> {
+    /// Where an answer sends the next request: never from https to http, loopback and hosts named plain excepted.
+    pub(crate) fn redirect_target(&self, response: &Response, from: &Url) -> Result<Url, Fault> {
         let next = location(response, from)?;
         if from.scheme() == "https" && next.scheme() != "https" && !self.is_plain(&authority(&next)) {
             return Err(Fault::Redirect(format!(
@@ -257,7 +258,7 @@ impl Client {
 }
 
 /// The `Location` of an answer, resolved against the address that gave it.
-pub(crate) fn location(response: &Response, from: &Url) -> Result<Url, Fault> {
+fn location(response: &Response, from: &Url) -> Result<Url, Fault> {
     let bad = |reason: &str| Fault::Header {
         name: "location",
         reason: reason.to_owned(),

@@ -154,6 +154,9 @@ impl RangeResponse {
     }
 
     /// The next piece; `None` exactly when all of `start..end` has been given.
+    ///
+    /// A piece may be empty: a server that ignores ranges sends much that is dropped, and a caller that bounds the time
+    /// without progress has to see that there is some.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
         self.piece().await.map_err(|fault| fault.at(&self.host, &self.asked))
     }
@@ -170,7 +173,7 @@ impl RangeResponse {
         Ok(all.into())
     }
 
-    /// The pieces as a stream that ends after the first error.
+    /// The pieces as a stream that ends after the first error; like those of [`Self::chunk`], they may be empty.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, Error>> + Send {
         futures_util::stream::try_unfold(self, |mut this| async move {
             Ok(this.chunk().await?.map(|piece| (piece, this)))
@@ -182,31 +185,26 @@ impl RangeResponse {
         if left == 0 && self.ranges_ignored {
             return Ok(None);
         }
-        loop {
-            let Some(mut piece) = body::next(&mut self.response, self.idle).await? else {
-                return match left {
-                    0 => Ok(None),
-                    _ => Err(Fault::Truncated {
-                        got: self.got,
-                        expected: self.len(),
-                    }),
-                };
+        let Some(mut piece) = body::next(&mut self.response, self.idle).await? else {
+            return match left {
+                0 => Ok(None),
+                _ => Err(Fault::Truncated {
+                    got: self.got,
+                    expected: self.len(),
+                }),
             };
-            let skipped = self.skip.min(piece.len() as u64);
-            self.skip -= skipped;
-            piece = piece.slice(usize::try_from(skipped).expect("not more than the piece's length")..);
-            if piece.is_empty() {
-                continue;
+        };
+        let skipped = self.skip.min(piece.len() as u64);
+        self.skip -= skipped;
+        piece = piece.slice(usize::try_from(skipped).expect("not more than the piece's length")..);
+        if piece.len() as u64 > left {
+            if !self.ranges_ignored {
+                return Err(Fault::TooLarge { limit: self.len() });
             }
-            if piece.len() as u64 > left {
-                if !self.ranges_ignored {
-                    return Err(Fault::TooLarge { limit: self.len() });
-                }
-                piece.truncate(usize::try_from(left).expect("less than the piece's length"));
-            }
-            self.got += piece.len() as u64;
-            return Ok(Some(piece));
+            piece.truncate(usize::try_from(left).expect("less than the piece's length"));
         }
+        self.got += piece.len() as u64;
+        Ok(Some(piece))
     }
 }
 

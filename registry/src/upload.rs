@@ -17,7 +17,7 @@ use crate::auth::Scope;
 use crate::client::Client;
 use crate::digest::Digest;
 use crate::error::{Error, Fault};
-use crate::exchange::{Ask, Endpoint, Payload, location};
+use crate::exchange::{Ask, Endpoint, Payload};
 use crate::limits::{COMMIT_TIMEOUT, UPLOAD_CHUNK_BYTES};
 use crate::reference::Reference;
 
@@ -147,7 +147,8 @@ impl Client {
         if answer.response.status() == StatusCode::CREATED {
             return Ok(None);
         }
-        location(&answer.response, &answer.url).map(Some)
+        // The blob goes there: an https registry does not get to send it over the wire in the clear.
+        self.redirect_target(&answer.response, &answer.url).map(Some)
     }
 }
 

@@ -280,6 +280,38 @@ async fn a_server_without_ranges_still_gives_the_right_bytes() {
 }
 
 #[tokio::test]
+async fn progress_in_bytes_that_are_dropped_is_progress() {
+    // Nine tenths of the body are not asked for and take a second to come.
+    let bytes = content(10_000);
+    let served = bytes.clone();
+    let server = Scripted::start(move |_| {
+        let pieces: Vec<_> = (0..10).map(|n| served.slice(n * 1000..(n + 1) * 1000)).collect();
+        let slow = futures_util::StreamExt::then(futures_util::stream::iter(pieces), |piece| async {
+            tokio::time::sleep(Duration::from_millis(120)).await;
+            Ok::<_, std::io::Error>(piece)
+        });
+        answer(200, &[("content-length", "10000")], axum::body::Body::from_stream(slow))
+    })
+    .await;
+    let ask = async || {
+        let range = RangeSpec::From(9_000..9_900);
+        let digest = Digest::of(&bytes);
+        client(&server.host, None)
+            .blob_range(&server.image("a"), &digest, range)
+            .await
+            .unwrap()
+    };
+    let mut part = ask().await;
+    let mut got = Vec::new();
+    let each = Duration::from_millis(600);
+    while let Some(piece) = tokio::time::timeout(each, part.chunk()).await.unwrap().unwrap() {
+        got.extend_from_slice(&piece);
+    }
+    assert_eq!(got, bytes[9_000..9_900]);
+    assert_eq!(ask().await.bytes().await.unwrap(), bytes.slice(9_000..9_900));
+}
+
+#[tokio::test]
 async fn lies_about_ranges_are_protocol_errors() {
     let digest = Digest::of("");
     let range = RangeSpec::From(10..20);

@@ -186,14 +186,24 @@ async fn a_dead_registry_is_transient_and_named() {
     );
 }
 
-#[tokio::test]
-async fn tls_trusts_the_given_authority_and_no_other() {
-    // Loopback speaks plain http by rule: TLS needs another address of this machine.
+/// A registry that speaks TLS, under a certificate that is its own authority.
+struct TlsRegistry {
+    registry: Registry,
+    trusting: Client,
+}
+
+/// An address of this machine that is not loopback: there plain http is the rule, and TLS is not spoken.
+fn outer_address() -> std::net::IpAddr {
     let probe = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-    let address = match probe.connect("192.0.2.1:9").and_then(|()| probe.local_addr()) {
+    match probe.connect("192.0.2.1:9").and_then(|()| probe.local_addr()) {
         Ok(address) if !address.ip().is_loopback() => address.ip(),
         _ => panic!("this machine has no address but loopback"),
-    };
+    }
+}
+
+/// `http` are lines for the `http` part of its configuration.
+fn tls_registry(http: &str) -> TlsRegistry {
+    let address = outer_address();
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let made = std::process::Command::new("openssl")
@@ -214,20 +224,50 @@ async fn tls_trusts_the_given_authority_and_no_other() {
         .output()
         .unwrap();
     assert!(made.status.success(), "{made:?}");
-    let http = format!("  tls: {{certificate: {}, key: {}}}\n", path("crt"), path("key"));
+    let http = format!("{http}  tls: {{certificate: {}, key: {}}}\n", path("crt"), path("key"));
     let ca_file = Some(dir.path().join("crt"));
     let free = std::net::TcpListener::bind((address, 0)).unwrap().local_addr().unwrap();
     let registry = Registry::start_at(dir, free, false, &http);
-    let image = image(&registry.host, "app");
     let trusting = Client::new(ClientOptions {
         ca_file,
         ..ClientOptions::default()
     })
     .unwrap();
+    TlsRegistry { registry, trusting }
+}
+
+#[tokio::test]
+async fn tls_trusts_the_given_authority_and_no_other() {
+    let TlsRegistry { registry, trusting } = tls_registry("");
+    let image = image(&registry.host, "app");
     assert!(!trusting.blob_exists(&image, &Digest::of("")).await.unwrap());
     let error = client("x", None)
         .blob_exists(&image, &Digest::of(""))
         .await
         .unwrap_err();
     assert!(text(&error).to_lowercase().contains("certificate"), "{}", text(&error));
+}
+
+#[tokio::test]
+async fn an_upload_is_never_sent_from_https_to_http() {
+    let bytes = content(1000);
+    let digest = Digest::of(&bytes);
+    let send = async |http: &str| {
+        let TlsRegistry { registry, trusting } = tls_registry(http);
+        let image = image(&registry.host, "app");
+        let upload = Upload::Bytes(bytes.clone());
+        let sent = trusting.push_blob(&image, &digest, 1000, upload, None).await;
+        (sent, trusting.blob_exists(&image, &digest).await.unwrap())
+    };
+    // The registry is told that the world reaches it by http, and names this listener as the place to upload to.
+    let listener = std::net::TcpListener::bind((outer_address(), 0)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let (sent, exists) = send(&format!("  host: http://{}\n", listener.local_addr().unwrap())).await;
+    let error = sent.unwrap_err();
+    assert!(matches!(error.fault(), Fault::Redirect(_)), "{}", text(&error));
+    assert!(text(&error).contains("from https to http"), "{}", text(&error));
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert!(!exists);
+    let (sent, exists) = send("").await;
+    assert!(sent.unwrap() == Uploaded::Sent && exists);
 }

@@ -20,6 +20,8 @@ use crate::toc::{EntryType, MAX_LINK_BYTES, MAX_XATTR_VALUE_BYTES, Toc, TocEntry
 
 const OPAQUE_XATTR: &[u8] = b"trusted.overlay.opaque";
 const OPAQUE_VALUE: &[u8] = b"y";
+/// Attributes with this prefix are orders to the kernel from the machine's administrator.
+const ADMIN_XATTRS: &[u8] = b"trusted.";
 const IMPLIED_DIR_MODE: u16 = 0o755;
 /// Device numbers as Linux packs them into 32 bits.
 const MAX_MAJOR: u64 = (1 << 12) - 1;
@@ -334,6 +336,9 @@ fn bounded(field: &'static str, value: u64, limit: u64) -> Result<u32, EntryFaul
         .ok_or(EntryFault::Number { field, value, limit })
 }
 
+/// The attributes of an entry, those apart that only an administrator may set. Whoever has made the image is none:
+/// overlayfs takes `trusted.overlay.*` of a lower layer as orders (another directory to look in, another file's content),
+/// and containerd leaves all of `trusted.` out when it unpacks a layer.
 fn decoded_xattrs(entry: &TocEntry) -> Result<BTreeMap<&[u8], Vec<u8>>, EntryFault> {
     let decoded = |(name, text): (&'_ String, &String)| {
         decode_xattr(text)
@@ -346,5 +351,6 @@ fn decoded_xattrs(entry: &TocEntry) -> Result<BTreeMap<&[u8], Vec<u8>>, EntryFau
         .xattrs
         .iter()
         .map(|(name, text)| Ok((name.as_bytes(), decoded((name, text))?)))
+        .filter(|decoded| !matches!(decoded, Ok((name, _)) if name.starts_with(ADMIN_XATTRS)))
         .collect()
 }

@@ -1,7 +1,7 @@
 //! The bytes of an index file: a header, six tables of fixed-size little-endian records, and an arena of names.
 //!
 //! Everything is unaligned plain data, so the file can be used where it is mapped. docs/format.md describes it; a
-//! change of any record, of the numbering or of the data layout needs a new [`FORMAT`].
+//! change of any record, of the numbering, of the data layout or of what entries mean needs a new [`FORMAT`].
 
 use std::mem::size_of;
 use std::ops::Range;
@@ -11,8 +11,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// First bytes of an index file.
 pub(super) const MAGIC: [u8; 8] = *b"HULLIDX\n";
-/// Id of this form of the file, including inode numbering and data layout.
-pub(super) const FORMAT: u32 = 1;
+/// Id of this form of the file, including inode numbering, data layout and what was made of the entries. An index of format 1
+/// may hold `trusted.` attributes of the image.
+pub(super) const FORMAT: u32 = 2;
 /// What `prefetch_end` and `dirent` hold when there is none.
 pub(super) const NONE_U64: u64 = u64::MAX;
 pub(super) const NONE_U32: u32 = u32::MAX;

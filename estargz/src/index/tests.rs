@@ -241,6 +241,37 @@ fn hard_links_share_an_inode_in_any_order_and_through_chains() {
 }
 
 #[test]
+fn trusted_attributes_of_an_image_are_left_out() {
+    let carries = |mut entry: TocEntry| {
+        for name in ["opaque", "redirect", "metacopy", "origin"] {
+            entry
+                .xattrs
+                .insert(format!("trusted.overlay.{name}"), "L2V0Yw==".into());
+        }
+        entry.xattrs.insert("trusted.other".into(), "AQ==".into());
+        entry.xattrs.insert("trusted".into(), "AQ==".into());
+        entry.xattrs.insert("user.trusted.overlay.opaque".into(), "AQ==".into());
+        entry
+    };
+    let index = index_of([
+        carries(dir("d")),
+        carries(dir("o")),
+        entry("o/.wh..wh..opq", EntryType::Reg),
+        carries(reg("f", 5, 512)),
+    ]);
+    let kept: [(&[u8], &[u8]); 2] = [(b"trusted", &[1]), (b"user.trusted.overlay.opaque", &[1])];
+    let xattrs = |ino| index.inode(ino).unwrap().xattrs().collect::<Vec<_>>();
+    assert_eq!((xattrs(2), xattrs(4)), (kept.to_vec(), kept.to_vec()));
+    // Our own mark is there, and says what the whiteout says.
+    let opaque: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
+    assert_eq!(xattrs(3), [kept[0], opaque, kept[1]]);
+    // What is left out must be well formed all the same.
+    let mut damaged = dir("d");
+    damaged.xattrs.insert("trusted.x".into(), "=".into());
+    assert!(fault_of([damaged]).contains("trusted.x"));
+}
+
+#[test]
 fn whiteouts_become_devices_and_opaque_marks_attributes() {
     let index = index_of([
         entry("d/.wh.gone", EntryType::Reg),
@@ -669,8 +700,8 @@ fn other_files_and_damage_are_told_apart() {
     assert_eq!(fault(b""), "not an index file: fewer bytes than a header has");
     assert_eq!(fault(&[0; 400]), "not an index file: another file's first bytes");
     let mut other = bytes.clone();
-    other[8] = 2;
-    assert_eq!(fault(&other), "the index file has format id 2, this version reads 1");
+    other[8] = 1;
+    assert_eq!(fault(&other), "the index file has format id 1, this version reads 2");
     let size = bytes.len();
     assert_eq!(
         fault(&bytes[..size - 1]),

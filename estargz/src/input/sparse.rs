@@ -59,25 +59,36 @@ pub(super) enum PaxSparse {
     InContent { size: u64 },
 }
 
-/// The sparse format that the records announce: `Ok(None)` for none, `Err(())` for a broken one.
+/// The sparse format that the records announce: `Ok(None)` for none, `Err(())` for a broken or unknown one.
+///
+/// What counts as an announcement is what Go's reader takes for one: other readers must not see another file under another
+/// name. Where Go guesses (an unknown version is a plain file to it), the entry is refused.
 pub(super) fn from_records(records: &[Record]) -> Result<Option<PaxSparse>, ()> {
-    let last = |key: &[u8]| records.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_slice());
-    let number = |key: &[u8]| last(key).map(|value| pax::decimal(value).ok_or(())).transpose();
-    match (number(b"GNU.sparse.major")?, number(b"GNU.sparse.minor")?) {
-        (Some(1), Some(0)) => {
-            return Ok(Some(PaxSparse::InContent {
-                size: number(b"GNU.sparse.realsize")?.ok_or(())?,
-            }));
-        }
-        (None | Some(0), None | Some(0 | 1)) => {}
-        _ => return Err(()),
-    }
-    let Some(size) = number(b"GNU.sparse.size")? else {
-        return Ok(None);
+    let last = |key: &[u8]| {
+        let value = records.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_slice());
+        value.filter(|value| !value.is_empty())
     };
+    let number = |key: &[u8]| last(key).map(|value| pax::decimal(value).ok_or(())).transpose();
+    let listed = last(b"GNU.sparse.map").is_some()
+        || records
+            .iter()
+            .any(|(key, _)| key == b"GNU.sparse.offset" || key == b"GNU.sparse.numbytes");
+    let in_content = match (last(b"GNU.sparse.major"), last(b"GNU.sparse.minor")) {
+        (Some(b"1"), Some(b"0")) => true,
+        (Some(b"0"), Some(b"0" | b"1")) => false,
+        (None, None) if listed => false,
+        (None, None) => return Ok(None),
+        _ => return Err(()),
+    };
+    let size = number(b"GNU.sparse.size")?
+        .or(number(b"GNU.sparse.realsize")?)
+        .ok_or(())?;
+    if in_content {
+        return Ok(Some(PaxSparse::InContent { size }));
+    }
     let mut numbers = Vec::new();
     if let Some(map) = last(b"GNU.sparse.map") {
-        for text in map.split(|&b| b == b',').filter(|_| !map.is_empty()) {
+        for text in map.split(|&b| b == b',') {
             numbers.push(pax::decimal(text).ok_or(())?);
         }
     } else {

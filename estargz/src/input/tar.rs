@@ -2,7 +2,8 @@
 //!
 //! Follows Go's `archive/tar` where dialects leave room (it is what unpacks layers on every containerd node), so that a
 //! converted layer means what the original meant: links, directories and devices have no content whatever their size
-//! field says; a GNU long name wins over a pax path, which wins over the header. Handles old (v7), ustar, star, GNU and
+//! field says; the name of a pax sparse file wins over a GNU long name, which wins over a pax path, which wins over the header.
+//! Handles old (v7), ustar, star, GNU and
 //! pax headers, and GNU's sparse formats, which it expands. Global pax headers are skipped, as containerd and Docker do.
 //!
 //! Names are passed on as bytes, unchecked: what is an acceptable name is the caller's business.
@@ -424,7 +425,7 @@ impl<R: Read> TarReader<R> {
         let Decoded {
             mut entry,
             stored,
-            sparse,
+            sparseness,
             records,
         } = fields::decode(header, start, extensions)?;
         if entry.kind == TarKind::Regular {
@@ -434,7 +435,7 @@ impl<R: Read> TarReader<R> {
                 offset: start,
                 field,
             };
-            entry.size = self.open_body(header, sparse, stored, &records, &bad)?;
+            entry.size = self.open_body(header, sparseness, stored, &bad)?;
             self.body.name = name;
         }
         (entry.xattrs, entry.records) = sort_records(records);

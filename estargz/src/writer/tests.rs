@@ -207,6 +207,78 @@ fn what_pax_alone_can_say_survives() {
 }
 
 #[test]
+fn a_name_that_lost_does_not_come_back_in_the_output() {
+    let long = "n".repeat(150);
+    // What `--format=gnu` writes for long names, around records that name something else.
+    let block = |name: &str, typeflag: u8, body: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.as_mut_bytes()[156] = typeflag;
+        header.set_size(body.len() as u64);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(1);
+        header.set_cksum();
+        let mut out = [header.as_bytes().as_slice(), body].concat();
+        out.resize(out.len().next_multiple_of(512), 0);
+        out
+    };
+    let mut records = Vec::new();
+    for key in ["path", "linkpath", "GNU.sparse.name", "SCHILY.devmajor"] {
+        crate::input::pax::push(&mut records, key.as_bytes(), b"../../elsewhere");
+    }
+    crate::input::pax::push(&mut records, b"comment", b"kept");
+    let tar = [
+        block("long", b'L', long.as_bytes()),
+        block("x", b'x', &records),
+        block("file", b'0', b"content"),
+        block("long", b'L', b"link"),
+        block("long", b'K', long.as_bytes()),
+        block("x", b'x', &records),
+        block("other", b'2', b""),
+    ]
+    .concat();
+    let nodes = check_round_trip(&tar, &options(1));
+    assert_eq!(nodes.keys().collect::<Vec<_>>(), ["link", long.as_str()]);
+    let (blob, _) = convert(&tar, &options(1));
+    let unpacked = gunzip(&blob);
+    let has = |text: &[u8]| unpacked.windows(text.len()).any(|window| window == text);
+    assert!(!has(b"elsewhere") && has(b"comment=kept"));
+}
+
+#[test]
+fn a_sparse_file_with_a_long_name_keeps_it() {
+    use std::os::unix::fs::FileExt;
+    let source = tempfile::tempdir().unwrap();
+    // Sorted before the stand-in of GNU tar, `d/GNUSparseFile.PID/…`, and so overridden by it if that is written too.
+    let name = format!("d/{}", "A".repeat(180));
+    std::fs::create_dir(source.path().join("d")).unwrap();
+    let file = std::fs::File::create(source.path().join(&name)).unwrap();
+    file.write_all_at(b"end", 300_000).unwrap();
+    for version in ["0.0", "0.1", "1.0"] {
+        let output = std::process::Command::new("tar")
+            .args(["-C", source.path().to_str().unwrap(), "-S", "--format=posix"])
+            .args([&format!("--sparse-version={version}"), "-c", &name])
+            .output()
+            .unwrap();
+        assert!(output.status.success() && output.stdout.len() < 100_000, "{version}");
+        let nodes = check_round_trip(&output.stdout, &options(1));
+        assert_eq!(
+            nodes.keys().filter(|name| name.starts_with("d/")).collect::<Vec<_>>(),
+            [&name],
+            "{version}"
+        );
+        let (blob, _) = convert(&output.stdout, &options(1));
+        let listing = gnu_tar(&["-t"], &gunzip(&blob));
+        assert!(
+            listing.lines().any(|line| line == name) && !listing.contains("GNUSparse"),
+            "{version}: {listing}"
+        );
+    }
+}
+
+#[test]
 fn landmarks_and_order() {
     let tar = tar_of(&[dir("d/"), file("a", b"1"), file("d/b", b"2"), link("c", b'1', "d/b")]);
     let names = |prioritized: &[&str]| {

@@ -2,8 +2,8 @@
 
 use std::io::Read;
 
+use super::fields::Sparseness;
 use super::{BLOCK, BLOCK_U64, Block, Body, TarError, TarReader, numeric, padding_of};
-use crate::input::pax::Record;
 use crate::input::sparse::{self, PaxSparse};
 
 impl<R: Read> TarReader<R> {
@@ -11,9 +11,8 @@ impl<R: Read> TarReader<R> {
     pub(super) fn open_body(
         &mut self,
         header: &Block,
-        old_sparse: bool,
+        sparseness: Sparseness,
         mut stored: u64,
-        records: &[Record],
         bad: &impl Fn(&'static str) -> TarError,
     ) -> Result<u64, TarError> {
         const FIELD: &str = "sparse map";
@@ -22,20 +21,13 @@ impl<R: Read> TarReader<R> {
             .checked_add(padding)
             .and_then(|n| n.checked_add(self.position))
             .ok_or_else(|| bad("size"))?;
-        let announced = sparse::from_records(records).map_err(|()| bad(FIELD))?;
-        let map = if old_sparse {
-            let (size, segments) = self
-                .old_sparse_map(header)
-                .and_then(|map| map.ok_or_else(|| bad(FIELD)))?;
-            Some((size, segments))
-        } else {
-            match announced {
-                None => None,
-                Some(PaxSparse::Listed { size, segments }) => Some((size, segments)),
-                Some(PaxSparse::InContent { size }) => {
-                    let segments = self.content_map(&mut stored)?.ok_or_else(|| bad(FIELD))?;
-                    Some((size, segments))
-                }
+        let map = match sparseness {
+            Sparseness::Dense => None,
+            Sparseness::Old => Some(self.old_sparse_map(header)?.ok_or_else(|| bad(FIELD))?),
+            Sparseness::Pax(PaxSparse::Listed { size, segments }) => Some((size, segments)),
+            Sparseness::Pax(PaxSparse::InContent { size }) => {
+                let segments = self.content_map(&mut stored)?.ok_or_else(|| bad(FIELD))?;
+                Some((size, segments))
             }
         };
         let map = match map {

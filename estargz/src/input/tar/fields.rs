@@ -5,6 +5,22 @@ use std::ops::Range;
 
 use super::{Block, Extensions, TarEntry, TarError, TarKind, shown};
 use crate::input::pax::{self, Record, Timestamp};
+use crate::input::sparse::{self, PaxSparse};
+
+/// Records whose meaning is in the fields of [`TarEntry`], where the writer finds it. A copy among the other records would be
+/// written behind the header's own fields and override them for whoever unpacks the layer.
+const KEYS_IN_FIELDS: [&[u8]; 10] = [
+    b"path",
+    b"linkpath",
+    b"size",
+    b"uid",
+    b"gid",
+    b"uname",
+    b"gname",
+    b"mtime",
+    b"SCHILY.devmajor",
+    b"SCHILY.devminor",
+];
 
 /// What header and extensions say about an entry.
 pub(super) struct Decoded {
@@ -12,10 +28,20 @@ pub(super) struct Decoded {
     pub(super) entry: TarEntry,
     /// Bytes that the archive stores for it.
     pub(super) stored: u64,
-    /// It is in GNU's old sparse format.
-    pub(super) sparse: bool,
+    /// How its holes are described.
+    pub(super) sparseness: Sparseness,
     /// Pax records that are not in `entry` yet.
     pub(super) records: Vec<Record>,
+}
+
+/// How the holes of an entry are described.
+pub(super) enum Sparseness {
+    /// It has none.
+    Dense,
+    /// In GNU's old format: in the header and the blocks behind it.
+    Old,
+    /// In one of the formats that pax records announce.
+    Pax(PaxSparse),
 }
 
 /// A header block together with the pax records that override it.
@@ -55,6 +81,17 @@ impl Fields<'_> {
         time.ok_or_else(|| self.bad("mtime"))
     }
 
+    /// The old format is a type of its own; the others are plain files whose records announce them.
+    fn sparseness(&self, kind: TarKind, old: bool) -> Result<Sparseness, TarError> {
+        match kind {
+            TarKind::Regular if old => return Ok(Sparseness::Old),
+            TarKind::Regular => {}
+            _ => return Ok(Sparseness::Dense),
+        }
+        let announced = sparse::from_records(&self.records).map_err(|()| self.bad("sparse map"))?;
+        Ok(announced.map_or(Sparseness::Dense, Sparseness::Pax))
+    }
+
     /// Whether there are the fields that version 7 did not have.
     fn is_extended(&self) -> bool {
         &self.header[257..262] == b"ustar"
@@ -82,27 +119,33 @@ impl Fields<'_> {
 /// Puts header and extensions together. `start` is where the entry begins.
 pub(super) fn decode(header: &Block, start: u64, extensions: Extensions) -> Result<Decoded, TarError> {
     let mut records = extensions.records;
-    let name = extensions.long_name.unwrap_or_else(|| {
-        let sparse_name = take(&mut records, b"GNU.sparse.name");
-        sparse_name
-            .or_else(|| take(&mut records, b"path"))
-            .unwrap_or_else(|| header_name(header))
-    });
-    let link = extensions.long_link.or_else(|| take(&mut records, b"linkpath"));
-    let link = link.unwrap_or_else(|| text(&header[157..257]).to_vec());
+    // All of them leave the records, whichever is chosen: see `KEYS_IN_FIELDS`.
+    let path = take(&mut records, b"path");
+    let linkpath = take(&mut records, b"linkpath");
+    let sparse_name = take(&mut records, b"GNU.sparse.name");
+    let chosen = |long: Option<Vec<u8>>, record| long.filter(|long| !long.is_empty()).or(record);
+    let mut name = chosen(extensions.long_name, path).unwrap_or_else(|| header_name(header));
+    let link = chosen(extensions.long_link, linkpath).unwrap_or_else(|| text(&header[157..257]).to_vec());
     let mut fields = Fields {
         header,
         records,
         name: shown(&name),
         start,
     };
-    let Some((kind, sparse)) = kind_of(header[156], &name) else {
+    let Some((kind, old_sparse)) = kind_of(header[156], &name) else {
         return Err(TarError::UnsupportedType {
             name: fields.name,
             offset: start,
             typeflag: header[156],
         });
     };
+    let sparseness = fields.sparseness(kind, old_sparse)?;
+    // The other names of such an entry are for unpackers that do not know the format. Where it is not announced, the record
+    // means nothing.
+    if let (Sparseness::Pax(_), Some(sparse_name)) = (&sparseness, sparse_name) {
+        fields.name = shown(&sparse_name);
+        name = sparse_name;
+    }
     let stored = fields.overridden("size", 124..136)?;
     let mode = fields.number(100..108, "mode")? & 0o7777;
     let entry = TarEntry {
@@ -128,7 +171,7 @@ pub(super) fn decode(header: &Block, start: u64, extensions: Extensions) -> Resu
     Ok(Decoded {
         entry,
         stored,
-        sparse,
+        sparseness,
         records: fields.records,
     })
 }
@@ -181,7 +224,11 @@ pub(super) fn sort_records(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
     for (key, value) in records {
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
             xattrs.insert(name.to_vec(), value);
-        } else if !key.starts_with(b"GNU.sparse.") && key != b"hdrcharset" && key != b"SCHILY.realsize" {
+        } else if !key.starts_with(b"GNU.sparse.")
+            && key != b"hdrcharset"
+            && key != b"SCHILY.realsize"
+            && !KEYS_IN_FIELDS.contains(&key.as_slice())
+        {
             rest.insert(key, value);
         }
     }

@@ -153,6 +153,12 @@ fn sparse_maps_that_lie_are_refused() {
             ("GNU.sparse.realsize", "512"),
         ],
         &[("GNU.sparse.major", "2"), ("GNU.sparse.minor", "0")],
+        &[
+            ("GNU.sparse.minor", "1"),
+            ("GNU.sparse.size", "512"),
+            ("GNU.sparse.map", "0,512"),
+        ],
+        &[("GNU.sparse.map", "0,512")],
     ] {
         let tar = pax_entry(records, padded(&header("f", b'0', 512), &body));
         assert!(matches!(read_all(&tar), Err(TarError::BadField { .. })), "{records:?}");
@@ -163,6 +169,55 @@ fn sparse_maps_that_lie_are_refused() {
     );
     let expected = [vec![0; 1000], body, vec![0; 488]].concat();
     assert_eq!(read_all(&tar).unwrap()[0].1, expected);
+}
+
+/// An entry `file` with a GNU long name and long link in front, either left out if empty.
+fn gnu_entry(name: &str, link: &str, records: &[(&str, &str)], typeflag: u8) -> Vec<u8> {
+    let mut tar = Vec::new();
+    for (kind, text) in [(b'L', name), (b'K', link)] {
+        if !text.is_empty() {
+            tar.extend(padded(&header("long", kind, text.len() as u64), text.as_bytes()));
+        }
+    }
+    let body = if typeflag == b'0' { &[7; 512][..] } else { &[] };
+    tar.extend(pax_entry(
+        records,
+        padded(&header("file", typeflag, body.len() as u64), body),
+    ));
+    tar
+}
+
+#[test]
+fn the_winning_name_is_go_s_and_the_others_are_gone() {
+    let sparse = [("GNU.sparse.size", "512"), ("GNU.sparse.map", "0,512")];
+    let named = [("path", "pax"), ("GNU.sparse.name", "sparse"), ("linkpath", "pax-link")];
+    let all = [sparse.as_slice(), &named].concat();
+    for (name, records, expected) in [
+        ("gnu", &all[..], "sparse"),
+        ("", &all, "sparse"),
+        ("gnu", &sparse, "gnu"),
+        ("gnu", &named, "gnu"),
+        // Not a sparse file: the name of one means nothing.
+        ("", &named, "pax"),
+        ("", &named[1..], "file"),
+        ("", &[("path", "")], "file"),
+    ] {
+        let entries = read_all(&gnu_entry(name, "", records, b'0')).unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&entries[0].0.name),
+            expected,
+            "{name} {records:?}"
+        );
+        assert_eq!(entries[0].0.records, [], "{name} {records:?}");
+    }
+    for (link, records, expected) in [("gnu-link", &named[..], "gnu-link"), ("", &named, "pax-link")] {
+        let entries = read_all(&gnu_entry("gnu", link, records, b'2')).unwrap();
+        assert_eq!(String::from_utf8_lossy(&entries[0].0.link), expected);
+        assert_eq!(
+            (entries[0].0.name.as_slice(), &entries[0].0.records),
+            (&b"gnu"[..], &Vec::new())
+        );
+    }
 }
 
 #[test]
