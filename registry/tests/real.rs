@@ -5,6 +5,8 @@
 #[path = "common/servers.rs"]
 mod common;
 
+use std::net::{Ipv4Addr, TcpListener};
+
 use bytes::Bytes;
 use common::{PASSWORD, Registry, client, content, text};
 use hullspeed_registry::{
@@ -188,12 +190,8 @@ async fn a_dead_registry_is_transient_and_named() {
 
 #[tokio::test]
 async fn tls_trusts_the_given_authority_and_no_other() {
-    // Loopback speaks plain http by rule: TLS needs another address of this machine.
-    let probe = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-    let address = match probe.connect("192.0.2.1:9").and_then(|()| probe.local_addr()) {
-        Ok(address) if !address.ip().is_loopback() => address.ip(),
-        _ => panic!("this machine has no address but loopback"),
-    };
+    // Loopback speaks plain http by rule, and a machine may have no other address. Linux connects 0.0.0.0 to itself.
+    let address = Ipv4Addr::UNSPECIFIED;
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let made = std::process::Command::new("openssl")
@@ -216,9 +214,11 @@ async fn tls_trusts_the_given_authority_and_no_other() {
     assert!(made.status.success(), "{made:?}");
     let http = format!("  tls: {{certificate: {}, key: {}}}\n", path("crt"), path("key"));
     let ca_file = Some(dir.path().join("crt"));
-    let free = std::net::TcpListener::bind((address, 0)).unwrap().local_addr().unwrap();
-    let registry = Registry::start_at(dir, free, false, &http);
-    let image = image(&registry.host, "app");
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let listen = free.local_addr().unwrap();
+    drop(free);
+    let _registry = Registry::start_at(dir, listen, false, &http);
+    let image = image(&format!("{address}:{}", listen.port()), "app");
     let trusting = Client::new(ClientOptions {
         ca_file,
         ..ClientOptions::default()
