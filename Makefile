@@ -6,7 +6,7 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 # Rounds of each mode in the demo.
 ROUNDS ?= 5
 
-.PHONY: demo test check build install figures help
+.PHONY: demo test check build install help
 
 help:
 	@echo 'make demo    cold starts of a real image, overlayfs beside hullspeed; one table, target/demo/result.json'
