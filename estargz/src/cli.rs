@@ -182,10 +182,11 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     let text = error.to_string();
     // What is missing stands on lines of its own, up to the usage.
+    let ends = ["Usage:", "tip:", "For more information"];
     let lines = text
         .lines()
         .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("tip:"));
+        .take_while(|line| !ends.iter().any(|end| line.starts_with(end)));
     let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
     let line = line.trim_start_matches("error: ");
     Failure::new(Code::Usage, format!("{line} (estargz --help shows what there is)")).report()

@@ -6,17 +6,25 @@
 
 #[path = "../fuzz/probes.rs"]
 mod probes;
+#[path = "hostile/sys.rs"]
+mod sys;
 
 use std::time::{Duration, Instant};
 
 use estargz::footer;
+use estargz::gzip::inflate_member;
 use estargz::index;
 use estargz::reader::LayerBlob;
-use estargz::toc::{EntryType, Toc, TocEntry, encode_member};
+use estargz::toc::{EntryType, MAX_TOC_BYTES, Toc, TocEntry, encode_member};
 
 const LAYER: &[u8] = include_bytes!("data/reference.esgz");
 /// Generous for a debug build on a busy machine; a loop or a quadratic check takes minutes.
 const LONGEST: Duration = Duration::from_secs(5);
+/// Most bytes held for one input of these sizes, about five times what the worst of the mutations needs. They name
+/// sizes of gigabytes and more, so whoever trusts one of them goes far beyond it.
+const MOST_HELD: usize = 256 << 10;
+/// What the decompressor itself may need, whatever it unfolds.
+const DECOMPRESSOR: usize = 1 << 20;
 
 /// xorshift64*: enough to choose mutations.
 struct Random(u64);
@@ -69,7 +77,16 @@ fn mutated(sound: &[u8], random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-/// Runs `probe` on `count` mutations; some must be refused, and none may take long.
+/// Runs `work` on input number `round`, in bounded time and memory.
+fn bounded<T>(round: usize, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let (result, peak) = sys::peak(work);
+    assert!(start.elapsed() < LONGEST, "mutation {round} took {:?}", start.elapsed());
+    assert!(peak <= MOST_HELD, "mutation {round} held {peak} bytes");
+    result
+}
+
+/// Runs `probe` on `count` mutations; some must be refused, and none may take long or hold much memory.
 fn assault(sounds: &[Vec<u8>], count: usize, seed: u64, mut probe: impl FnMut(&mut Vec<u8>) -> bool) {
     let mut random = Random(seed);
     let mut accepted = 0;
@@ -78,9 +95,7 @@ fn assault(sounds: &[Vec<u8>], count: usize, seed: u64, mut probe: impl FnMut(&m
     }
     for round in 0..count {
         let mut bytes = mutated(&sounds[round % sounds.len()], &mut random);
-        let start = Instant::now();
-        accepted += usize::from(probe(&mut bytes));
-        assert!(start.elapsed() < LONGEST, "mutation {round} took {:?}", start.elapsed());
+        accepted += usize::from(bounded(round, || probe(&mut bytes)));
     }
     assert!(accepted < count, "no mutation was refused");
 }
@@ -177,9 +192,33 @@ fn members() {
     assault(&[reference], 2000, 3, |bytes| probes::member(bytes));
     // Damage behind the compression: tar headers and padding.
     let framed = encode_member(&sample_toc().to_json());
-    for _ in 0..1000 {
-        probes::member(&gzip(&mutated(&framed, &mut random)));
+    for round in 0..1000 {
+        let member = gzip(&mutated(&framed, &mut random));
+        bounded(round, || probes::member(&member));
     }
+}
+
+/// Few bytes that unfold to many, or say they do.
+#[test]
+fn bombs() {
+    const UNFOLDED: usize = 64 << 20;
+    const WANTED: usize = 1 << 20;
+    let bomb = gzip(&vec![0; UNFOLDED]);
+    // Zeros are the end of an archive; what follows is not kept.
+    let (accepted, peak) = sys::peak(|| probes::member(&bomb));
+    assert!(!accepted && peak <= DECOMPRESSOR, "{peak} bytes held");
+    let (_, peak) = sys::peak(|| inflate_member(&bomb, WANTED, &mut Vec::new()));
+    assert!(peak <= WANTED + DECOMPRESSOR, "{peak} bytes held");
+    // A TOC of nearly the limit, of which next to nothing is there.
+    let mut framed = encode_member(b"{}");
+    let mut header = tar::Header::from_byte_slice(&framed[..512]).clone();
+    header.set_size(MAX_TOC_BYTES as u64 - 1);
+    header.set_cksum();
+    framed[..512].copy_from_slice(header.as_bytes());
+    let (accepted, peak) = sys::peak(|| probes::member(&gzip(&framed)));
+    assert!(!accepted && peak <= DECOMPRESSOR, "{peak} bytes held");
+    // The measure itself: what is held shows.
+    assert!(sys::peak(|| vec![1_u8; UNFOLDED]).1 >= UNFOLDED);
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -257,7 +296,8 @@ fn documents_with_hostile_values() {
             let comma = if value.ends_with(',') { "," } else { "" };
             lines[at] = format!("{key}: {}{comma}", random.pick(VALUES));
         }
-        accepted += usize::from(probes::toc(lines.join("\n").as_bytes()));
+        let json = lines.join("\n");
+        accepted += usize::from(bounded(round, || probes::toc(json.as_bytes())));
     }
     assert!((1..6000).contains(&accepted), "{accepted} accepted");
 }

@@ -9,6 +9,7 @@ use estargz::reader::{LayerBlob, ReadAt};
 use estargz::toc::EntryType;
 
 const LAYER: &[u8] = include_bytes!("data/reference.esgz");
+const INDEX_DIGEST: &str = "sha256:0ed052b0e16721ab15bf83325fa4799c8c6cc12512d8d05eafe4f3ce36c0eb03";
 const TOC_DIGEST: &str = "sha256:f89b6a7f4c4ed754a8984a3aec1d228350f87df31e984928193168b2b4f0327e";
 
 fn opened() -> LayerBlob<&'static [u8]> {
@@ -103,6 +104,17 @@ fn the_index_shows_the_tree_that_went_in() {
         [(&b"trusted.overlay.opaque"[..], &b"y"[..])]
     );
     assert_eq!(index.prefetch_end(), None);
+}
+
+/// The index file is a function of the TOC alone: caches of earlier daemons are read by later ones, and inode numbers
+/// that containers have seen stay. What changes these bytes needs a new format id, and then another digest here.
+#[test]
+fn the_index_file_has_the_bytes_of_its_format_id() {
+    let blob = opened();
+    let bytes = index::build(&blob.toc, blob.layout(), blob.toc_document.digest).unwrap();
+    // Magic, then the format id.
+    assert_eq!(bytes[8..12], 1_u32.to_le_bytes());
+    assert_eq!(Digest::of(&bytes).to_string(), INDEX_DIGEST);
 }
 
 #[test]

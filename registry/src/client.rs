@@ -1,8 +1,10 @@
 //! The client: its options, connection pools and shared state.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use crate::auth::Tokens;
 use crate::credentials::Credentials;
 use crate::error::{Error, Fault};
 use crate::exchange::Endpoint;
-use crate::limits::{CONNECT_TIMEOUT, IDLE_TIMEOUT};
+use crate::limits::{CONNECT_TIMEOUT, IDLE_TIMEOUT, MAX_CA_FILE_BYTES};
 use crate::reference::Reference;
 use crate::retry::RetryPolicy;
 use crate::urls::Urls;
@@ -83,7 +85,7 @@ impl Client {
                 .tcp_nodelay(true)
         };
         let direct = builder().no_proxy().tls_certs_only(authorities.clone()).build();
-        let direct = direct.map_err(|error| setup(Fault::Setup(error.without_url().to_string())))?;
+        let direct = direct.map_err(|error| setup(unusable(options.ca_file.as_deref(), &error)))?;
         let world = builder()
             .tls_certs_merge(authorities)
             .build()
@@ -173,9 +175,27 @@ impl fmt::Debug for Client {
     }
 }
 
-fn authorities(path: &PathBuf) -> Result<Vec<Certificate>, Fault> {
+/// Checks that `path` can be [`ClientOptions::ca_file`], so that a wrong one is found before a registry is needed.
+pub fn check_ca_file(path: &Path) -> Result<(), Error> {
+    let options = ClientOptions {
+        ca_file: Some(path.to_owned()),
+        ..ClientOptions::default()
+    };
+    Client::new(options).map(drop)
+}
+
+/// A set-up that failed; certificates of the user's file are the one thing in it that can be wrong.
+fn unusable(ca_file: Option<&Path>, error: &reqwest::Error) -> Fault {
+    let reason = chain(error);
+    Fault::Setup(match ca_file {
+        Some(path) => format!("{} cannot be used: {reason}", path.display()),
+        None => reason,
+    })
+}
+
+fn authorities(path: &Path) -> Result<Vec<Certificate>, Fault> {
     let shown = path.display().to_string();
-    let pem = std::fs::read(path).map_err(|source| Fault::File {
+    let pem = read_bounded(path).map_err(|source| Fault::File {
         path: shown.clone(),
         source,
     })?;
@@ -185,6 +205,20 @@ fn authorities(path: &PathBuf) -> Result<Vec<Certificate>, Fault> {
     } else {
         Ok(found)
     }
+}
+
+/// Reads a regular file of at most [`MAX_CA_FILE_BYTES`]; a pipe or a device could last for ever.
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    let read = File::open(path)?.take(MAX_CA_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    if read as u64 > MAX_CA_FILE_BYTES {
+        let why = format!("more than {MAX_CA_FILE_BYTES} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    Ok(bytes)
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -234,14 +268,29 @@ mod tests {
 
     #[test]
     fn a_bad_authority_file_is_named() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        for path in [file.path().to_owned(), "/nonexistent/ca.pem".into()] {
-            let options = ClientOptions {
-                ca_file: Some(path.clone()),
-                ..ClientOptions::default()
-            };
-            let error = Client::new(options).unwrap_err();
-            assert!(chain(&error).contains(path.to_str().unwrap()), "{}", chain(&error));
+        let place = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = place.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let long = file("long", "");
+        let sparse = File::options().write(true).open(&long).unwrap();
+        sparse.set_len(MAX_CA_FILE_BYTES + 1).unwrap();
+        let pem = |body: &str| format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n");
+        for (path, word) in [
+            (PathBuf::from("/nonexistent/ca.pem"), "No such file"),
+            (PathBuf::from("/dev/zero"), "not a regular file"),
+            (place.path().to_owned(), "not a regular file"),
+            (long, "more than"),
+            (file("empty", ""), "no certificate"),
+            (file("text", "not PEM\n"), "no certificate"),
+            (file("base64", &pem("!!!!")), "not a PEM file"),
+            (file("der", &pem("AAAA")), "cannot be used"),
+        ] {
+            let error = check_ca_file(&path).unwrap_err();
+            let text = chain(&error);
+            assert!(text.contains(path.to_str().unwrap()) && text.contains(word), "{text}");
             assert_eq!(error.class(), crate::ErrorClass::Local);
         }
     }

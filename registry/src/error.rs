@@ -32,7 +32,6 @@ pub enum ErrorClass {
 
 /// The cause of an [`Error`].
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum Fault {
     /// 401 that no authentication got past.
     #[error("the registry wants a login ({hint})")]

@@ -23,7 +23,7 @@ mod upload;
 mod urls;
 
 pub use blob::BlobStream;
-pub use client::{Client, ClientOptions};
+pub use client::{Client, ClientOptions, check_ca_file};
 pub use credentials::{CredentialError, Credentials, Login};
 pub use digest::{Digest, DigestError, Hasher};
 pub use error::{Error, ErrorClass, Fault};

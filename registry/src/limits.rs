@@ -12,6 +12,8 @@ pub const MAX_ERROR_BYTES: u64 = 8 << 10;
 pub const MAX_REASON_CHARS: usize = 200;
 /// Largest docker configuration file.
 pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Largest file of certificate authorities; the whole public list takes a twentieth of it.
+pub const MAX_CA_FILE_BYTES: u64 = 4 << 20;
 /// Redirects followed for one request.
 pub const MAX_REDIRECTS: usize = 5;
 /// Token slots kept; beyond it the unused ones are dropped.

@@ -5,6 +5,8 @@
 #[path = "common/servers.rs"]
 mod common;
 
+use std::net::{Ipv4Addr, TcpListener};
+
 use bytes::Bytes;
 use common::{PASSWORD, Registry, client, content, text};
 use hullspeed_registry::{
@@ -188,22 +190,15 @@ async fn a_dead_registry_is_transient_and_named() {
 
 /// A registry that speaks TLS, under a certificate that is its own authority.
 struct TlsRegistry {
-    registry: Registry,
+    _registry: Registry,
+    host: String,
     trusting: Client,
-}
-
-/// An address of this machine that is not loopback: there plain http is the rule, and TLS is not spoken.
-fn outer_address() -> std::net::IpAddr {
-    let probe = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-    match probe.connect("192.0.2.1:9").and_then(|()| probe.local_addr()) {
-        Ok(address) if !address.ip().is_loopback() => address.ip(),
-        _ => panic!("this machine has no address but loopback"),
-    }
 }
 
 /// `http` are lines for the `http` part of its configuration.
 fn tls_registry(http: &str) -> TlsRegistry {
-    let address = outer_address();
+    // Loopback speaks plain http by rule, and a machine may have no other address. Linux connects 0.0.0.0 to itself.
+    let address = Ipv4Addr::UNSPECIFIED;
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let made = std::process::Command::new("openssl")
@@ -226,20 +221,30 @@ fn tls_registry(http: &str) -> TlsRegistry {
     assert!(made.status.success(), "{made:?}");
     let http = format!("{http}  tls: {{certificate: {}, key: {}}}\n", path("crt"), path("key"));
     let ca_file = Some(dir.path().join("crt"));
-    let free = std::net::TcpListener::bind((address, 0)).unwrap().local_addr().unwrap();
-    let registry = Registry::start_at(dir, free, false, &http);
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let listen = free.local_addr().unwrap();
+    drop(free);
+    let registry = Registry::start_at(dir, listen, false, &http);
     let trusting = Client::new(ClientOptions {
         ca_file,
         ..ClientOptions::default()
     })
     .unwrap();
-    TlsRegistry { registry, trusting }
+    TlsRegistry {
+        _registry: registry,
+        host: format!("{address}:{}", listen.port()),
+        trusting,
+    }
 }
 
 #[tokio::test]
 async fn tls_trusts_the_given_authority_and_no_other() {
-    let TlsRegistry { registry, trusting } = tls_registry("");
-    let image = image(&registry.host, "app");
+    let TlsRegistry {
+        _registry,
+        host,
+        trusting,
+    } = tls_registry("");
+    let image = image(&host, "app");
     assert!(!trusting.blob_exists(&image, &Digest::of("")).await.unwrap());
     let error = client("x", None)
         .blob_exists(&image, &Digest::of(""))
@@ -253,14 +258,18 @@ async fn an_upload_is_never_sent_from_https_to_http() {
     let bytes = content(1000);
     let digest = Digest::of(&bytes);
     let send = async |http: &str| {
-        let TlsRegistry { registry, trusting } = tls_registry(http);
-        let image = image(&registry.host, "app");
+        let TlsRegistry {
+            _registry,
+            host,
+            trusting,
+        } = tls_registry(http);
+        let image = image(&host, "app");
         let upload = Upload::Bytes(bytes.clone());
         let sent = trusting.push_blob(&image, &digest, 1000, upload, None).await;
         (sent, trusting.blob_exists(&image, &digest).await.unwrap())
     };
     // The registry is told that the world reaches it by http, and names this listener as the place to upload to.
-    let listener = std::net::TcpListener::bind((outer_address(), 0)).unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
     listener.set_nonblocking(true).unwrap();
     let (sent, exists) = send(&format!("  host: http://{}\n", listener.local_addr().unwrap())).await;
     let error = sent.unwrap_err();

@@ -54,6 +54,20 @@ pub struct Options {
     pub strict_config: bool,
 }
 
+/// A mistake on the command line, in one line.
+pub fn mistake(error: &clap::Error) -> String {
+    let text = error.to_string();
+    // What is wrong or missing stands on lines of its own, up to tips and the usage.
+    let ends = ["Usage:", "tip:", "For more information"];
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !ends.iter().any(|end| line.starts_with(end)));
+    let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    format!("{line} (hullspeed-snapshotter --help shows what there is)")
+}
+
 impl Cli {
     /// The subcommand, with its default.
     pub fn command(&self) -> Command {
@@ -110,7 +124,25 @@ mod tests {
         let cli = Cli::try_parse_from(["x", "check-config", "--strict-config", "--log-format", "text"]).unwrap();
         assert_eq!(cli.command(), Command::CheckConfig);
         assert!(cli.options.sources().strict);
-        assert!(Cli::try_parse_from(["x", "--log-format", "xml"]).is_err());
-        assert!(Cli::try_parse_from(["x", "--nonsense"]).is_err());
+    }
+
+    #[test]
+    fn a_mistake_is_one_line_that_names_it() {
+        for (line, word) in [
+            ("x --nonsense", "'--nonsense'"),
+            ("x --rot /r", "'--rot'"),
+            ("x --log-format xml", "'xml'"),
+            ("x --root", "'--root <DIR>'"),
+            ("x sevre", "'sevre'"),
+            ("x a\nb", "'a b'"),
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
+            let said = mistake(&error);
+            assert!(error.use_stderr() && said.lines().count() == 1, "{said}");
+            assert!(
+                said.contains(word) && !said.contains("Usage") && !said.contains("For more"),
+                "{said}"
+            );
+        }
     }
 }

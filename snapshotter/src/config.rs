@@ -195,6 +195,34 @@ impl fmt::Display for Fault {
     }
 }
 
+/// A place in a text, as editors count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// From 1.
+    pub line: usize,
+    /// Character in the line, from 1.
+    pub column: usize,
+}
+
+impl Place {
+    /// The place of a byte of `text`.
+    fn of(text: &str, byte: usize) -> Self {
+        // A fault at the end may lie behind the last character.
+        let before = &text[..text.floor_char_boundary(byte)];
+        let last = before.rsplit('\n').next().unwrap_or_default();
+        Self {
+            line: before.matches('\n').count() + 1,
+            column: last.chars().count() + 1,
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, ":{}:{}", self.line, self.column)
+    }
+}
+
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -214,13 +242,14 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// The file is not TOML.
-    #[error("{} is not TOML", path.display())]
+    #[error("{}{place}: {reason}", path.display())]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: Box<toml::de::Error>,
+        /// Where in it.
+        place: Place,
+        /// What is wrong there, in one line.
+        reason: String,
     },
     /// Values that cannot be used, all of them.
     #[error("{}", list(path, faults))]
@@ -304,9 +333,11 @@ fn read(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn parse(path: &Path, text: &str, sources: &Sources) -> Result<Loaded, ConfigError> {
-    let mut file: ConfigFile = toml::from_str(text).map_err(|source| ConfigError::Syntax {
+    let mut file: ConfigFile = toml::from_str(text).map_err(|error| ConfigError::Syntax {
         path: path.to_owned(),
-        source: Box::new(source),
+        place: Place::of(text, error.span().map_or(0, |span| span.start)),
+        // What was expected follows on a line of its own.
+        reason: error.message().lines().collect::<Vec<_>>().join(", "),
     })?;
     for (key, value) in &sources.overrides {
         file.set(*key, Value::String(value.clone()));

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use hullspeed_snapshotter::cli::{Cli, Command};
+use hullspeed_snapshotter::cli::{self, Cli, Command};
 use hullspeed_snapshotter::config::{self, Config, Loaded};
 use hullspeed_snapshotter::run::{self, RunError};
 use hullspeed_snapshotter::telemetry;
@@ -15,14 +15,11 @@ const EX_USAGE: u8 = 64;
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(error) if error.use_stderr() => return fail(&cli::mistake(&error), EX_USAGE),
+        Err(help) => {
             // Nothing can be said if the terminal is gone.
-            let _ = error.print();
-            return if error.use_stderr() {
-                EX_USAGE.into()
-            } else {
-                ExitCode::SUCCESS
-            };
+            let _ = help.print();
+            return ExitCode::SUCCESS;
         }
     };
     let Loaded { config, unknown } = match config::load(&cli.options.sources()) {

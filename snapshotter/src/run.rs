@@ -85,14 +85,45 @@ impl RunError {
             Self::Root(error) if error.is_running() => 75,
             Self::Socket(error) if error.is_running() => 75,
             Self::Root(_) | Self::Socket(_) => 73,
-            Self::Snapshots(error) => match error.as_ref() {
-                snapshot::Error::Store(error) if error.is_damage() => 65,
-                snapshot::Error::Store(StoreError::Open { .. }) | snapshot::Error::Directory { .. } => 73,
-                _ => 70,
-            },
+            Self::Snapshots(error) => snapshots_exit_code(error),
             Self::Fuse { .. } | Self::Layers(_) | Self::Metrics { .. } => 69,
             Self::Server(_) | Self::Process(_) => 70,
         }
+    }
+}
+
+/// What it means that the snapshots cannot be opened. Only metadata and directories can be at fault; whatever else a
+/// request can meet would be a defect here.
+fn snapshots_exit_code(error: &snapshot::Error) -> u8 {
+    match error {
+        snapshot::Error::Store(error) if error.is_damage() => 65,
+        snapshot::Error::Store(error) => match error {
+            StoreError::Open { .. } => 73,
+            StoreError::Transaction(_) if error.is_storage_full() => 73,
+            StoreError::Transaction(_)
+            | StoreError::Damaged { .. }
+            | StoreError::Schema { .. }
+            | StoreError::Record { .. }
+            | StoreError::Inconsistent { .. } => 70,
+        },
+        snapshot::Error::Directory { .. } => 73,
+        snapshot::Error::NotFound { .. }
+        | snapshot::Error::ParentNotFound { .. }
+        | snapshot::Error::AlreadyExists { .. }
+        | snapshot::Error::TargetExists { .. }
+        | snapshot::Error::ParentNotCommitted { .. }
+        | snapshot::Error::NewParentNotCommitted { .. }
+        | snapshot::Error::ParentChanged { .. }
+        | snapshot::Error::NotActive { .. }
+        | snapshot::Error::NoMounts { .. }
+        | snapshot::Error::HasChildren { .. }
+        | snapshot::Error::BadName { .. }
+        | snapshot::Error::LabelTooLong { .. }
+        | snapshot::Error::ImmutableField { .. }
+        | snapshot::Error::Filter { .. }
+        | snapshot::Error::LayerUnavailable { .. }
+        | snapshot::Error::Interrupted(_)
+        | snapshot::Error::Stopping => 70,
     }
 }
 
@@ -106,7 +137,7 @@ where
     F: Future<Output = Result<Arc<dyn LayerMounts>, Cause>>,
 {
     let config = Arc::new(config);
-    let root = Root::lock(&config.root)?;
+    let mut root = Root::lock(&config.root)?;
     if config.layers.lazy {
         check_fuse()?;
     }
@@ -125,6 +156,7 @@ where
             return Err(error);
         }
     };
+    root.keep();
 
     let stopping = CancellationToken::new();
     let stopped = CancellationToken::new();
@@ -136,9 +168,7 @@ where
         let service = service.clone();
         async move { service.restore().await }
     });
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %config.root.display(),
-        socket = %config.socket.display(), lazy = config.layers.lazy, "serving");
-    notify::send("READY=1");
+    announce(&config);
     let served = serve(
         socket,
         Snapshots::new(service.clone(), metrics),
@@ -156,6 +186,12 @@ where
     drop(root);
     tracing::info!("stopped");
     served
+}
+
+fn announce(config: &Config) {
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %config.root.display(),
+        socket = %config.socket.display(), lazy = config.layers.lazy, "serving");
+    notify::send("READY=1");
 }
 
 /// The lazy layers as the configuration wants them: real ones, or none where `layers.lazy` is off.
@@ -247,4 +283,83 @@ pub fn stop_signal() -> Result<impl Future<Output = ()>, RunError> {
 /// One line for a person: the error with its causes.
 pub fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     chain(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(place: &std::path::Path) -> Config {
+        let mut config = Config {
+            root: place.join("new/root"),
+            socket: place.join("socket"),
+            ..Config::default()
+        };
+        config.layers.lazy = false;
+        config.metrics.address = None;
+        config
+    }
+
+    #[tokio::test]
+    async fn a_start_that_fails_leaves_no_new_root_and_one_that_succeeds_does() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path());
+        let other = tokio::net::UnixListener::bind(&config.socket).unwrap();
+        let error = run(config.clone(), layers, std::future::ready(())).await.unwrap_err();
+        assert_eq!(error.exit_code(), 75, "{error}");
+        assert!(!place.path().join("new").exists(), "the refused daemon left its root");
+        drop(other);
+
+        let fails = |_, _| async { Err::<Arc<dyn LayerMounts>, Cause>("no".into()) };
+        let error = run(config.clone(), fails, std::future::ready(())).await.unwrap_err();
+        assert_eq!(error.exit_code(), 69, "{error}");
+        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+
+        run(config.clone(), layers, std::future::ready(())).await.unwrap();
+        assert!(config.root.join("meta.redb").exists());
+    }
+
+    #[test]
+    fn every_way_not_to_open_the_snapshots_has_its_exit_code() {
+        let path = || PathBuf::from("/r/meta.redb");
+        let full = redb::Error::Io(io::ErrorKind::StorageFull.into());
+        let io = |kind: io::ErrorKind| redb::Error::Io(kind.into());
+        for (error, code) in [
+            (
+                snapshot::Error::Directory {
+                    action: "make",
+                    path: path(),
+                    source: io::ErrorKind::NotFound.into(),
+                },
+                73,
+            ),
+            (
+                StoreError::Open {
+                    path: path(),
+                    source: io(io::ErrorKind::PermissionDenied),
+                }
+                .into(),
+                73,
+            ),
+            (
+                StoreError::Damaged {
+                    path: path(),
+                    detail: String::new(),
+                }
+                .into(),
+                65,
+            ),
+            (StoreError::Schema { path: path(), found: 9 }.into(), 65),
+            (StoreError::Inconsistent { name: "x".to_owned() }.into(), 65),
+            (
+                StoreError::Transaction(Box::new(redb::Error::Corrupted(String::new()))).into(),
+                65,
+            ),
+            (StoreError::Transaction(Box::new(full)).into(), 73),
+            (StoreError::Transaction(Box::new(io(io::ErrorKind::Other))).into(), 70),
+            (snapshot::Error::Stopping, 70),
+        ] {
+            assert_eq!(snapshots_exit_code(&error), code, "{error:?}");
+        }
+    }
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use estargz::writer::BuildError;
 use hullspeed_registry as registry;
-use hullspeed_registry::{ErrorClass, Fault};
+use hullspeed_registry::Fault;
 
 use super::stream::Mismatch;
 
@@ -98,19 +98,28 @@ impl Failure {
 
     /// A registry's answer.
     pub(super) fn registry(side: Side, error: &registry::Error) -> Self {
-        let advice = match error.fault() {
-            Fault::Unauthorized { .. } => format!("; docker login {} or --authfile FILE", error.host()),
-            Fault::Connect(_) => format!(
-                "; is it up, and does it speak TLS (else --plain-http {})?",
-                error.host()
-            ),
-            Fault::NotFound { .. } => "; check the name".to_owned(),
-            _ => String::new(),
-        };
-        let code = match (error.class(), error.fault()) {
-            (ErrorClass::Auth | ErrorClass::NotFound, _) => side.code(),
-            (_, Fault::Digest { .. } | Fault::Size { .. }) => Code::Mismatch,
-            _ => Code::Runtime,
+        let host = error.host();
+        let (code, advice) = match error.fault() {
+            Fault::Unauthorized { .. } => (side.code(), format!("; docker login {host} or --authfile FILE")),
+            Fault::NotFound { .. } => (side.code(), "; check the name".to_owned()),
+            Fault::Denied { .. } | Fault::Credentials(_) | Fault::Token { .. } => (side.code(), String::new()),
+            Fault::Digest { .. } | Fault::Size { .. } => (Code::Mismatch, String::new()),
+            Fault::Connect(_) => {
+                let advice = format!("; is it up, and does it speak TLS (else --plain-http {host})?");
+                (Code::Runtime, advice)
+            }
+            Fault::RateLimited { .. }
+            | Fault::Server { .. }
+            | Fault::Status { .. }
+            | Fault::Broken(_)
+            | Fault::Stalled(_)
+            | Fault::Truncated { .. }
+            | Fault::TooLarge { .. }
+            | Fault::Range { .. }
+            | Fault::Redirect(_)
+            | Fault::Header { .. }
+            | Fault::File { .. }
+            | Fault::Setup(_) => (Code::Runtime, String::new()),
         };
         Self::new(code, format!("{}{advice}", chain(error)))
     }

@@ -1,3 +1,5 @@
+//! Which entries survive and in what order they are written.
+
 use super::*;
 use TarKind::{Directory, Hardlink, Regular, Symlink};
 

@@ -1,3 +1,5 @@
+//! Sound layers pass; every kind of damage is found and named.
+
 use super::*;
 use crate::footer;
 use crate::toc::{Toc, encode_member};

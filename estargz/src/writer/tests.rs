@@ -1,3 +1,5 @@
+//! What is written is read back the same, whatever the tree, the chunk size and the number of threads.
+
 use super::*;
 use crate::reader::LayerBlob;
 use crate::verify::verify_layer;

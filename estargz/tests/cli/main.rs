@@ -17,6 +17,7 @@ use fixture::{
     CONFIG, DOCKER_MANIFEST, GZIP, INDEX, Layout, MANIFEST, Registry, TOC, bad, estargz, good, multi_platform, noise,
     read_blob, read_json, run, tar, tool, tree,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 fn text(value: &Value) -> &str {
@@ -531,9 +532,9 @@ fn an_interrupted_conversion_leaves_nothing() {
     let before = tree(temp.path());
     let archive = format!("oci-archive:{}", temp.path().join("to.tar").display());
     for (dst, stage, signal, code) in [
-        (name(&temp.path().join("to"), ""), temp.path(), "-INT", 130),
-        (archive, temp.path(), "-TERM", 143),
-        (format!("docker://{}/app:x", registry.host), &scratch, "-INT", 130),
+        (name(&temp.path().join("to"), ""), temp.path(), Signal::INT, 130),
+        (archive, temp.path(), Signal::TERM, 143),
+        (format!("docker://{}/app:x", registry.host), &scratch, Signal::INT, 130),
     ] {
         let entries = fs::read_dir(stage).unwrap().count();
         let mut command = estargz(&["convert", "-q", &name(&from, ""), &dst]);
@@ -547,7 +548,7 @@ fn an_interrupted_conversion_leaves_nothing() {
             std::thread::sleep(Duration::from_millis(5));
         }
         std::thread::sleep(Duration::from_millis(150));
-        tool("kill", &[signal, &child.id().to_string()]);
+        kill_process(Pid::from_child(&child), signal).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(code), "{dst}");
         let after = tree(temp.path());
         assert!(after == before, "{dst} left {:?}", after.keys().collect::<Vec<_>>());

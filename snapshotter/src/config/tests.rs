@@ -1,6 +1,11 @@
+//! The configuration from its text: every key, every fault, and the documents that describe it.
+
 use std::collections::BTreeSet;
 
 use super::*;
+
+/// A file that can be `registry.ca_file`.
+const CA_FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/ca.pem");
 
 fn parsed(text: &str) -> Result<Loaded, ConfigError> {
     parse(Path::new("test.toml"), text, &Sources::default())
@@ -52,7 +57,7 @@ fn every_value_is_taken_over() {
         restore_parallelism = 2
         [registry]
         plain_http = ["registry.local:5000"]
-        ca_file = "/ca.pem"
+        ca_file = "CA_FILE"
         connect_timeout = "4s"
         stall_timeout = "5s"
         [fetch]
@@ -66,8 +71,9 @@ fn every_value_is_taken_over() {
         workers = 1
         max_background = 12
         read_ahead = "128KiB"
-    "#;
-    let config = parsed(text).unwrap().config;
+    "#
+    .replace("CA_FILE", CA_FILE);
+    let config = parsed(&text).unwrap().config;
     let Config {
         root,
         socket,
@@ -93,7 +99,7 @@ fn every_value_is_taken_over() {
     );
     assert_eq!(
         (registry.plain_http, registry.ca_file),
-        (vec!["registry.local:5000".to_owned()], Some("/ca.pem".into()))
+        (vec!["registry.local:5000".to_owned()], Some(CA_FILE.into()))
     );
     assert_eq!(
         (registry.connect_timeout, registry.stall_timeout),
@@ -109,7 +115,7 @@ fn every_value_is_taken_over() {
         (fuse.workers, fuse.max_background, fuse.read_ahead),
         (1, 12, ByteSize::kib(128))
     );
-    assert_eq!(keys(text), keys(&config.to_toml()), "a key is missing in this test");
+    assert_eq!(keys(&text), keys(&config.to_toml()), "a key is missing in this test");
 }
 
 #[test]
@@ -174,6 +180,48 @@ fn all_faults_are_reported_at_once() {
         text.contains("test.toml: fuse.workers = 1000000000000 must be a whole number from 1 to 64"),
         "{text}"
     );
+}
+
+#[test]
+fn a_file_of_authorities_that_cannot_be_used_is_a_fault_among_the_others() {
+    let place = tempfile::tempdir().unwrap();
+    let garbage = place.path().join("garbage");
+    std::fs::write(&garbage, "not PEM").unwrap();
+    let missing = place.path().join("missing\\n");
+    for (path, why) in [
+        (garbage.to_str().unwrap(), "no certificate"),
+        (missing.to_str().unwrap(), "No such file"),
+        (place.path().to_str().unwrap(), "not a regular file"),
+    ] {
+        let text = format!("root = \"relative\"\n[registry]\nca_file = \"{path}\"\n");
+        let said = parsed(&text).unwrap_err().to_string();
+        let lines: Vec<_> = said.lines().collect();
+        assert_eq!(lines.len(), 2, "{said}");
+        let place = place.path().to_str().unwrap();
+        assert!(lines[1].starts_with("test.toml: registry.ca_file = "), "{said}");
+        assert!(lines[1].contains(place) && lines[1].contains(why), "{said}");
+    }
+}
+
+#[test]
+fn a_syntax_error_is_one_line_with_its_place() {
+    for (text, start) in [
+        ("root = \n", "test.toml:1:8: "),
+        ("root = \"/r\"\n[log\nlevel = 1", "test.toml:2:5: "),
+        ("# é\n\nrööt = 1", "test.toml:3:2: "),
+        ("root = 1\nroot = 2", "test.toml:2:1: "),
+        ("root = \"", "test.toml:1:9: "),
+    ] {
+        let said = crate::snapshot::chain(&parsed(text).unwrap_err());
+        assert!(said.starts_with(start) && said.lines().count() == 1, "{text:?}: {said}");
+        assert!(said.len() > start.len() + 10, "{said}");
+    }
+}
+
+#[test]
+fn a_fault_is_one_line_whatever_the_value() {
+    let said = parsed("root = \"\"\"a\nb\nc\"\"\"\n").unwrap_err().to_string();
+    assert_eq!(said.lines().count(), 1, "{said}");
 }
 
 #[test]

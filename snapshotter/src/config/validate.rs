@@ -16,6 +16,7 @@ use super::{
     CacheConfig, Config, Fault, FetchConfig, FuseConfig, LayersConfig, LogConfig, LogFormat, MetricsConfig,
     RegistryConfig,
 };
+use crate::snapshot::chain;
 use crate::snapshot::service::usable_root;
 use crate::telemetry;
 
@@ -133,16 +134,7 @@ impl Check {
         self.note_unknown(unknown);
         RegistryConfig {
             plain_http: self.hosts("plain_http", plain_http, default.plain_http),
-            ca_file: self.text(
-                "ca_file",
-                ca_file,
-                "an absolute path, or \"\" for none",
-                default.ca_file,
-                |text| match text {
-                    "" => Some(None),
-                    text => Path::new(text).is_absolute().then(|| Some(PathBuf::from(text))),
-                },
-            ),
+            ca_file: self.ca_file(ca_file, default.ca_file),
             connect_timeout: self.duration("connect_timeout", connect_timeout, default.connect_timeout, SECONDS),
             stall_timeout: self.duration("stall_timeout", stall_timeout, default.stall_timeout, SECONDS),
         }
@@ -255,6 +247,22 @@ impl Check {
         }
     }
 
+    /// The file is read here, so that one that is missing or no PEM shows at the start and not at the first pull.
+    fn ca_file(&mut self, value: Option<Value>, default: Option<PathBuf>) -> Option<PathBuf> {
+        let allowed = "the absolute path of a PEM file of certificates, or \"\" for none";
+        let path = self.text("ca_file", value, allowed, default, |text| match text {
+            "" => Some(None),
+            text => Path::new(text).is_absolute().then(|| Some(PathBuf::from(text))),
+        })?;
+        if let Err(error) = hullspeed_registry::check_ca_file(&path) {
+            // The error's own text says only that setting up a client failed.
+            let reason = chain(error.fault());
+            let shown = Value::String(path.display().to_string()).to_string();
+            self.fault("ca_file", shown, format!("{allowed} ({reason})"));
+        }
+        Some(path)
+    }
+
     fn switch(&mut self, key: &'static str, value: Option<Value>, default: bool) -> bool {
         self.value(key, value, "true or false".to_owned(), default, |value| value.as_bool())
     }
@@ -360,8 +368,8 @@ impl Check {
         let key = self.path(key);
         self.faults.push(Fault {
             key,
-            value: value.chars().take(200).collect(),
-            allowed,
+            value: one_line(&value).take(200).collect(),
+            allowed: one_line(&allowed).collect(),
         });
     }
 
@@ -375,6 +383,11 @@ impl Check {
             }
         }));
     }
+}
+
+/// A fault is one line, whatever a value or a path has in it.
+fn one_line(text: &str) -> impl Iterator<Item = char> {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c })
 }
 
 const SECONDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));

@@ -52,35 +52,29 @@ pub enum FsError {
 impl FsError {
     /// What the reader is told. Only a full disk gets through as itself: it is the one fault that the reader's owner can mend.
     pub fn errno(&self) -> i32 {
-        match self {
-            Self::NotFound => libc::ENOENT,
-            Self::NotDirectory => libc::ENOTDIR,
-            Self::IsDirectory => libc::EISDIR,
-            Self::WrongKind => libc::EINVAL,
-            Self::NoAttribute => libc::ENODATA,
-            Self::BufferTooSmall => libc::ERANGE,
-            Self::ReadOnly => libc::EROFS,
-            Self::Fetch(failure) => match failure.disk_error().and_then(std::io::Error::raw_os_error) {
-                Some(errno @ (libc::ENOSPC | libc::EDQUOT)) => errno,
-                Some(_) | None => libc::EIO,
-            },
-            Self::Cache(_) => libc::EIO,
-        }
+        self.answer().0
     }
 
     /// Name of the errno for metrics.
     pub fn name(&self) -> &'static str {
-        match self.errno() {
-            libc::ENOENT => "ENOENT",
-            libc::ENOTDIR => "ENOTDIR",
-            libc::EISDIR => "EISDIR",
-            libc::EINVAL => "EINVAL",
-            libc::ENODATA => "ENODATA",
-            libc::ERANGE => "ERANGE",
-            libc::EROFS => "EROFS",
-            libc::ENOSPC => "ENOSPC",
-            libc::EDQUOT => "EDQUOT",
-            _ => "EIO",
+        self.answer().1
+    }
+
+    fn answer(&self) -> (i32, &'static str) {
+        match self {
+            Self::NotFound => (libc::ENOENT, "ENOENT"),
+            Self::NotDirectory => (libc::ENOTDIR, "ENOTDIR"),
+            Self::IsDirectory => (libc::EISDIR, "EISDIR"),
+            Self::WrongKind => (libc::EINVAL, "EINVAL"),
+            Self::NoAttribute => (libc::ENODATA, "ENODATA"),
+            Self::BufferTooSmall => (libc::ERANGE, "ERANGE"),
+            Self::ReadOnly => (libc::EROFS, "EROFS"),
+            Self::Fetch(failure) => match failure.disk_error().and_then(std::io::Error::raw_os_error) {
+                Some(libc::ENOSPC) => (libc::ENOSPC, "ENOSPC"),
+                Some(libc::EDQUOT) => (libc::EDQUOT, "EDQUOT"),
+                Some(_) | None => (libc::EIO, "EIO"),
+            },
+            Self::Cache(_) => (libc::EIO, "EIO"),
         }
     }
 

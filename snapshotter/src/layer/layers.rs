@@ -29,7 +29,7 @@ use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
 use super::source::registry::Registries;
 use super::{Cause, LayerMount, LayerMounts, LayerOrigin, LayerRequest, NotLazy, Usage};
-use crate::config::Config;
+use crate::config::{Config, RegistryConfig};
 use crate::metrics::Metrics;
 
 /// Layers opened (TOC fetched, parsed and indexed) at once; bounds the memory for TOCs.
@@ -100,23 +100,11 @@ impl Layers {
         let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
         let store = LayerStore::open(&root).map_err(LayersError::Cache)?;
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
-        let options = ClientOptions {
-            plain_http: config.registry.plain_http.clone(),
-            credentials: Credentials::from_environment(),
-            ca_file: config.registry.ca_file.clone(),
-            connect_timeout: config.registry.connect_timeout,
-            idle_timeout: config.registry.stall_timeout,
-            // The fetch engine asks again itself; it knows what is still needed.
-            retry: RetryPolicy {
-                attempts: REGISTRY_ATTEMPTS,
-                ..RetryPolicy::default()
-            },
-        };
         let shared = Arc::new(Shared {
             config: config.clone(),
             store,
             engine,
-            registries: Arc::new(Registries::new(options)),
+            registries: Arc::new(Registries::new(client_options(config))),
             manifests: Manifests::new(),
             opened_ahead: opening::recently_opened(),
             opening: Semaphore::new(MAX_OPENING),
@@ -226,6 +214,28 @@ impl Slot {
 
     fn set_live(&self, fetch: Option<Arc<super::fetch::LayerFetch>>) {
         *self.live.lock().unwrap_or_else(PoisonError::into_inner) = fetch;
+    }
+}
+
+/// The registry client that the configuration asks for; taken apart completely, so that no key is forgotten.
+fn client_options(config: &Config) -> ClientOptions {
+    let RegistryConfig {
+        plain_http,
+        ca_file,
+        connect_timeout,
+        stall_timeout,
+    } = config.registry.clone();
+    ClientOptions {
+        plain_http,
+        credentials: Credentials::from_environment(),
+        ca_file,
+        connect_timeout,
+        idle_timeout: stall_timeout,
+        // The fetch engine asks again itself; it knows what is still needed.
+        retry: RetryPolicy {
+            attempts: REGISTRY_ATTEMPTS,
+            ..RetryPolicy::default()
+        },
     }
 }
 

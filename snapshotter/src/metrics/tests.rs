@@ -1,3 +1,5 @@
+//! The families as they are written, against the table of `docs/metrics.md`.
+
 use std::collections::BTreeSet;
 
 use prometheus_client::encoding::text::encode;

@@ -42,10 +42,57 @@ impl RootError {
     }
 }
 
-/// A locked root; dropping it gives it up.
+/// A locked root; dropping it gives it up. One that was made here is removed then, unless it was [kept](Self::keep).
 #[derive(Debug)]
 pub(super) struct Root {
+    // Removed while the lock is held, so that no other daemon has begun to use it.
+    made: Made,
     _lock: File,
+}
+
+/// Directories that this start has made, the outermost first; removed if they turn out to be for nothing.
+#[derive(Debug, Default)]
+struct Made {
+    directories: Vec<PathBuf>,
+    /// The innermost is ours with all that is in it, and not only while it is empty.
+    locked: bool,
+}
+
+impl Made {
+    /// Makes `path` and what is missing above it.
+    fn directory(&mut self, path: &Path) -> io::Result<()> {
+        let missing = path
+            .ancestors()
+            .take_while(|path| !path.as_os_str().is_empty() && !path.exists());
+        for path in missing.collect::<Vec<_>>().into_iter().rev() {
+            match DirBuilder::new().mode(ROOT_MODE).create(path) {
+                Ok(()) => self.directories.push(path.to_owned()),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // What is there may be no directory, or one behind a dangling link.
+        if fs::metadata(path)?.is_dir() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::NotADirectory.into())
+        }
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if self.locked
+            && let Some(root) = self.directories.pop()
+            && let Err(error) = fs::remove_dir_all(&root)
+        {
+            tracing::warn!(path = %root.display(), %error, "the new root of a start that failed is not removed");
+        }
+        for path in self.directories.drain(..).rev() {
+            // One that somebody else uses by now is not empty, and stays.
+            let _ = fs::remove_dir(path);
+        }
+    }
 }
 
 impl Root {
@@ -55,11 +102,8 @@ impl Root {
             let path = path.to_owned();
             move |source| RootError::Unusable { path, source }
         };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(ROOT_MODE)
-            .create(root)
-            .map_err(unusable(root))?;
+        let mut made = Made::default();
+        made.directory(root).map_err(unusable(root))?;
         let path = root.join("lock");
         let mut lock = fs::File::options()
             .read(true)
@@ -70,7 +114,7 @@ impl Root {
             .open(&path)
             .map_err(unusable(&path))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
+            Ok(()) => made.locked = made.directories.last().is_some_and(|last| last == root),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut process = String::new();
                 // The number is a hint only; without it the message still says what is wrong.
@@ -89,7 +133,12 @@ impl Root {
             .and_then(|()| lock.rewind())
             .and_then(|()| writeln!(lock, "{}", std::process::id()));
         note.map_err(unusable(&path))?;
-        Ok(Self { _lock: lock })
+        Ok(Self { made, _lock: lock })
+    }
+
+    /// The start has succeeded: the root stays.
+    pub(super) fn keep(&mut self) {
+        self.made.directories.clear();
     }
 }
 
@@ -103,7 +152,8 @@ mod tests {
     fn a_root_has_one_daemon_at_a_time() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("a/root");
-        let root = Root::lock(&path).unwrap();
+        let mut root = Root::lock(&path).unwrap();
+        root.keep();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, ROOT_MODE);
         let error = Root::lock(&path).unwrap_err();
         assert!(error.is_running());
@@ -113,7 +163,34 @@ mod tests {
             "{text}"
         );
         drop(root);
-        Root::lock(&path).unwrap();
+        // What a start finds it leaves, however it ends.
+        drop(Root::lock(&path).unwrap());
+        assert!(path.join("lock").exists());
+    }
+
+    #[test]
+    fn a_root_made_for_nothing_is_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("a/root");
+        let root = Root::lock(&path).unwrap();
+        fs::create_dir(path.join("layers")).unwrap();
+        fs::write(path.join("layers/x"), "x").unwrap();
+        assert!(Root::lock(&path).unwrap_err().is_running());
+        assert!(
+            path.join("layers/x").exists(),
+            "the refused one removed what is the other's"
+        );
+        drop(root);
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+        // A neighbour's directory keeps those above it.
+        let root = Root::lock(&path).unwrap();
+        fs::write(place.path().join("a/neighbour"), "").unwrap();
+        drop(root);
+        assert!(!path.exists() && place.path().join("a/neighbour").exists());
+        // An empty root that was there before is not ours to remove.
+        fs::create_dir(&path).unwrap();
+        drop(Root::lock(&path).unwrap());
+        assert!(path.exists());
     }
 
     #[test]

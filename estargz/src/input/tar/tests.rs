@@ -1,3 +1,5 @@
+//! Streams of every tar dialect, GNU tar's own among them, and broken ones.
+
 use super::*;
 use std::process::Command;
 

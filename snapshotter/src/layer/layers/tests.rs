@@ -1,6 +1,7 @@
 //! Layers on real FUSE mounts, from a real registry. Needs root, `/dev/fuse` and docker-registry.
 
 use std::collections::BTreeMap;
+use std::ffi::CStr;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -469,19 +470,37 @@ async fn privileged_what_is_not_to_be_served_is_refused_with_its_reason_and_leav
     layers.shutdown().await;
 }
 
+#[test]
+fn every_key_of_the_registry_section_reaches_the_client() {
+    let registry = RegistryConfig {
+        plain_http: vec!["registry.local:5000".to_owned()],
+        ca_file: Some(PathBuf::from("/ca.pem")),
+        connect_timeout: Duration::from_secs(3),
+        stall_timeout: Duration::from_secs(4),
+    };
+    let ClientOptions {
+        plain_http,
+        credentials: _,
+        ca_file,
+        connect_timeout,
+        idle_timeout,
+        retry,
+    } = client_options(&Config {
+        registry: registry.clone(),
+        ..Config::default()
+    });
+    assert_eq!((plain_http, ca_file), (registry.plain_http, registry.ca_file));
+    assert_eq!(
+        (connect_timeout, idle_timeout),
+        (registry.connect_timeout, registry.stall_timeout)
+    );
+    assert_eq!(retry.attempts, REGISTRY_ATTEMPTS);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn privileged_a_full_disk_is_an_error_for_the_reader_and_passes() {
     let registry = Registry::start();
-    let dir = tempfile::tempdir().unwrap();
-    let size = |bytes: &str| {
-        let data = std::ffi::CString::new(format!("size={bytes}")).unwrap();
-        if is_mount_point(dir.path()) {
-            rustix::mount::mount_remount(dir.path(), MountFlags::empty(), &*data).unwrap();
-        } else {
-            mount("tmpfs", dir.path(), "tmpfs", MountFlags::empty(), Some(&*data)).unwrap();
-        }
-    };
-    size("1m");
+    let disk = SmallDisk::new(c"size=1m");
     let sample = Sample::uniform(
         4,
         900_000,
@@ -491,7 +510,7 @@ async fn privileged_a_full_disk_is_an_error_for_the_reader_and_passes() {
         },
     );
     let manifest = registry.push(std::slice::from_ref(&sample)).await;
-    let (layers, metrics) = layers(dir.path());
+    let (layers, metrics) = layers(disk.path());
     let path = layers
         .mount(request(&registry, &sample, Some(manifest)))
         .await
@@ -513,9 +532,34 @@ async fn privileged_a_full_disk_is_an_error_for_the_reader_and_passes() {
         "{errors:?}"
     );
     assert!(metrics.cache_write_errors.get() > 0);
-    size("100m");
+    disk.resize(c"size=100m");
     let found = blocking(move || contents(&path)).await;
     assert!(found == sample.files);
     layers.shutdown().await;
-    rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+}
+
+/// A tmpfs on a directory of its own, gone at the end however the test ends.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(size: &CStr) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        mount("tmpfs", directory.path(), "tmpfs", MountFlags::empty(), Some(size)).unwrap();
+        Self(directory)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn resize(&self, size: &CStr) {
+        rustix::mount::mount_remount(self.path(), MountFlags::empty(), size).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Detached, because after a failure the layer's mount and files in it may still be there.
+        let _ = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::DETACH);
+    }
 }

@@ -1,3 +1,5 @@
+//! Filters as containerd's clients write them, and texts that are none.
+
 use std::time::UNIX_EPOCH;
 
 use proptest::prelude::*;
