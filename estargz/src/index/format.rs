@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub(super) const MAGIC: [u8; 8] = *b"HULLIDX\n";
 /// Id of this form of the file, including inode numbering, data layout and what was made of the entries. An index of format 1
 /// may hold `trusted.` attributes of the image.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 1;
 /// What `prefetch_end` and `dirent` hold when there is none.
 pub(super) const NONE_U64: u64 = u64::MAX;
 pub(super) const NONE_U32: u32 = u32::MAX;

@@ -700,8 +700,8 @@ fn other_files_and_damage_are_told_apart() {
     assert_eq!(fault(b""), "not an index file: fewer bytes than a header has");
     assert_eq!(fault(&[0; 400]), "not an index file: another file's first bytes");
     let mut other = bytes.clone();
-    other[8] = 1;
-    assert_eq!(fault(&other), "the index file has format id 1, this version reads 2");
+    other[8] = 2;
+    assert_eq!(fault(&other), "the index file has format id 2, this version reads 1");
     let size = bytes.len();
     assert_eq!(
         fault(&bytes[..size - 1]),
