@@ -148,24 +148,11 @@ impl LayerFetch {
                 return Ok(());
             }
             for wait in waits {
-                self.follow(wait).await?;
+                let Wait { chunks, progress } = wait;
+                follow(progress, || self.layer.residency().contains_all(chunks.clone())).await?;
             }
         }
         Err(Arc::new(FetchError::Abandoned))
-    }
-
-    /// Waits until the chunks are there or their fetch is over, whichever is first.
-    async fn follow(&self, mut wait: Wait) -> Result<(), Failure> {
-        while !self.layer.residency().contains_all(wait.chunks.clone()) {
-            let progress = wait.progress.borrow_and_update().clone();
-            match progress {
-                Progress::Settled(result) => return result,
-                // A fetch that died says nothing more; the caller looks again.
-                Progress::Pending | Progress::Partial if wait.progress.changed().await.is_err() => return Ok(()),
-                Progress::Pending | Progress::Partial => {}
-            }
-        }
-        Ok(())
     }
 
     /// Starts to fetch what of `chunks` is neither resident nor under way.
@@ -287,5 +274,49 @@ impl LayerFetch {
         let offset = entry.as_ref().map_or(0, |entry| entry.file_offset);
         let file = String::from_utf8_lossy(&file);
         tracing::error!(image, %layer, %file, chunk, offset, error = error as &dyn std::error::Error, "{what}");
+    }
+}
+
+/// Waits until `is_resident` holds or the fetch is over, whichever is first.
+///
+/// Chunks become resident before their fetch says so. What it has said is therefore marked as seen first and residency looked at
+/// afterwards: whatever comes in between still counts as a change.
+async fn follow(mut progress: watch::Receiver<Progress>, mut is_resident: impl FnMut() -> bool) -> Result<(), Failure> {
+    loop {
+        let said = progress.borrow_and_update().clone();
+        if is_resident() {
+            return Ok(());
+        }
+        match said {
+            Progress::Settled(result) => return result,
+            // A fetch that died says nothing more; the caller looks again.
+            Progress::Pending | Progress::Partial if progress.changed().await.is_err() => return Ok(()),
+            Progress::Pending | Progress::Partial => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn what_becomes_resident_while_its_reader_looks_is_not_slept_through() {
+        let flights = Flights::default();
+        let claim = flights.hold().claim(7, &Urgency::default()).unwrap();
+        let progress = flights.hold().join(7).unwrap();
+        let mut looks = 0;
+        let following = follow(progress, || {
+            looks += 1;
+            if looks == 1 {
+                // The bit is set and announced right after the reader has seen that it is not.
+                claim.announce_partial();
+            }
+            looks > 1
+        });
+        assert!(matches!(following.now_or_never(), Some(Ok(()))));
+        assert_eq!(looks, 2);
     }
 }
