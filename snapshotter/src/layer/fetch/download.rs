@@ -1,8 +1,10 @@
 //! One range of the blob as a sequence of pieces, whatever happens to the connections that bring it.
 //!
 //! A broken or stalled body is asked for again from the byte where it stopped; what was received is never asked for twice. The
-//! number of attempts is bounded, and so is the time without a byte.
+//! number of attempts is bounded, and so is the time without a byte. A source that is given up is followed by the layer's next one,
+//! from the same byte: every blob of one TOC has its members at the same offsets, and what does not fit is found when it is verified.
 
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,15 +13,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt;
 
-use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::Urgency;
-use crate::layer::source::{BlobSource, ByteStream, Priority, SourceError};
+use super::layer::LayerFetch;
+use super::remotes::Remote;
+use crate::layer::source::{ByteStream, Priority, SourceError};
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
-/// Requests without progress between them, after which a range is given up: about five seconds of a source that refuses at once.
+/// Requests without progress between them, after which a source is given up: about five seconds of a source that refuses at once.
 pub(super) const MAX_FRUITLESS: u32 = 8;
-/// Requests for one range in all: a server that sends a little each time is given up too.
+/// Requests for one range to one source in all: a server that sends a little each time is given up too.
 const MAX_ATTEMPTS: u32 = 20;
 /// Bytes that count as progress.
 const PROGRESS: u64 = 16 << 10;
@@ -29,8 +32,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 pub(super) struct Download {
-    engine: Arc<Engine>,
-    source: Arc<dyn BlobSource>,
+    fetch: Arc<LayerFetch>,
+    remote: Arc<Remote>,
+    /// Whom to ask if `remote` is given up.
+    others: VecDeque<Arc<Remote>>,
+    /// Whether a remote was given up and the present one has not delivered yet.
+    on_trial: bool,
     position: u64,
     end: u64,
     priority: Priority,
@@ -46,15 +53,18 @@ pub(super) struct Download {
 
 impl Download {
     pub(super) fn new(
-        engine: Arc<Engine>,
-        source: Arc<dyn BlobSource>,
+        fetch: Arc<LayerFetch>,
+        remote: Arc<Remote>,
+        others: VecDeque<Arc<Remote>>,
         range: Range<u64>,
         priority: Priority,
         urgency: Urgency,
     ) -> Self {
         Self {
-            engine,
-            source,
+            fetch,
+            remote,
+            others,
+            on_trial: false,
             position: range.start,
             end: range.end,
             priority,
@@ -71,7 +81,7 @@ impl Download {
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
         while self.position < self.end {
             if self.priority > Priority::Demand && !self.urgency.is_raised() {
-                self.engine.gate.stand_aside(&self.urgency).await;
+                self.fetch.engine().gate.stand_aside(&self.urgency).await;
             }
             match self.receive().await {
                 Ok(mut piece) => {
@@ -81,10 +91,14 @@ impl Download {
                     }
                     self.position += piece.len() as u64;
                     self.received += piece.len() as u64;
+                    if std::mem::take(&mut self.on_trial) {
+                        self.fetch.remotes().promote(&self.remote);
+                    }
                     if self.position == self.end {
                         self.close("ok");
                     }
-                    self.engine
+                    self.fetch
+                        .engine()
                         .metrics
                         .fetch_bytes
                         .get_or_create(&KindLabels { kind: self.kind() })
@@ -98,13 +112,13 @@ impl Download {
     }
 
     async fn receive(&mut self) -> Result<Bytes, SourceError> {
-        let stall = self.engine.options.stall_timeout;
+        let stall = self.fetch.engine().options.stall_timeout;
         let stalled = |_| SourceError::transient(format!("no byte arrived within {stall:?}"));
         if self.body.is_none() {
             self.attempts += 1;
             self.received = 0;
             self.asked = Instant::now();
-            let request = self.source.read(self.position..self.end, self.priority);
+            let request = self.remote.source.read(self.position..self.end, self.priority);
             self.body = Some(tokio::time::timeout(stall, request).await.map_err(stalled)??);
         }
         let Some(body) = &mut self.body else {
@@ -128,10 +142,7 @@ impl Download {
             self.fruitless + 1
         };
         if !error.is_transient() || self.fruitless >= MAX_FRUITLESS || self.attempts >= MAX_ATTEMPTS {
-            return Err(FetchError::Source {
-                attempts: self.attempts,
-                source: error,
-            });
+            return self.give_up(error);
         }
         let pause = pause(self.fruitless);
         tracing::debug!(error = %error, attempt = self.attempts, at = self.position, ?pause, "asking for the rest again");
@@ -139,9 +150,31 @@ impl Download {
         Ok(())
     }
 
+    /// Goes on at the next remote, if there is one.
+    fn give_up(&mut self, error: SourceError) -> Result<(), FetchError> {
+        let Some(next) = self.others.pop_front() else {
+            return Err(FetchError::Source {
+                attempts: self.attempts,
+                source: error,
+            });
+        };
+        let (failed, layer) = (&self.remote.names.image, self.remote.names.layer_digest);
+        tracing::warn!(image = %failed, %layer, next = %next.names.image, error = &error as &dyn std::error::Error, "a source of the layer does not deliver; asking the next");
+        self.remote = next;
+        self.on_trial = true;
+        self.attempts = 0;
+        self.fruitless = 0;
+        Ok(())
+    }
+
+    /// Where the bytes given last came from.
+    pub(super) fn remote(&self) -> &Arc<Remote> {
+        &self.remote
+    }
+
     fn close(&mut self, result: &'static str) {
         self.body = None;
-        let metrics = &self.engine.metrics;
+        let metrics = &self.fetch.engine().metrics;
         metrics
             .fetch_requests
             .get_or_create(&FetchLabels {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use estargz::digest::Digest;
@@ -16,6 +16,7 @@ use super::flight::{Flights, Progress, Urgency};
 use super::group::{self, Group};
 use super::plan::{self, Reach};
 use super::readahead::Readahead;
+use super::remotes::{Remote, Remotes};
 use crate::layer::cache::CachedLayer;
 use crate::layer::source::{BlobSource, Priority};
 use crate::metrics::defs::SourceLabels;
@@ -32,17 +33,11 @@ pub struct LayerNames {
     pub layer_digest: Digest,
 }
 
-/// Where a layer is fetched from.
-pub(super) struct Remote {
-    pub(super) source: Arc<dyn BlobSource>,
-    pub(super) names: LayerNames,
-}
-
 /// Makes chunks of one layer resident.
 pub struct LayerFetch {
     engine: Arc<Engine>,
     layer: Arc<CachedLayer>,
-    remote: RwLock<Arc<Remote>>,
+    remotes: Remotes,
     flights: Flights,
     readahead: Mutex<Readahead>,
     tasks: TaskTracker,
@@ -64,12 +59,12 @@ impl LayerFetch {
         names: LayerNames,
     ) -> Arc<Self> {
         let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
-        let remote = RwLock::new(Arc::new(Remote { source, names }));
+        let remotes = Remotes::new(Remote::new(source, names));
         let stop = engine.stop_signal();
         Arc::new(Self {
             engine,
             layer,
-            remote,
+            remotes,
             flights: Flights::default(),
             readahead,
             tasks: TaskTracker::new(),
@@ -77,14 +72,18 @@ impl LayerFetch {
         })
     }
 
-    /// Fetches from another source from now on; requests under way end at the old one.
-    pub fn set_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
-        *self.remote.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Remote { source, names });
+    /// Asks this source first from now on; what fails there is asked of those that were known before.
+    pub fn prefer_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
+        self.remotes.prefer(Remote::new(source, names));
     }
 
-    pub(super) fn remote(&self) -> Arc<Remote> {
-        // A reference is all that the lock guards.
-        self.remote.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Asks this source where all others fail.
+    pub fn offer_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
+        self.remotes.offer(Remote::new(source, names));
+    }
+
+    pub(super) fn remotes(&self) -> &Remotes {
+        &self.remotes
     }
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
@@ -259,8 +258,7 @@ impl LayerFetch {
     }
 
     /// Names image, layer, file and chunk of wrong bytes.
-    pub(super) fn log_corruption(&self, error: &FetchError, what: &'static str) {
-        let names = &self.remote().names;
+    pub(super) fn log_corruption(&self, names: &LayerNames, error: &FetchError, what: &'static str) {
         let (image, layer) = (names.image.as_str(), names.layer_digest);
         let FetchError::Corrupt { chunk, .. } = error else {
             tracing::error!(image, %layer, error = error as &dyn std::error::Error, "{what}");

@@ -247,6 +247,71 @@ async fn wrong_bytes_are_asked_for_once_more_and_then_are_an_error_for_their_rea
     assert_only_verified(bench.fs.fetch().layer());
 }
 
+/// Another image that has the layer, and is asked first.
+fn other_image(bench: &Bench, number: u32) -> Arc<Scripted> {
+    let source = Arc::new(Scripted::new(bench.sample.blob.clone()));
+    let names = LayerNames {
+        image: format!("private.test/image:{number}"),
+        layer_digest: bench.sample.origin().layer_digest,
+    };
+    bench.fs.fetch().prefer_source(Arc::new(source.clone()), names);
+    source
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_fails_takes_the_layer_from_no_other_image() {
+    let options = FetchOptions {
+        read_around: 1,
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(6, 50_000, Packing::default()), options, |source| source);
+    let refusing = other_image(&bench, 1);
+    refusing.script([Fault::Permanent]);
+    bench.assert_file("dir0/file0000").await;
+    assert_eq!((refusing.requests().len(), bench.source.requests().len()), (1, 1));
+    // What delivered is asked first from now on.
+    bench.assert_file("dir1/file0001").await;
+    assert_eq!((refusing.requests().len(), bench.source.requests().len()), (1, 2));
+    // The last pull is asked first again; its body breaks and it does not go on.
+    let broken = other_image(&bench, 2);
+    broken.script([Fault::CutAfter(20_001), Fault::Permanent]);
+    bench.assert_file("dir2/file0002").await;
+    let rest = bench.source.requests().pop().unwrap().0;
+    let asked: Vec<_> = broken.requests().into_iter().map(|(range, _)| range).collect();
+    assert_eq!(asked, [rest.start - 20_001..rest.end, rest.clone()]);
+    let dead = other_image(&bench, 3);
+    dead.script([Fault::Transient; download::MAX_FRUITLESS as usize]);
+    bench.assert_file("dir3/file0003").await;
+    assert_eq!(dead.requests().len(), download::MAX_FRUITLESS as usize);
+    assert_eq!(bench.source.requests().len(), 4);
+    // Only if all of them fail, the reader is told.
+    for source in [&refusing, &broken, &dead, &bench.source] {
+        source.script([Fault::Permanent]);
+    }
+    assert_eq!(bench.errno("dir4/file0004").await, libc::EIO);
+    bench.assert_file("dir4/file0004").await;
+    bench.settle().await;
+    assert_only_verified(bench.fs.fetch().layer());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_of_one_source_are_asked_of_another() {
+    let options = FetchOptions {
+        read_around: 1,
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(6, 50_000, Packing::default()), options, |source| source);
+    let wrong = other_image(&bench, 1);
+    for path in ["dir0/file0000", "dir1/file0001"] {
+        wrong.corrupt(bench.middle_of(path), u32::MAX);
+        bench.assert_file(path).await;
+        bench.settle().await;
+    }
+    assert_eq!((wrong.requests().len(), bench.source.requests().len()), (1, 2));
+    assert_eq!(bench.metrics.verify_failures.get(), 1);
+    assert_only_verified(bench.fs.fetch().layer());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn in_a_member_of_several_chunks_the_right_ones_are_kept() {
     let packing = Packing {
