@@ -91,7 +91,7 @@ impl Download {
                     }
                     self.position += piece.len() as u64;
                     self.received += piece.len() as u64;
-                    if std::mem::take(&mut self.on_trial) {
+                    if !piece.is_empty() && std::mem::take(&mut self.on_trial) {
                         self.fetch.remotes().promote(&self.remote);
                     }
                     if self.position == self.end {
