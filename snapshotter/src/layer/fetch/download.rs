@@ -15,6 +15,7 @@ use futures_util::StreamExt;
 
 use super::error::FetchError;
 use super::flight::Urgency;
+use super::gate::Slot;
 use super::layer::LayerFetch;
 use super::remotes::Remote;
 use crate::layer::source::{ByteStream, Priority, SourceError};
@@ -31,6 +32,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// What happens to a range.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// Its next bytes came.
+    Piece(Bytes),
+    /// The request broke. Its slot is given up; [`Download::resume`] comes next.
+    Broken,
+    /// All of it came.
+    End,
+}
+
 pub(super) struct Download {
     fetch: Arc<LayerFetch>,
     remote: Arc<Remote>,
@@ -42,6 +54,8 @@ pub(super) struct Download {
     end: u64,
     priority: Priority,
     urgency: Urgency,
+    /// The right to the request under way; given up between requests.
+    slot: Option<Slot>,
     body: Option<ByteStream>,
     /// When the request under way was made.
     asked: Instant,
@@ -59,6 +73,7 @@ impl Download {
         range: Range<u64>,
         priority: Priority,
         urgency: Urgency,
+        slot: Slot,
     ) -> Self {
         Self {
             fetch,
@@ -69,6 +84,7 @@ impl Download {
             end: range.end,
             priority,
             urgency,
+            slot: Some(slot),
             body: None,
             asked: Instant::now(),
             attempts: 0,
@@ -77,11 +93,11 @@ impl Download {
         }
     }
 
-    /// The next bytes of the range; `None` after its last.
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
+    /// The next that happens to the range.
+    pub(super) async fn next(&mut self) -> Result<Step, FetchError> {
         while self.position < self.end {
             if self.priority > Priority::Demand && !self.urgency.is_raised() {
-                self.fetch.engine().gate.stand_aside(&self.urgency).await;
+                self.fetch.engine().stand_aside(&self.urgency).await;
             }
             match self.receive().await {
                 Ok(mut piece) => {
@@ -103,12 +119,16 @@ impl Download {
                         .fetch_bytes
                         .get_or_create(&KindLabels { kind: self.kind() })
                         .inc_by(piece.len() as u64);
-                    return Ok(Some(piece));
+                    return Ok(Step::Piece(piece));
                 }
-                Err(error) => self.recover(error).await?,
+                Err(error) => {
+                    if self.recover(error)? {
+                        return Ok(Step::Broken);
+                    }
+                }
             }
         }
-        Ok(None)
+        Ok(Step::End)
     }
 
     async fn receive(&mut self) -> Result<Bytes, SourceError> {
@@ -133,8 +153,8 @@ impl Download {
         }
     }
 
-    /// Ends the request under way and pauses before the next, or gives up.
-    async fn recover(&mut self, error: SourceError) -> Result<(), FetchError> {
+    /// Ends the request under way; whether a pause is due before the next.
+    fn recover(&mut self, error: SourceError) -> Result<bool, FetchError> {
         self.close(error.class());
         self.fruitless = if self.received >= PROGRESS {
             1
@@ -142,12 +162,25 @@ impl Download {
             self.fruitless + 1
         };
         if !error.is_transient() || self.fruitless >= MAX_FRUITLESS || self.attempts >= MAX_ATTEMPTS {
-            return self.give_up(error);
+            self.give_up(error)?;
+            return Ok(false);
         }
-        let pause = pause(self.fruitless);
-        tracing::debug!(error = %error, attempt = self.attempts, at = self.position, ?pause, "asking for the rest again");
-        tokio::time::sleep(pause).await;
-        Ok(())
+        tracing::debug!(error = %error, attempt = self.attempts, at = self.position, "asking for the rest again");
+        // A source in trouble must not keep others from theirs.
+        self.slot = None;
+        Ok(true)
+    }
+
+    /// Pauses after a broken request and waits for the right to make the next.
+    pub(super) async fn resume(&mut self) {
+        tokio::time::sleep(pause(self.fruitless)).await;
+        self.slot = Some(self.fetch.enter(self.priority, &self.urgency).await);
+    }
+
+    /// Goes back to `position`, between requests: what came from there on was not kept.
+    pub(super) fn rewind(&mut self, position: u64) {
+        debug_assert!(self.body.is_none(), "a body cannot go back");
+        self.position = self.position.min(position);
     }
 
     /// Goes on at the next remote, if there is one.

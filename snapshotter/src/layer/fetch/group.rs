@@ -11,7 +11,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
 use super::decode;
-use super::download::Download;
+use super::download::{Download, Step};
+use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Claim, Urgency};
 use super::gate::Slot;
@@ -48,7 +49,7 @@ struct Cutter {
 }
 
 /// Fetches a group and settles every claim of it.
-pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
+pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     let Some(range) = range_of(&fetch, &group.claims) else {
         return;
     };
@@ -61,6 +62,7 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
         range.clone(),
         group.priority,
         group.urgency,
+        slot,
     );
     let mut cutter = Cutter {
         fetch,
@@ -73,17 +75,19 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
     let result = loop {
         cutter.cut(download.remote()).await;
         match download.next().await {
-            Ok(Some(piece)) => cutter.buffer.extend_from_slice(&piece),
-            Ok(None) => break Ok(()),
+            Ok(Step::Piece(piece)) => cutter.buffer.extend_from_slice(&piece),
+            Ok(Step::Broken) => cutter.pause(&mut download).await,
+            Ok(Step::End) => break Ok(()),
             Err(error) => break Err(error),
         }
     };
     cutter.memory = None;
     cutter.buffer = BytesMut::new();
     // What the jobs still do is local, or asks for a slot of its own.
-    drop(slot);
+    let remote = download.remote().clone();
+    drop(download);
     if let Err(error) = result {
-        cutter.give_up(error, download.remote());
+        cutter.give_up(error, &remote);
     }
     while cutter.jobs.join_next().await.is_some() {}
     cutter.fetch.group_done();
@@ -135,6 +139,11 @@ impl Cutter {
         self.start_job(ready);
     }
 
+    async fn pause(&mut self, download: &mut Download) {
+        let engine = self.fetch.engine().clone();
+        pause(&engine, download, &mut self.memory, &mut self.buffer, self.start).await;
+    }
+
     fn skip_to(&mut self, offset: u64) {
         let skip = usize::try_from(offset.saturating_sub(self.start))
             .unwrap_or(usize::MAX)
@@ -161,6 +170,36 @@ impl Cutter {
             claim.settle(Err(failure.clone()));
         }
     }
+}
+
+/// Waits for the next request after one that broke, without keeping others from their memory.
+///
+/// Memory is kept only for bytes that came already, and only until somebody waits for memory. Otherwise those who have a slot and
+/// wait for memory, and those who have memory and wait for a slot, could wait for each other. Bytes that lose their memory
+/// are forgotten; `buffer` holds those from `start` on.
+pub(super) async fn pause(
+    engine: &Engine,
+    download: &mut Download,
+    memory: &mut Option<OwnedSemaphorePermit>,
+    buffer: &mut BytesMut,
+    start: u64,
+) {
+    if buffer.is_empty() {
+        *memory = None;
+        return download.resume().await;
+    }
+    {
+        let mut resumed = std::pin::pin!(download.resume());
+        tokio::select! {
+            biased;
+            () = engine.memory_wanted() => {}
+            () = &mut resumed => return,
+        }
+        *memory = None;
+        *buffer = BytesMut::new();
+        resumed.await;
+    }
+    download.rewind(start);
 }
 
 /// Stores what was received; what is wrong is asked for once more.
@@ -224,16 +263,25 @@ async fn refetch(fetch: &Arc<LayerFetch>, member: u32, culprit: &Arc<Remote>) ->
 async fn refetch_from(fetch: &Arc<LayerFetch>, member: u32, remote: Arc<Remote>) -> Result<(), FetchError> {
     let engine = fetch.engine();
     let range = plan::member_range(fetch.layer().index(), member);
-    let _slot = engine.gate.enter(Priority::Demand).await;
-    let _memory = engine
-        .reserve((range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member))
-        .await;
+    let size = (range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member);
     let (alone, urgency) = (VecDeque::new(), Urgency::default());
-    let mut download = Download::new(fetch.clone(), remote.clone(), alone, range, Priority::Demand, urgency);
+    let slot = fetch.enter(Priority::Demand, &urgency).await;
+    let (priority, start) = (Priority::Demand, range.start);
+    let mut download = Download::new(fetch.clone(), remote.clone(), alone, range, priority, urgency, slot);
+    let mut memory = None;
     let mut bytes = BytesMut::new();
-    while let Some(piece) = download.next().await? {
-        bytes.extend_from_slice(&piece);
+    loop {
+        if memory.is_none() {
+            memory = engine.reserve(size).await;
+        }
+        match download.next().await? {
+            Step::Piece(piece) => bytes.extend_from_slice(&piece),
+            Step::Broken => pause(engine, &mut download, &mut memory, &mut bytes, start).await,
+            Step::End => break,
+        }
     }
+    // What is left is local.
+    drop(download);
     let (layer, metrics) = (fetch.layer().clone(), engine.metrics.clone());
     let store = move || decode::store_member(&layer, &metrics, member, &bytes);
     engine.decode(store).await.unwrap_or(Err(FetchError::Abandoned))?;

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use super::engine::Engine;
 use super::error::{Failure, FetchError};
 use super::flight::{Flights, Progress, Urgency};
+use super::gate::{Share, Slot};
 use super::group::{self, Group};
 use super::plan::{self, Reach};
 use super::readahead::Readahead;
@@ -42,6 +43,7 @@ pub struct LayerFetch {
     readahead: Mutex<Readahead>,
     tasks: TaskTracker,
     stop: CancellationToken,
+    share: Share,
 }
 
 /// What a reader waits for: chunks, and the fetch of the member that holds them.
@@ -61,6 +63,7 @@ impl LayerFetch {
         let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
         let remotes = Remotes::new(Remote::new(source, names));
         let stop = engine.stop_signal();
+        let share = engine.gate.share();
         Arc::new(Self {
             engine,
             layer,
@@ -69,6 +72,7 @@ impl LayerFetch {
             readahead,
             tasks: TaskTracker::new(),
             stop,
+            share,
         })
     }
 
@@ -92,6 +96,19 @@ impl LayerFetch {
 
     pub(super) fn flights(&self) -> &Flights {
         &self.flights
+    }
+
+    /// Waits for the right to make a request; as a prefetch only until a reader waits for it.
+    pub(super) async fn enter(&self, priority: Priority, urgency: &Urgency) -> Slot {
+        let gate = &self.engine.gate;
+        if priority > Priority::Demand {
+            tokio::select! {
+                biased;
+                () = urgency.raised() => {}
+                slot = gate.enter_prefetch() => return slot,
+            }
+        }
+        gate.enter_demand(&self.share).await
     }
 
     /// Runs a task of this layer until it ends or the layer is closed.
@@ -194,8 +211,7 @@ impl LayerFetch {
         for group in groups {
             let fetch = self.clone();
             self.spawn(async move {
-                let engine = fetch.engine.clone();
-                let slot = engine.gate.enter(group.priority).await;
+                let slot = fetch.enter(group.priority, &group.urgency).await;
                 group::run(fetch, group, slot).await;
             });
         }

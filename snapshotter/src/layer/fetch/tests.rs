@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use proptest::prelude::*;
 use tokio::runtime::Handle;
 
@@ -28,16 +29,21 @@ impl Bench {
     }
 
     fn with_options(sample: Sample, options: FetchOptions, prepare: impl FnOnce(Scripted) -> Scripted) -> Self {
+        let engine = Engine::new(options, Metrics::unregistered(), Handle::current());
+        Self::on_engine(&engine, sample, prepare)
+    }
+
+    /// One of several layers.
+    fn on_engine(engine: &Arc<Engine>, sample: Sample, prepare: impl FnOnce(Scripted) -> Scripted) -> Self {
         let test = TestStore::new();
         let layer = Arc::new(sample.create(&test.store));
         let source = Arc::new(prepare(Scripted::new(sample.blob.clone())));
-        let metrics = Metrics::unregistered();
-        let engine = Engine::new(options, metrics.clone(), Handle::current());
+        let metrics = engine.metrics().clone();
         let names = LayerNames {
             image: "registry.test/image:1".to_owned(),
             layer_digest: sample.origin().layer_digest,
         };
-        let fetch = LayerFetch::new(engine, layer, Arc::new(source.clone()), names);
+        let fetch = LayerFetch::new(engine.clone(), layer, Arc::new(source.clone()), names);
         Self {
             _test: test,
             sample,
@@ -396,6 +402,115 @@ async fn prefetch_brings_the_prioritized_files_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_does_not_answer_leaves_the_others_their_slots() {
+    let options = FetchOptions {
+        max_requests: 4,
+        ..small_windows_patient()
+    };
+    let engine = Engine::new(options, Metrics::unregistered(), Handle::current());
+    let sample = || Sample::uniform(9, 20_000, Packing::default());
+    let silent = Arc::new(Bench::on_engine(&engine, sample(), Scripted::held));
+    let readers: Vec<_> = (0..7)
+        .map(|n| {
+            let silent = silent.clone();
+            tokio::spawn(async move { silent.assert_file(&format!("dir{n}/file{n:04}")).await })
+        })
+        .collect();
+    while silent.fs.fetch().flights().len() < readers.len() {
+        tokio::task::yield_now().await;
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let other = Bench::on_engine(&engine, sample(), |source| source);
+    tokio::time::timeout(Duration::from_secs(20), other.assert_file("dir0/file0000"))
+        .await
+        .unwrap();
+    assert_eq!(silent.source.requests().len(), 2);
+    silent.source.release(1_000);
+    for reader in readers {
+        reader.await.unwrap();
+    }
+}
+
+/// Each member is a request of its own, and none is given up.
+fn small_windows_patient() -> FetchOptions {
+    FetchOptions {
+        max_range: 1,
+        stall_timeout: Duration::from_secs(600),
+        ..small_windows()
+    }
+}
+
+/// A request of the bench's first member that breaks after `bytes`, up to where it has to pause.
+async fn broken_download(bench: &Bench, bytes: usize) -> (download::Download, bytes::BytesMut) {
+    let fetch = bench.fs.fetch();
+    let remotes = std::collections::VecDeque::new();
+    let urgency = flight::Urgency::default();
+    let (first, slot) = (
+        fetch.remotes().all().remove(0),
+        fetch.enter(Priority::Demand, &urgency).await,
+    );
+    bench.source.script([Fault::CutAfter(bytes)]);
+    let mut download = download::Download::new(
+        fetch.clone(),
+        first,
+        remotes,
+        0..30_000,
+        Priority::Demand,
+        urgency,
+        slot,
+    );
+    let mut buffer = bytes::BytesMut::new();
+    while let download::Step::Piece(piece) = download.next().await.unwrap() {
+        buffer.extend_from_slice(&piece);
+    }
+    assert_eq!(buffer.len(), bytes);
+    (download, buffer)
+}
+
+#[tokio::test]
+async fn a_request_that_pauses_holds_neither_its_slot_nor_memory_for_nothing() {
+    let options = FetchOptions {
+        max_requests: 2,
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(3, 20_000, Packing::default()), options, |source| source);
+    let (fetch, urgency) = (bench.fs.fetch(), flight::Urgency::default());
+    let engine = fetch.engine();
+    let (mut download, mut buffer) = broken_download(&bench, 0).await;
+    // The layer's only slot is free.
+    assert!(fetch.enter(Priority::Demand, &urgency).now_or_never().is_some());
+    let mut memory = engine.reserve(u64::MAX).await;
+    let mut pause = Box::pin(group::pause(engine, &mut download, &mut memory, &mut buffer, 0));
+    assert!(pause.as_mut().now_or_never().is_none());
+    assert!(engine.try_reserve(u64::MAX).is_some());
+    pause.await;
+    assert!(fetch.enter(Priority::Demand, &urgency).now_or_never().is_none());
+    assert!(matches!(download.next().await, Ok(download::Step::Piece(_))));
+    assert_eq!(bench.source.requests().len(), 2);
+}
+
+#[tokio::test]
+async fn a_request_that_pauses_keeps_what_came_until_the_memory_is_wanted() {
+    let bench = Bench::new(Sample::uniform(3, 20_000, Packing::default()), |source| source);
+    let engine = bench.fs.fetch().engine();
+    for wanted in [false, true] {
+        let (mut download, mut buffer) = broken_download(&bench, 20_000).await;
+        let mut memory = engine.reserve(u64::MAX).await;
+        let mut waiting = Box::pin(engine.reserve(1));
+        if wanted {
+            assert!(waiting.as_mut().now_or_never().is_none());
+        }
+        group::pause(engine, &mut download, &mut memory, &mut buffer, 7).await;
+        assert_eq!(memory.is_none(), wanted);
+        assert_eq!(waiting.now_or_never().is_some(), wanted);
+        assert!(download.next().await.is_ok());
+        let rest = bench.source.requests().pop().unwrap().0;
+        let (start, kept) = if wanted { (7, 0) } else { (20_000, 20_000) };
+        assert_eq!((rest.start, buffer.len()), (start, kept));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn closing_a_layer_ends_its_fetches_and_tells_its_readers() {
     let bench = Arc::new(Bench::new(Sample::uniform(3, 20_000, Packing::default()), |source| {
         source.held()
@@ -422,6 +537,8 @@ struct Case {
     faults: Vec<Fault>,
     piece: usize,
     window: u64,
+    /// Requests at once, and memory for what they bring.
+    limits: (usize, u64),
 }
 
 fn case() -> impl Strategy<Value = Case> {
@@ -441,9 +558,10 @@ fn case() -> impl Strategy<Value = Case> {
         prop::collection::vec(fault, 0..6),
         1usize..40_000,
         1u64..200_000,
+        (2usize..6, prop_oneof![Just(128u64 << 20), 1u64..300_000]),
     )
         .prop_map(
-            |(sizes, (chunk, per_member, prioritized), reads, faults, piece, window)| {
+            |(sizes, (chunk, per_member, prioritized), reads, faults, piece, window, limits)| {
                 let name = |n: usize| format!("d{}/s{}/f{n}", n % 3, n % 2);
                 let files: Vec<_> = sizes
                     .iter()
@@ -462,6 +580,7 @@ fn case() -> impl Strategy<Value = Case> {
                     faults,
                     piece,
                     window,
+                    limits,
                 }
             },
         )
@@ -471,6 +590,8 @@ async fn reads_equal_the_model(case: Case) {
     let options = FetchOptions {
         read_around: case.window,
         max_range: case.window * 4,
+        max_requests: case.limits.0,
+        memory: case.limits.1,
         ..FetchOptions::default()
     };
     let bench = Bench::with_options(Sample::new(case.files, case.packing), options, |source| {
