@@ -22,8 +22,10 @@ use crate::layer::cache::CachedLayer;
 use crate::layer::source::{BlobSource, Priority};
 use crate::metrics::defs::SourceLabels;
 
-/// How often a reader looks again after a fetch that died; more would hide a fault.
-const MAX_ROUNDS: u32 = 4;
+/// How often a reader looks again after fetches that died and brought nothing; more would hide a fault.
+const MAX_FRUITLESS_ROUNDS: u32 = 4;
+/// Groups that one read has on the way at once: a read of scattered chunks must not fill the gate's queue.
+pub(super) const MAX_GROUPS: usize = 8;
 
 /// What log lines call a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -155,7 +157,9 @@ impl LayerFetch {
     }
 
     async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>) -> Result<(), Failure> {
-        for _ in 0..MAX_ROUNDS {
+        let mut missing = self.count_missing(chunks);
+        let mut fruitless = 0;
+        while fruitless < MAX_FRUITLESS_ROUNDS {
             if self.stop.is_cancelled() {
                 break;
             }
@@ -167,11 +171,15 @@ impl LayerFetch {
                 let Wait { chunks, progress } = wait;
                 follow(progress, || self.layer.residency().contains_all(chunks.clone())).await?;
             }
+            // A round may end with more to start; chunks that have come never go, so this ends.
+            let left = self.count_missing(chunks);
+            fruitless = if left < missing { 0 } else { fruitless + 1 };
+            missing = left;
         }
         Err(Arc::new(FetchError::Abandoned))
     }
 
-    /// Starts to fetch what of `chunks` is neither resident nor under way.
+    /// Starts to fetch what of `chunks` is neither resident nor under way, the first [`MAX_GROUPS`] ranges of it.
     fn start(self: &Arc<Self>, chunks: &Range<u32>) -> Vec<Wait> {
         let missing = self.missing_members(chunks);
         let mut waits = Vec::with_capacity(missing.len());
@@ -225,7 +233,7 @@ impl LayerFetch {
         let index = self.layer.index();
         let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
         let window = readahead.window(plan::member_range(index, first).start);
-        let groups = plan::groups(
+        let mut groups = plan::groups(
             index,
             wanted,
             free,
@@ -234,10 +242,16 @@ impl LayerFetch {
                 max: self.engine.options.max_range,
             },
         );
+        groups.truncate(MAX_GROUPS);
         if let Some(last) = groups.last() {
             readahead.reached(plan::blob_range(index, last).end);
         }
         groups
+    }
+
+    fn count_missing(&self, chunks: &Range<u32>) -> usize {
+        let residency = self.layer.residency();
+        chunks.clone().filter(|&chunk| !residency.contains(chunk)).count()
     }
 
     /// The members of those of `chunks` that are not resident, each with the chunks needed of it.

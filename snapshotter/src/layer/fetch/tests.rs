@@ -440,6 +440,27 @@ fn small_windows_patient() -> FetchOptions {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_of_many_pieces_starts_a_few_at_a_time() {
+    let packing = Packing {
+        chunk: 1_000,
+        ..Packing::default()
+    };
+    let sample = Sample::uniform(1, 100_000, packing);
+    let bench = Arc::new(Bench::with_options(sample, small_windows_patient(), Scripted::held));
+    let reader = tokio::spawn({
+        let bench = bench.clone();
+        async move { bench.assert_file("dir0/file0000").await }
+    });
+    while bench.fs.fetch().flights().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(bench.fs.fetch().flights().len(), layer::MAX_GROUPS);
+    bench.source.release(1_000);
+    reader.await.unwrap();
+    assert_eq!(bench.source.requests().len(), 100);
+}
+
 /// A request of the bench's first member that breaks after `bytes`, up to where it has to pause.
 async fn broken_download(bench: &Bench, bytes: usize) -> (download::Download, bytes::BytesMut) {
     let fetch = bench.fs.fetch();
