@@ -9,8 +9,8 @@
 //!    members as it arrives, each decompressed, verified and stored by [`decode`], its waiters woken at once;
 //! 4. [`gate`] lets demand pass before prefetch.
 //!
-//! A body that breaks is continued at the byte where it broke. Wrong bytes are asked for once more, alone. Nothing here trusts
-//! the source: what is not verified by [`CachedLayer::store`](super::cache::CachedLayer::store) is never readable.
+//! A body that breaks is continued at the byte where it broke; if its source gives up, at the layer's next one ([`remotes`]).
+//! Wrong bytes are asked for once more, alone. Nothing here trusts the source: what is not verified by [`CachedLayer::store`](super::cache::CachedLayer::store) is never readable.
 
 mod decode;
 mod download;
@@ -23,6 +23,7 @@ mod layer;
 mod plan;
 mod prefetch;
 mod readahead;
+mod remotes;
 
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,10 @@
 //! One range of the blob as a sequence of pieces, whatever happens to the connections that bring it.
 //!
 //! A broken or stalled body is asked for again from the byte where it stopped; what was received is never asked for twice. The
-//! number of attempts is bounded, and so is the time without a byte.
+//! number of attempts is bounded, and so is the time without a byte. A source that is given up is followed by the layer's next one,
+//! from the same byte: every blob of one TOC has its members at the same offsets, and what does not fit is found when it is verified.
 
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,15 +13,17 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt;
 
-use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::Urgency;
-use crate::layer::source::{BlobSource, ByteStream, Priority, SourceError};
+use super::gate::Slot;
+use super::layer::LayerFetch;
+use super::remotes::Remote;
+use crate::layer::source::{ByteStream, Priority, SourceError};
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
-/// Requests without progress between them, after which a range is given up: about five seconds of a source that refuses at once.
+/// Requests without progress between them, after which a source is given up: about five seconds of a source that refuses at once.
 pub(super) const MAX_FRUITLESS: u32 = 8;
-/// Requests for one range in all: a server that sends a little each time is given up too.
+/// Requests for one range to one source in all: a server that sends a little each time is given up too.
 const MAX_ATTEMPTS: u32 = 20;
 /// Bytes that count as progress.
 const PROGRESS: u64 = 16 << 10;
@@ -28,13 +32,30 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// What happens to a range.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// Its next bytes came.
+    Piece(Bytes),
+    /// The request broke. Its slot is given up; [`Download::resume`] comes next.
+    Broken,
+    /// All of it came.
+    End,
+}
+
 pub(super) struct Download {
-    engine: Arc<Engine>,
-    source: Arc<dyn BlobSource>,
+    fetch: Arc<LayerFetch>,
+    remote: Arc<Remote>,
+    /// Whom to ask if `remote` is given up.
+    others: VecDeque<Arc<Remote>>,
+    /// Whether a remote was given up and the present one has not delivered yet.
+    on_trial: bool,
     position: u64,
     end: u64,
     priority: Priority,
     urgency: Urgency,
+    /// The right to the request under way; given up between requests.
+    slot: Option<Slot>,
     body: Option<ByteStream>,
     /// When the request under way was made.
     asked: Instant,
@@ -46,19 +67,24 @@ pub(super) struct Download {
 
 impl Download {
     pub(super) fn new(
-        engine: Arc<Engine>,
-        source: Arc<dyn BlobSource>,
+        fetch: Arc<LayerFetch>,
+        remote: Arc<Remote>,
+        others: VecDeque<Arc<Remote>>,
         range: Range<u64>,
         priority: Priority,
         urgency: Urgency,
+        slot: Slot,
     ) -> Self {
         Self {
-            engine,
-            source,
+            fetch,
+            remote,
+            others,
+            on_trial: false,
             position: range.start,
             end: range.end,
             priority,
             urgency,
+            slot: Some(slot),
             body: None,
             asked: Instant::now(),
             attempts: 0,
@@ -67,11 +93,11 @@ impl Download {
         }
     }
 
-    /// The next bytes of the range; `None` after its last.
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
+    /// The next that happens to the range.
+    pub(super) async fn next(&mut self) -> Result<Step, FetchError> {
         while self.position < self.end {
             if self.priority > Priority::Demand && !self.urgency.is_raised() {
-                self.engine.gate.stand_aside(&self.urgency).await;
+                self.fetch.engine().stand_aside(&self.urgency).await;
             }
             match self.receive().await {
                 Ok(mut piece) => {
@@ -81,30 +107,38 @@ impl Download {
                     }
                     self.position += piece.len() as u64;
                     self.received += piece.len() as u64;
+                    if !piece.is_empty() && std::mem::take(&mut self.on_trial) {
+                        self.fetch.remotes().promote(&self.remote);
+                    }
                     if self.position == self.end {
                         self.close("ok");
                     }
-                    self.engine
+                    self.fetch
+                        .engine()
                         .metrics
                         .fetch_bytes
                         .get_or_create(&KindLabels { kind: self.kind() })
                         .inc_by(piece.len() as u64);
-                    return Ok(Some(piece));
+                    return Ok(Step::Piece(piece));
                 }
-                Err(error) => self.recover(error).await?,
+                Err(error) => {
+                    if self.recover(error)? {
+                        return Ok(Step::Broken);
+                    }
+                }
             }
         }
-        Ok(None)
+        Ok(Step::End)
     }
 
     async fn receive(&mut self) -> Result<Bytes, SourceError> {
-        let stall = self.engine.options.stall_timeout;
+        let stall = self.fetch.engine().options.stall_timeout;
         let stalled = |_| SourceError::transient(format!("no byte arrived within {stall:?}"));
         if self.body.is_none() {
             self.attempts += 1;
             self.received = 0;
             self.asked = Instant::now();
-            let request = self.source.read(self.position..self.end, self.priority);
+            let request = self.remote.source.read(self.position..self.end, self.priority);
             self.body = Some(tokio::time::timeout(stall, request).await.map_err(stalled)??);
         }
         let Some(body) = &mut self.body else {
@@ -119,8 +153,8 @@ impl Download {
         }
     }
 
-    /// Ends the request under way and pauses before the next, or gives up.
-    async fn recover(&mut self, error: SourceError) -> Result<(), FetchError> {
+    /// Ends the request under way; whether a pause is due before the next.
+    fn recover(&mut self, error: SourceError) -> Result<bool, FetchError> {
         self.close(error.class());
         self.fruitless = if self.received >= PROGRESS {
             1
@@ -128,20 +162,52 @@ impl Download {
             self.fruitless + 1
         };
         if !error.is_transient() || self.fruitless >= MAX_FRUITLESS || self.attempts >= MAX_ATTEMPTS {
+            self.give_up(error)?;
+            return Ok(false);
+        }
+        tracing::debug!(error = %error, attempt = self.attempts, at = self.position, "asking for the rest again");
+        // A source in trouble must not keep others from theirs.
+        self.slot = None;
+        Ok(true)
+    }
+
+    /// Pauses after a broken request and waits for the right to make the next.
+    pub(super) async fn resume(&mut self) {
+        tokio::time::sleep(pause(self.fruitless)).await;
+        self.slot = Some(self.fetch.enter(self.priority, &self.urgency).await);
+    }
+
+    /// Goes back to `position`, between requests: what came from there on was not kept.
+    pub(super) fn rewind(&mut self, position: u64) {
+        debug_assert!(self.body.is_none(), "a body cannot go back");
+        self.position = self.position.min(position);
+    }
+
+    /// Goes on at the next remote, if there is one.
+    fn give_up(&mut self, error: SourceError) -> Result<(), FetchError> {
+        let Some(next) = self.others.pop_front() else {
             return Err(FetchError::Source {
                 attempts: self.attempts,
                 source: error,
             });
-        }
-        let pause = pause(self.fruitless);
-        tracing::debug!(error = %error, attempt = self.attempts, at = self.position, ?pause, "asking for the rest again");
-        tokio::time::sleep(pause).await;
+        };
+        let (failed, layer) = (&self.remote.names.image, self.remote.names.layer_digest);
+        tracing::warn!(image = %failed, %layer, next = %next.names.image, error = &error as &dyn std::error::Error, "a source of the layer does not deliver; asking the next");
+        self.remote = next;
+        self.on_trial = true;
+        self.attempts = 0;
+        self.fruitless = 0;
         Ok(())
+    }
+
+    /// Where the bytes given last came from.
+    pub(super) fn remote(&self) -> &Arc<Remote> {
+        &self.remote
     }
 
     fn close(&mut self, result: &'static str) {
         self.body = None;
-        let metrics = &self.engine.metrics;
+        let metrics = &self.fetch.engine().metrics;
         metrics
             .fetch_requests
             .get_or_create(&FetchLabels {

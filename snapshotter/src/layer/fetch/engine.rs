@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::flight::Urgency;
 use super::gate::Gate;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
 /// Compressed and decompressed bytes of members being received and decoded, for the whole daemon.
-pub(super) const MEMORY_BUDGET: u64 = 128 << 20;
+const MEMORY_BUDGET: u64 = 128 << 20;
 /// Unit in which the memory budget is handed out.
 const MEMORY_UNIT: u64 = 1024;
 /// Length of one prefetch request: a reader that needs its last chunk waits for no more than this.
@@ -35,6 +36,8 @@ pub struct FetchOptions {
     pub stall_timeout: Duration,
     /// Members decoded at once.
     pub decoders: usize,
+    /// Compressed and decompressed bytes of members being received and decoded.
+    pub memory: u64,
 }
 
 impl FetchOptions {
@@ -48,6 +51,7 @@ impl FetchOptions {
             prefetch_range: PREFETCH_RANGE.min(max_range),
             stall_timeout: config.registry.stall_timeout,
             decoders: std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_DECODERS)),
+            memory: MEMORY_BUDGET,
         }
     }
 }
@@ -65,6 +69,10 @@ pub struct Engine {
     pub(super) metrics: Metrics,
     decoders: Arc<Semaphore>,
     memory: Arc<Semaphore>,
+    /// Units of memory in all.
+    units: u32,
+    /// Fetches that wait for memory.
+    waiting: watch::Sender<usize>,
     runtime: Handle,
     stop: CancellationToken,
 }
@@ -80,11 +88,14 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     /// An engine whose tasks run on `runtime`.
     pub fn new(options: FetchOptions, metrics: Metrics, runtime: Handle) -> Arc<Self> {
-        let units = usize::try_from(MEMORY_BUDGET / MEMORY_UNIT).expect("the budget is small");
+        let units = u32::try_from(options.memory.min(MEMORY_BUDGET) / MEMORY_UNIT).expect("the budget is small");
+        let units = units.max(1);
         Arc::new(Self {
             gate: Gate::new(options.max_requests),
             decoders: Arc::new(Semaphore::new(options.decoders.max(1))),
-            memory: Arc::new(Semaphore::new(units)),
+            memory: Arc::new(Semaphore::new(units as usize)),
+            units,
+            waiting: watch::Sender::new(0),
             options,
             metrics,
             runtime,
@@ -115,12 +126,41 @@ impl Engine {
 
     /// A share of the memory budget, if it is free now.
     pub(super) fn try_reserve(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
-        self.memory.clone().try_acquire_many_owned(memory_units(bytes)).ok()
+        self.memory
+            .clone()
+            .try_acquire_many_owned(self.memory_units(bytes))
+            .ok()
     }
 
     /// A share of the memory budget, when it is free.
     pub(super) async fn reserve(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
-        self.memory.clone().acquire_many_owned(memory_units(bytes)).await.ok()
+        if let Some(memory) = self.try_reserve(bytes) {
+            return Some(memory);
+        }
+        let _waiting = Waiting::new(&self.waiting);
+        let units = self.memory_units(bytes);
+        self.memory.clone().acquire_many_owned(units).await.ok()
+    }
+
+    /// Returns when somebody waits for memory.
+    pub(super) async fn memory_wanted(&self) {
+        // The sender is ours, so waiting cannot fail.
+        let _ = self.waiting.subscribe().wait_for(|waiting| *waiting > 0).await;
+    }
+
+    /// Lets readers pass, as the gate says; but not while somebody waits for memory, which may be held right here.
+    pub(super) async fn stand_aside(&self, urgency: &Urgency) {
+        tokio::select! {
+            biased;
+            () = self.memory_wanted() => {}
+            () = self.gate.stand_aside(urgency) => {}
+        }
+    }
+
+    /// Units of the budget for `bytes`; never more than there are, so that waiting always ends.
+    fn memory_units(&self, bytes: u64) -> u32 {
+        let units = bytes.max(1).div_ceil(MEMORY_UNIT);
+        u32::try_from(units).unwrap_or(u32::MAX).min(self.units)
     }
 
     /// Tells all fetches to end.
@@ -129,8 +169,47 @@ impl Engine {
     }
 }
 
-/// Units of the budget for `bytes`; never more than there are, so that waiting always ends.
-fn memory_units(bytes: u64) -> u32 {
-    let units = bytes.clamp(1, MEMORY_BUDGET).div_ceil(MEMORY_UNIT);
-    u32::try_from(units).expect("the budget is small")
+/// Somebody who waits for memory, as long as it lives.
+struct Waiting<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn nobody_stands_aside_while_somebody_waits_for_memory() {
+        let engine = Engine::new(FetchOptions::default(), Metrics::unregistered(), Handle::current());
+        let urgency = Urgency::default();
+        let share = engine.gate.share();
+        let demand = engine.gate.enter_demand(&share).await;
+        let held = engine.reserve(MEMORY_BUDGET).await;
+        assert!(engine.stand_aside(&urgency).now_or_never().is_none());
+        let mut waiting = Box::pin(engine.reserve(1));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        assert!(engine.stand_aside(&urgency).now_or_never().is_some());
+        drop(held);
+        assert!(waiting.await.is_some());
+        assert!(engine.stand_aside(&urgency).now_or_never().is_none());
+        // A wait that is cancelled is none.
+        let _held = engine.reserve(MEMORY_BUDGET).await;
+        assert!(engine.reserve(1).now_or_never().is_none());
+        assert!(engine.stand_aside(&urgency).now_or_never().is_none());
+        drop(demand);
+        assert!(engine.stand_aside(&urgency).now_or_never().is_some());
+    }
 }

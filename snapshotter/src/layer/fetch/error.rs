@@ -14,7 +14,7 @@ pub enum FetchError {
     /// The source did not deliver, after all attempts.
     #[error("the source did not deliver after {attempts} attempts")]
     Source {
-        /// Requests made.
+        /// Requests made to the source asked last.
         attempts: u32,
         /// The last failure.
         #[source]

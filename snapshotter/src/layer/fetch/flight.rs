@@ -79,6 +79,11 @@ impl Flights {
     }
 
     #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.hold().table.len()
+    }
+
+    #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.hold().table.is_empty()
     }

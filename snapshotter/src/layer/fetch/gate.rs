@@ -1,68 +1,91 @@
 //! Who may use the network: bounded requests, demand before prefetch.
 //!
 //! Prefetch may hold only a part of the slots, so a reader never queues behind it; and it stops taking bytes from its connections
-//! while a reader's request is under way, so the reader has the bandwidth. No pause is longer than [`LONGEST_PAUSE`]:
+//! while a reader's request is under way, so the reader has the bandwidth. The demand of one layer may hold a part too, so a
+//! registry that does not answer keeps nobody else waiting. No pause is longer than [`LONGEST_PAUSE`]:
 //! nothing starves.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::flight::Urgency;
-use crate::layer::source::Priority;
 
 /// Longest time that a prefetch stands aside for readers between two pieces of its body.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
 pub(super) struct Gate {
-    slots: Semaphore,
-    prefetch_slots: Semaphore,
+    slots: Arc<Semaphore>,
+    prefetch_slots: Arc<Semaphore>,
     /// Demand requests that wait for a slot or have one.
-    demand: watch::Sender<usize>,
+    demand: Arc<watch::Sender<usize>>,
+    /// Demand slots of one layer.
+    share: usize,
 }
 
+/// The demand slots that one layer may have, so that one whose registry does not answer leaves the others theirs.
+#[derive(Debug)]
+pub(super) struct Share(Arc<Semaphore>);
+
 /// The right to one request.
-pub(super) struct Slot<'a> {
-    _slot: Option<SemaphorePermit<'a>>,
-    _prefetch_slot: Option<SemaphorePermit<'a>>,
-    demand: Option<&'a watch::Sender<usize>>,
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    _slot: Option<OwnedSemaphorePermit>,
+    _prefetch_slot: Option<OwnedSemaphorePermit>,
+    _share: Option<OwnedSemaphorePermit>,
+    _demand: Option<Counted>,
+}
+
+/// One demand request, counted as long as it lives.
+#[derive(Debug)]
+struct Counted(Arc<watch::Sender<usize>>);
+
+impl Counted {
+    fn new(demand: &Arc<watch::Sender<usize>>) -> Self {
+        demand.send_modify(|count| *count += 1);
+        Self(demand.clone())
+    }
 }
 
 impl Gate {
-    /// `slots` requests at once; prefetch has a quarter of them.
+    /// `slots` requests at once; prefetch has a quarter of them, the demand of one layer half.
     pub(super) fn new(slots: usize) -> Self {
         let slots = slots.max(2);
         Self {
-            slots: Semaphore::new(slots),
-            prefetch_slots: Semaphore::new((slots / 4).max(1)),
-            demand: watch::Sender::new(0),
+            slots: Arc::new(Semaphore::new(slots)),
+            prefetch_slots: Arc::new(Semaphore::new((slots / 4).max(1))),
+            demand: Arc::new(watch::Sender::new(0)),
+            share: slots / 2,
         }
     }
 
-    /// Waits for the right to make a request.
-    pub(super) async fn enter(&self, priority: Priority) -> Slot<'_> {
-        match priority {
-            Priority::Demand => {
-                self.demand.send_modify(|count| *count += 1);
-                // Made first, so that the count falls again if the wait is cancelled.
-                let mut slot = Slot {
-                    _slot: None,
-                    _prefetch_slot: None,
-                    demand: Some(&self.demand),
-                };
-                slot._slot = self.slots.acquire().await.ok();
-                slot
-            }
-            Priority::Prefetch => {
-                let prefetch_slot = self.prefetch_slots.acquire().await.ok();
-                self.stand_aside(&Urgency::default()).await;
-                Slot {
-                    _prefetch_slot: prefetch_slot,
-                    _slot: self.slots.acquire().await.ok(),
-                    demand: None,
-                }
-            }
+    /// The share of one more layer.
+    pub(super) fn share(&self) -> Share {
+        Share(Arc::new(Semaphore::new(self.share)))
+    }
+
+    /// Waits for the right to make a request that a reader waits for.
+    pub(super) async fn enter_demand(&self, share: &Share) -> Slot {
+        // Counted first, and for as long as it waits or has a slot.
+        let counted = Counted::new(&self.demand);
+        Slot {
+            _share: share.0.clone().acquire_owned().await.ok(),
+            _slot: self.slots.clone().acquire_owned().await.ok(),
+            _demand: Some(counted),
+            ..Slot::default()
+        }
+    }
+
+    /// Waits for the right to make a request that nobody waits for.
+    pub(super) async fn enter_prefetch(&self) -> Slot {
+        let prefetch_slot = self.prefetch_slots.clone().acquire_owned().await.ok();
+        self.stand_aside(&Urgency::default()).await;
+        Slot {
+            _prefetch_slot: prefetch_slot,
+            _slot: self.slots.clone().acquire_owned().await.ok(),
+            ..Slot::default()
         }
     }
 
@@ -80,11 +103,9 @@ impl Gate {
     }
 }
 
-impl Drop for Slot<'_> {
+impl Drop for Counted {
     fn drop(&mut self) {
-        if let Some(demand) = self.demand {
-            demand.send_modify(|count| *count = count.saturating_sub(1));
-        }
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
     }
 }
 
@@ -99,13 +120,10 @@ mod tests {
     #[tokio::test]
     async fn demand_finds_a_slot_whatever_prefetch_holds_and_prefetch_stands_aside() {
         let gate = Gate::new(4);
-        let prefetch = gate.enter(Priority::Prefetch).await;
-        assert!(
-            tokio::time::timeout(SOON, gate.enter(Priority::Prefetch))
-                .await
-                .is_err()
-        );
-        let demand = gate.enter(Priority::Demand).await;
+        let share = gate.share();
+        let prefetch = gate.enter_prefetch().await;
+        assert!(tokio::time::timeout(SOON, gate.enter_prefetch()).await.is_err());
+        let demand = gate.enter_demand(&share).await;
         let before = Instant::now();
         let urgency = Urgency::default();
         gate.stand_aside(&urgency).await;
@@ -127,9 +145,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_cancelled_demand_leaves_no_trace() {
-        let gate = Gate::new(2);
-        let held = [gate.enter(Priority::Demand).await, gate.enter(Priority::Demand).await];
-        assert!(tokio::time::timeout(SOON, gate.enter(Priority::Demand)).await.is_err());
+        let gate = Gate::new(4);
+        let share = gate.share();
+        let held = [gate.enter_demand(&share).await, gate.enter_demand(&share).await];
+        assert!(tokio::time::timeout(SOON, gate.enter_demand(&share)).await.is_err());
+        // Another layer finds the other half.
+        drop(gate.enter_demand(&gate.share()).await);
         assert_eq!(*gate.demand.borrow(), 2);
         drop(held);
         assert_eq!(*gate.demand.borrow(), 0);

@@ -11,12 +11,14 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
 use super::decode;
-use super::download::Download;
+use super::download::{Download, Step};
+use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Claim, Urgency};
 use super::gate::Slot;
 use super::layer::LayerFetch;
 use super::plan;
+use super::remotes::Remote;
 use crate::layer::source::Priority;
 
 /// Members to fetch together; in blob order.
@@ -30,6 +32,7 @@ pub(super) struct Group {
 struct Received {
     claim: Claim,
     bytes: Bytes,
+    from: Arc<Remote>,
     _memory: Option<OwnedSemaphorePermit>,
 }
 
@@ -46,17 +49,20 @@ struct Cutter {
 }
 
 /// Fetches a group and settles every claim of it.
-pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
+pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     let Some(range) = range_of(&fetch, &group.claims) else {
         return;
     };
-    let source = fetch.remote().source.clone();
+    let mut remotes = VecDeque::from(fetch.remotes().all());
+    let Some(first) = remotes.pop_front() else { return };
     let mut download = Download::new(
-        fetch.engine().clone(),
-        source,
+        fetch.clone(),
+        first,
+        remotes,
         range.clone(),
         group.priority,
         group.urgency,
+        slot,
     );
     let mut cutter = Cutter {
         fetch,
@@ -67,19 +73,21 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot<'_>) {
         jobs: JoinSet::new(),
     };
     let result = loop {
-        cutter.cut().await;
+        cutter.cut(download.remote()).await;
         match download.next().await {
-            Ok(Some(piece)) => cutter.buffer.extend_from_slice(&piece),
-            Ok(None) => break Ok(()),
+            Ok(Step::Piece(piece)) => cutter.buffer.extend_from_slice(&piece),
+            Ok(Step::Broken) => cutter.pause(&mut download).await,
+            Ok(Step::End) => break Ok(()),
             Err(error) => break Err(error),
         }
     };
     cutter.memory = None;
     cutter.buffer = BytesMut::new();
     // What the jobs still do is local, or asks for a slot of its own.
-    drop(slot);
+    let remote = download.remote().clone();
+    drop(download);
     if let Err(error) = result {
-        cutter.give_up(error);
+        cutter.give_up(error, &remote);
     }
     while cutter.jobs.join_next().await.is_some() {}
     cutter.fetch.group_done();
@@ -92,7 +100,7 @@ fn range_of(fetch: &LayerFetch, claims: &VecDeque<Claim>) -> Option<std::ops::Ra
 
 impl Cutter {
     /// Hands all whole members at the buffer's start to the decompression threads, and makes room for the next.
-    async fn cut(&mut self) {
+    async fn cut(&mut self, remote: &Arc<Remote>) {
         let mut ready = Vec::new();
         while let Some(claim) = self.claims.front() {
             let member = plan::member_range(self.fetch.layer().index(), claim.member());
@@ -123,11 +131,17 @@ impl Cutter {
                 ready.push(Received {
                     claim,
                     bytes,
+                    from: remote.clone(),
                     _memory: self.memory.take(),
                 });
             }
         }
         self.start_job(ready);
+    }
+
+    async fn pause(&mut self, download: &mut Download) {
+        let engine = self.fetch.engine().clone();
+        pause(&engine, download, &mut self.memory, &mut self.buffer, self.start).await;
     }
 
     fn skip_to(&mut self, offset: u64) {
@@ -148,8 +162,8 @@ impl Cutter {
         while self.jobs.try_join_next().is_some() {}
     }
 
-    fn give_up(&mut self, error: FetchError) {
-        let names = &self.fetch.remote().names;
+    fn give_up(&mut self, error: FetchError, remote: &Remote) {
+        let names = &remote.names;
         tracing::error!(image = %names.image, layer = %names.layer_digest, members = self.claims.len(), error = &error as &dyn std::error::Error, "a range of the layer cannot be fetched");
         let failure = Arc::new(error);
         for claim in self.claims.drain(..) {
@@ -158,18 +172,52 @@ impl Cutter {
     }
 }
 
+/// Waits for the next request after one that broke, without keeping others from their memory.
+///
+/// Memory is kept only for bytes that came already, and only until somebody waits for memory. Otherwise those who have a slot and
+/// wait for memory, and those who have memory and wait for a slot, could wait for each other. Bytes that lose their memory
+/// are forgotten; `buffer` holds those from `start` on.
+pub(super) async fn pause(
+    engine: &Engine,
+    download: &mut Download,
+    memory: &mut Option<OwnedSemaphorePermit>,
+    buffer: &mut BytesMut,
+    start: u64,
+) {
+    if buffer.is_empty() {
+        *memory = None;
+        return download.resume().await;
+    }
+    {
+        let mut resumed = std::pin::pin!(download.resume());
+        tokio::select! {
+            biased;
+            () = engine.memory_wanted() => {}
+            () = &mut resumed => return,
+        }
+        *memory = None;
+        *buffer = BytesMut::new();
+        resumed.await;
+    }
+    download.rewind(start);
+}
+
 /// Stores what was received; what is wrong is asked for once more.
 async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
     let layer = fetch.layer().clone();
     let metrics = fetch.engine().metrics.clone();
     let store = move || {
         let mut wrong = Vec::new();
-        for Received { claim, bytes, _memory } in ready {
+        for received in ready {
+            let Received { claim, bytes, from, .. } = received;
             match decode::store_member(&layer, &metrics, claim.member(), &bytes) {
-                Ok(()) => claim.settle(Ok(())),
+                Ok(()) => {
+                    from.has_delivered();
+                    claim.settle(Ok(()));
+                }
                 Err(error @ FetchError::Corrupt { .. }) => {
                     claim.announce_partial();
-                    wrong.push((claim, error));
+                    wrong.push((claim, from, error));
                 }
                 Err(error) => claim.settle(Err(Arc::new(error))),
             }
@@ -178,31 +226,65 @@ async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
     };
     // If decoding panicked, the claims are dropped and their waiters look again.
     let wrong = fetch.engine().decode(store).await.unwrap_or_default();
-    for (claim, error) in wrong {
-        fetch.log_corruption(&error, "wrong bytes from the registry; asking once more");
-        let result = refetch(&fetch, claim.member()).await;
+    for (claim, from, error) in wrong {
+        fetch.log_corruption(&from.names, &error, "wrong bytes from the registry; asking once more");
+        let result = refetch(&fetch, claim.member(), &from).await;
         if let Err(error) = &result {
-            fetch.log_corruption(error, "wrong bytes from the registry, again; the reader gets an error");
+            fetch.log_corruption(
+                &from.names,
+                error,
+                "wrong bytes from the registry, again; the reader gets an error",
+            );
         }
         claim.settle(result.map_err(Arc::new));
     }
 }
 
-/// Asks for one member alone, from scratch.
-async fn refetch(fetch: &Arc<LayerFetch>, member: u32) -> Result<(), FetchError> {
+/// Asks for one member alone, from scratch: each remote once, and last the one whose bytes were wrong.
+async fn refetch(fetch: &Arc<LayerFetch>, member: u32, culprit: &Arc<Remote>) -> Result<(), FetchError> {
+    for other in fetch.remotes().all() {
+        if Arc::ptr_eq(&other, culprit) {
+            continue;
+        }
+        match refetch_from(fetch, member, other.clone()).await {
+            Err(error @ (FetchError::Source { .. } | FetchError::Corrupt { .. })) => {
+                fetch.log_corruption(&other.names, &error, "another source of the layer has no better bytes");
+            }
+            Ok(()) => {
+                fetch.remotes().promote(&other);
+                return Ok(());
+            }
+            Err(local) => return Err(local),
+        }
+    }
+    refetch_from(fetch, member, culprit.clone()).await
+}
+
+async fn refetch_from(fetch: &Arc<LayerFetch>, member: u32, remote: Arc<Remote>) -> Result<(), FetchError> {
     let engine = fetch.engine();
     let range = plan::member_range(fetch.layer().index(), member);
-    let _slot = engine.gate.enter(Priority::Demand).await;
-    let _memory = engine
-        .reserve((range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member))
-        .await;
-    let source = fetch.remote().source.clone();
-    let mut download = Download::new(engine.clone(), source, range, Priority::Demand, Urgency::default());
+    let size = (range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member);
+    let (alone, urgency) = (VecDeque::new(), Urgency::default());
+    let slot = fetch.enter(Priority::Demand, &urgency).await;
+    let (priority, start) = (Priority::Demand, range.start);
+    let mut download = Download::new(fetch.clone(), remote.clone(), alone, range, priority, urgency, slot);
+    let mut memory = None;
     let mut bytes = BytesMut::new();
-    while let Some(piece) = download.next().await? {
-        bytes.extend_from_slice(&piece);
+    loop {
+        if memory.is_none() {
+            memory = engine.reserve(size).await;
+        }
+        match download.next().await? {
+            Step::Piece(piece) => bytes.extend_from_slice(&piece),
+            Step::Broken => pause(engine, &mut download, &mut memory, &mut bytes, start).await,
+            Step::End => break,
+        }
     }
+    // What is left is local.
+    drop(download);
     let (layer, metrics) = (fetch.layer().clone(), engine.metrics.clone());
     let store = move || decode::store_member(&layer, &metrics, member, &bytes);
-    engine.decode(store).await.unwrap_or(Err(FetchError::Abandoned))
+    engine.decode(store).await.unwrap_or(Err(FetchError::Abandoned))?;
+    remote.has_delivered();
+    Ok(())
 }

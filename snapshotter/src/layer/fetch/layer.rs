@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use estargz::digest::Digest;
@@ -13,15 +13,19 @@ use tokio_util::task::TaskTracker;
 use super::engine::Engine;
 use super::error::{Failure, FetchError};
 use super::flight::{Flights, Progress, Urgency};
+use super::gate::{Share, Slot};
 use super::group::{self, Group};
 use super::plan::{self, Reach};
 use super::readahead::Readahead;
+use super::remotes::{Remote, Remotes};
 use crate::layer::cache::CachedLayer;
 use crate::layer::source::{BlobSource, Priority};
 use crate::metrics::defs::SourceLabels;
 
-/// How often a reader looks again after a fetch that died; more would hide a fault.
-const MAX_ROUNDS: u32 = 4;
+/// How often a reader looks again after fetches that died and brought nothing; more would hide a fault.
+const MAX_FRUITLESS_ROUNDS: u32 = 4;
+/// Groups that one read has on the way at once: a read of scattered chunks must not fill the gate's queue.
+pub(super) const MAX_GROUPS: usize = 8;
 
 /// What log lines call a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,21 +36,16 @@ pub struct LayerNames {
     pub layer_digest: Digest,
 }
 
-/// Where a layer is fetched from.
-pub(super) struct Remote {
-    pub(super) source: Arc<dyn BlobSource>,
-    pub(super) names: LayerNames,
-}
-
 /// Makes chunks of one layer resident.
 pub struct LayerFetch {
     engine: Arc<Engine>,
     layer: Arc<CachedLayer>,
-    remote: RwLock<Arc<Remote>>,
+    remotes: Remotes,
     flights: Flights,
     readahead: Mutex<Readahead>,
     tasks: TaskTracker,
     stop: CancellationToken,
+    share: Share,
 }
 
 /// What a reader waits for: chunks, and the fetch of the member that holds them.
@@ -64,27 +63,33 @@ impl LayerFetch {
         names: LayerNames,
     ) -> Arc<Self> {
         let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
-        let remote = RwLock::new(Arc::new(Remote { source, names }));
+        let remotes = Remotes::new(Remote::new(source, names));
         let stop = engine.stop_signal();
+        let share = engine.gate.share();
         Arc::new(Self {
             engine,
             layer,
-            remote,
+            remotes,
             flights: Flights::default(),
             readahead,
             tasks: TaskTracker::new(),
             stop,
+            share,
         })
     }
 
-    /// Fetches from another source from now on; requests under way end at the old one.
-    pub fn set_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
-        *self.remote.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Remote { source, names });
+    /// Asks this source first from now on; what fails there is asked of those that were known before.
+    pub fn prefer_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
+        self.remotes.prefer(Remote::new(source, names));
     }
 
-    pub(super) fn remote(&self) -> Arc<Remote> {
-        // A reference is all that the lock guards.
-        self.remote.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Asks this source where all others fail.
+    pub fn offer_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
+        self.remotes.offer(Remote::new(source, names));
+    }
+
+    pub(super) fn remotes(&self) -> &Remotes {
+        &self.remotes
     }
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
@@ -93,6 +98,19 @@ impl LayerFetch {
 
     pub(super) fn flights(&self) -> &Flights {
         &self.flights
+    }
+
+    /// Waits for the right to make a request; as a prefetch only until a reader waits for it.
+    pub(super) async fn enter(&self, priority: Priority, urgency: &Urgency) -> Slot {
+        let gate = &self.engine.gate;
+        if priority > Priority::Demand {
+            tokio::select! {
+                biased;
+                () = urgency.raised() => {}
+                slot = gate.enter_prefetch() => return slot,
+            }
+        }
+        gate.enter_demand(&self.share).await
     }
 
     /// Runs a task of this layer until it ends or the layer is closed.
@@ -139,7 +157,9 @@ impl LayerFetch {
     }
 
     async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>) -> Result<(), Failure> {
-        for _ in 0..MAX_ROUNDS {
+        let mut missing = self.count_missing(chunks);
+        let mut fruitless = 0;
+        while fruitless < MAX_FRUITLESS_ROUNDS {
             if self.stop.is_cancelled() {
                 break;
             }
@@ -148,27 +168,18 @@ impl LayerFetch {
                 return Ok(());
             }
             for wait in waits {
-                self.follow(wait).await?;
+                let Wait { chunks, progress } = wait;
+                follow(progress, || self.layer.residency().contains_all(chunks.clone())).await?;
             }
+            // A round may end with more to start; chunks that have come never go, so this ends.
+            let left = self.count_missing(chunks);
+            fruitless = if left < missing { 0 } else { fruitless + 1 };
+            missing = left;
         }
         Err(Arc::new(FetchError::Abandoned))
     }
 
-    /// Waits until the chunks are there or their fetch is over, whichever is first.
-    async fn follow(&self, mut wait: Wait) -> Result<(), Failure> {
-        while !self.layer.residency().contains_all(wait.chunks.clone()) {
-            let progress = wait.progress.borrow_and_update().clone();
-            match progress {
-                Progress::Settled(result) => return result,
-                // A fetch that died says nothing more; the caller looks again.
-                Progress::Pending | Progress::Partial if wait.progress.changed().await.is_err() => return Ok(()),
-                Progress::Pending | Progress::Partial => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Starts to fetch what of `chunks` is neither resident nor under way.
+    /// Starts to fetch what of `chunks` is neither resident nor under way, the first [`MAX_GROUPS`] ranges of it.
     fn start(self: &Arc<Self>, chunks: &Range<u32>) -> Vec<Wait> {
         let missing = self.missing_members(chunks);
         let mut waits = Vec::with_capacity(missing.len());
@@ -208,8 +219,7 @@ impl LayerFetch {
         for group in groups {
             let fetch = self.clone();
             self.spawn(async move {
-                let engine = fetch.engine.clone();
-                let slot = engine.gate.enter(group.priority).await;
+                let slot = fetch.enter(group.priority, &group.urgency).await;
                 group::run(fetch, group, slot).await;
             });
         }
@@ -223,7 +233,7 @@ impl LayerFetch {
         let index = self.layer.index();
         let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
         let window = readahead.window(plan::member_range(index, first).start);
-        let groups = plan::groups(
+        let mut groups = plan::groups(
             index,
             wanted,
             free,
@@ -232,10 +242,16 @@ impl LayerFetch {
                 max: self.engine.options.max_range,
             },
         );
+        groups.truncate(MAX_GROUPS);
         if let Some(last) = groups.last() {
             readahead.reached(plan::blob_range(index, last).end);
         }
         groups
+    }
+
+    fn count_missing(&self, chunks: &Range<u32>) -> usize {
+        let residency = self.layer.residency();
+        chunks.clone().filter(|&chunk| !residency.contains(chunk)).count()
     }
 
     /// The members of those of `chunks` that are not resident, each with the chunks needed of it.
@@ -272,8 +288,7 @@ impl LayerFetch {
     }
 
     /// Names image, layer, file and chunk of wrong bytes.
-    pub(super) fn log_corruption(&self, error: &FetchError, what: &'static str) {
-        let names = &self.remote().names;
+    pub(super) fn log_corruption(&self, names: &LayerNames, error: &FetchError, what: &'static str) {
         let (image, layer) = (names.image.as_str(), names.layer_digest);
         let FetchError::Corrupt { chunk, .. } = error else {
             tracing::error!(image, %layer, error = error as &dyn std::error::Error, "{what}");
@@ -287,5 +302,49 @@ impl LayerFetch {
         let offset = entry.as_ref().map_or(0, |entry| entry.file_offset);
         let file = String::from_utf8_lossy(&file);
         tracing::error!(image, %layer, %file, chunk, offset, error = error as &dyn std::error::Error, "{what}");
+    }
+}
+
+/// Waits until `is_resident` holds or the fetch is over, whichever is first.
+///
+/// Chunks become resident before their fetch says so. What it has said is therefore marked as seen first and residency looked at
+/// afterwards: whatever comes in between still counts as a change.
+async fn follow(mut progress: watch::Receiver<Progress>, mut is_resident: impl FnMut() -> bool) -> Result<(), Failure> {
+    loop {
+        let said = progress.borrow_and_update().clone();
+        if is_resident() {
+            return Ok(());
+        }
+        match said {
+            Progress::Settled(result) => return result,
+            // A fetch that died says nothing more; the caller looks again.
+            Progress::Pending | Progress::Partial if progress.changed().await.is_err() => return Ok(()),
+            Progress::Pending | Progress::Partial => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn what_becomes_resident_while_its_reader_looks_is_not_slept_through() {
+        let flights = Flights::default();
+        let claim = flights.hold().claim(7, &Urgency::default()).unwrap();
+        let progress = flights.hold().join(7).unwrap();
+        let mut looks = 0;
+        let following = follow(progress, || {
+            looks += 1;
+            if looks == 1 {
+                // The bit is set and announced right after the reader has seen that it is not.
+                claim.announce_partial();
+            }
+            looks > 1
+        });
+        assert!(matches!(following.now_or_never(), Some(Ok(()))));
+        assert_eq!(looks, 2);
     }
 }

@@ -34,8 +34,7 @@ impl LayerFetch {
             let fetch = self.clone();
             let (send, started) = tokio::sync::oneshot::channel();
             requests.spawn(async move {
-                let engine = fetch.engine().clone();
-                let slot = engine.gate.enter(Priority::Prefetch).await;
+                let slot = fetch.enter(Priority::Prefetch, &Urgency::default()).await;
                 let claimed = fetch.claim_run(next, until);
                 // The receiver is gone only when the whole prefetch is.
                 let _ = send.send(claimed.as_ref().map(|(_, members)| members.end));

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use proptest::prelude::*;
 use tokio::runtime::Handle;
 
@@ -28,16 +29,21 @@ impl Bench {
     }
 
     fn with_options(sample: Sample, options: FetchOptions, prepare: impl FnOnce(Scripted) -> Scripted) -> Self {
+        let engine = Engine::new(options, Metrics::unregistered(), Handle::current());
+        Self::on_engine(&engine, sample, prepare)
+    }
+
+    /// One of several layers.
+    fn on_engine(engine: &Arc<Engine>, sample: Sample, prepare: impl FnOnce(Scripted) -> Scripted) -> Self {
         let test = TestStore::new();
         let layer = Arc::new(sample.create(&test.store));
         let source = Arc::new(prepare(Scripted::new(sample.blob.clone())));
-        let metrics = Metrics::unregistered();
-        let engine = Engine::new(options, metrics.clone(), Handle::current());
+        let metrics = engine.metrics().clone();
         let names = LayerNames {
             image: "registry.test/image:1".to_owned(),
             layer_digest: sample.origin().layer_digest,
         };
-        let fetch = LayerFetch::new(engine, layer, Arc::new(source.clone()), names);
+        let fetch = LayerFetch::new(engine.clone(), layer, Arc::new(source.clone()), names);
         Self {
             _test: test,
             sample,
@@ -247,6 +253,71 @@ async fn wrong_bytes_are_asked_for_once_more_and_then_are_an_error_for_their_rea
     assert_only_verified(bench.fs.fetch().layer());
 }
 
+/// Another image that has the layer, and is asked first.
+fn other_image(bench: &Bench, number: u32) -> Arc<Scripted> {
+    let source = Arc::new(Scripted::new(bench.sample.blob.clone()));
+    let names = LayerNames {
+        image: format!("private.test/image:{number}"),
+        layer_digest: bench.sample.origin().layer_digest,
+    };
+    bench.fs.fetch().prefer_source(Arc::new(source.clone()), names);
+    source
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_fails_takes_the_layer_from_no_other_image() {
+    let options = FetchOptions {
+        read_around: 1,
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(6, 50_000, Packing::default()), options, |source| source);
+    let refusing = other_image(&bench, 1);
+    refusing.script([Fault::Permanent]);
+    bench.assert_file("dir0/file0000").await;
+    assert_eq!((refusing.requests().len(), bench.source.requests().len()), (1, 1));
+    // What delivered is asked first from now on.
+    bench.assert_file("dir1/file0001").await;
+    assert_eq!((refusing.requests().len(), bench.source.requests().len()), (1, 2));
+    // The last pull is asked first again; its body breaks and it does not go on.
+    let broken = other_image(&bench, 2);
+    broken.script([Fault::CutAfter(20_001), Fault::Permanent]);
+    bench.assert_file("dir2/file0002").await;
+    let rest = bench.source.requests().pop().unwrap().0;
+    let asked: Vec<_> = broken.requests().into_iter().map(|(range, _)| range).collect();
+    assert_eq!(asked, [rest.start - 20_001..rest.end, rest.clone()]);
+    let dead = other_image(&bench, 3);
+    dead.script([Fault::Transient; download::MAX_FRUITLESS as usize]);
+    bench.assert_file("dir3/file0003").await;
+    assert_eq!(dead.requests().len(), download::MAX_FRUITLESS as usize);
+    assert_eq!(bench.source.requests().len(), 4);
+    // Only if all of them fail, the reader is told.
+    for source in [&refusing, &broken, &dead, &bench.source] {
+        source.script([Fault::Permanent]);
+    }
+    assert_eq!(bench.errno("dir4/file0004").await, libc::EIO);
+    bench.assert_file("dir4/file0004").await;
+    bench.settle().await;
+    assert_only_verified(bench.fs.fetch().layer());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_of_one_source_are_asked_of_another() {
+    let options = FetchOptions {
+        read_around: 1,
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(6, 50_000, Packing::default()), options, |source| source);
+    let wrong = other_image(&bench, 1);
+    for path in ["dir0/file0000", "dir1/file0001"] {
+        wrong.corrupt(bench.middle_of(path), u32::MAX);
+        bench.assert_file(path).await;
+        bench.settle().await;
+    }
+    assert_eq!((wrong.requests().len(), bench.source.requests().len()), (1, 2));
+    assert_eq!(bench.metrics.verify_failures.get(), 1);
+    assert_only_verified(bench.fs.fetch().layer());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn in_a_member_of_several_chunks_the_right_ones_are_kept() {
     let packing = Packing {
@@ -331,6 +402,136 @@ async fn prefetch_brings_the_prioritized_files_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_does_not_answer_leaves_the_others_their_slots() {
+    let options = FetchOptions {
+        max_requests: 4,
+        ..small_windows_patient()
+    };
+    let engine = Engine::new(options, Metrics::unregistered(), Handle::current());
+    let sample = || Sample::uniform(9, 20_000, Packing::default());
+    let silent = Arc::new(Bench::on_engine(&engine, sample(), Scripted::held));
+    let readers: Vec<_> = (0..7)
+        .map(|n| {
+            let silent = silent.clone();
+            tokio::spawn(async move { silent.assert_file(&format!("dir{n}/file{n:04}")).await })
+        })
+        .collect();
+    while silent.fs.fetch().flights().len() < readers.len() {
+        tokio::task::yield_now().await;
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let other = Bench::on_engine(&engine, sample(), |source| source);
+    tokio::time::timeout(Duration::from_secs(20), other.assert_file("dir0/file0000"))
+        .await
+        .unwrap();
+    assert_eq!(silent.source.requests().len(), 2);
+    silent.source.release(1_000);
+    for reader in readers {
+        reader.await.unwrap();
+    }
+}
+
+/// Each member is a request of its own, and none is given up.
+fn small_windows_patient() -> FetchOptions {
+    FetchOptions {
+        max_range: 1,
+        stall_timeout: Duration::from_secs(600),
+        ..small_windows()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_of_many_pieces_starts_a_few_at_a_time() {
+    let packing = Packing {
+        chunk: 1_000,
+        ..Packing::default()
+    };
+    let sample = Sample::uniform(1, 100_000, packing);
+    let bench = Arc::new(Bench::with_options(sample, small_windows_patient(), Scripted::held));
+    let reader = tokio::spawn({
+        let bench = bench.clone();
+        async move { bench.assert_file("dir0/file0000").await }
+    });
+    while bench.fs.fetch().flights().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(bench.fs.fetch().flights().len(), layer::MAX_GROUPS);
+    bench.source.release(1_000);
+    reader.await.unwrap();
+    assert_eq!(bench.source.requests().len(), 100);
+}
+
+/// A request of the bench's first member that breaks after `bytes`, up to where it has to pause.
+async fn broken_download(bench: &Bench, bytes: usize) -> (download::Download, bytes::BytesMut) {
+    let fetch = bench.fs.fetch();
+    let remotes = std::collections::VecDeque::new();
+    let urgency = flight::Urgency::default();
+    let (first, slot) = (
+        fetch.remotes().all().remove(0),
+        fetch.enter(Priority::Demand, &urgency).await,
+    );
+    bench.source.script([Fault::CutAfter(bytes)]);
+    let mut download = download::Download::new(
+        fetch.clone(),
+        first,
+        remotes,
+        0..30_000,
+        Priority::Demand,
+        urgency,
+        slot,
+    );
+    let mut buffer = bytes::BytesMut::new();
+    while let download::Step::Piece(piece) = download.next().await.unwrap() {
+        buffer.extend_from_slice(&piece);
+    }
+    assert_eq!(buffer.len(), bytes);
+    (download, buffer)
+}
+
+#[tokio::test]
+async fn a_request_that_pauses_holds_neither_its_slot_nor_memory_for_nothing() {
+    let options = FetchOptions {
+        max_requests: 2,
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(3, 20_000, Packing::default()), options, |source| source);
+    let (fetch, urgency) = (bench.fs.fetch(), flight::Urgency::default());
+    let engine = fetch.engine();
+    let (mut download, mut buffer) = broken_download(&bench, 0).await;
+    // The layer's only slot is free.
+    assert!(fetch.enter(Priority::Demand, &urgency).now_or_never().is_some());
+    let mut memory = engine.reserve(u64::MAX).await;
+    let mut pause = Box::pin(group::pause(engine, &mut download, &mut memory, &mut buffer, 0));
+    assert!(pause.as_mut().now_or_never().is_none());
+    assert!(engine.try_reserve(u64::MAX).is_some());
+    pause.await;
+    assert!(fetch.enter(Priority::Demand, &urgency).now_or_never().is_none());
+    assert!(matches!(download.next().await, Ok(download::Step::Piece(_))));
+    assert_eq!(bench.source.requests().len(), 2);
+}
+
+#[tokio::test]
+async fn a_request_that_pauses_keeps_what_came_until_the_memory_is_wanted() {
+    let bench = Bench::new(Sample::uniform(3, 20_000, Packing::default()), |source| source);
+    let engine = bench.fs.fetch().engine();
+    for wanted in [false, true] {
+        let (mut download, mut buffer) = broken_download(&bench, 20_000).await;
+        let mut memory = engine.reserve(u64::MAX).await;
+        let mut waiting = Box::pin(engine.reserve(1));
+        if wanted {
+            assert!(waiting.as_mut().now_or_never().is_none());
+        }
+        group::pause(engine, &mut download, &mut memory, &mut buffer, 7).await;
+        assert_eq!(memory.is_none(), wanted);
+        assert_eq!(waiting.now_or_never().is_some(), wanted);
+        assert!(download.next().await.is_ok());
+        let rest = bench.source.requests().pop().unwrap().0;
+        let (start, kept) = if wanted { (7, 0) } else { (20_000, 20_000) };
+        assert_eq!((rest.start, buffer.len()), (start, kept));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn closing_a_layer_ends_its_fetches_and_tells_its_readers() {
     let bench = Arc::new(Bench::new(Sample::uniform(3, 20_000, Packing::default()), |source| {
         source.held()
@@ -357,6 +558,8 @@ struct Case {
     faults: Vec<Fault>,
     piece: usize,
     window: u64,
+    /// Requests at once, and memory for what they bring.
+    limits: (usize, u64),
 }
 
 fn case() -> impl Strategy<Value = Case> {
@@ -376,9 +579,10 @@ fn case() -> impl Strategy<Value = Case> {
         prop::collection::vec(fault, 0..6),
         1usize..40_000,
         1u64..200_000,
+        (2usize..6, prop_oneof![Just(128u64 << 20), 1u64..300_000]),
     )
         .prop_map(
-            |(sizes, (chunk, per_member, prioritized), reads, faults, piece, window)| {
+            |(sizes, (chunk, per_member, prioritized), reads, faults, piece, window, limits)| {
                 let name = |n: usize| format!("d{}/s{}/f{n}", n % 3, n % 2);
                 let files: Vec<_> = sizes
                     .iter()
@@ -397,6 +601,7 @@ fn case() -> impl Strategy<Value = Case> {
                     faults,
                     piece,
                     window,
+                    limits,
                 }
             },
         )
@@ -406,6 +611,8 @@ async fn reads_equal_the_model(case: Case) {
     let options = FetchOptions {
         read_around: case.window,
         max_range: case.window * 4,
+        max_requests: case.limits.0,
+        memory: case.limits.1,
         ..FetchOptions::default()
     };
     let bench = Bench::with_options(Sample::new(case.files, case.packing), options, |source| {

@@ -74,7 +74,8 @@ impl Shared {
     /// Mounts a layer from what is on disk.
     pub(super) async fn restore(self: &Arc<Self>, slot: &Slot, origin: &LayerOrigin) -> Result<LayerMount, NotLazy> {
         let mut mounted = slot.mounted.lock().await;
-        if let Some(mount) = self.mount_of(mounted.as_ref()) {
+        if let (Some(mount), Some(mounted)) = (self.mount_of(mounted.as_ref()), mounted.as_ref()) {
+            self.offer_source(&mounted.fetch, &origin.image, origin.layer_digest);
             return Ok(mount);
         }
         self.discard_dead(slot, &mut mounted).await;
@@ -100,14 +101,24 @@ impl Shared {
         })
     }
 
-    /// The image that was pulled last is the one whose registry and credentials most likely work.
+    /// The image that was pulled last is the one whose registry and credentials most likely work; the others stay behind it.
     fn renew_source(&self, mounted: Option<&Mounted>, names: LayerNames) {
         if let Some(mounted) = mounted {
             let size = mounted.fetch.layer().index().blob_size();
             mounted
                 .fetch
-                .set_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
+                .prefer_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
         }
+    }
+
+    /// Another image of the layer, to be asked where the others fail.
+    fn offer_source(&self, fetch: &LayerFetch, image: &str, layer_digest: Digest) {
+        let size = fetch.layer().index().blob_size();
+        let names = LayerNames {
+            image: image.to_owned(),
+            layer_digest,
+        };
+        fetch.offer_source(self.source(image, &layer_digest, Some(size)), names);
     }
 
     pub(super) fn source(&self, image: &str, layer_digest: &Digest, size: Option<u64>) -> Arc<dyn BlobSource> {
@@ -172,7 +183,13 @@ impl Shared {
         names: LayerNames,
     ) -> Result<(LayerMount, Arc<LayerFetch>), NotLazy> {
         let source = self.source(&names.image, &names.layer_digest, Some(layer.index().blob_size()));
+        let (layer_digest, toc_digest) = (names.layer_digest, layer.toc_digest());
         let fetch = LayerFetch::new(self.engine.clone(), Arc::new(layer), source, names);
+        // The image that the TOC came with; without it there is one source less.
+        let first = self.with_store(layer_digest, toc_digest, move |shared| shared.store.origin(&toc_digest));
+        if let Ok(origin) = first.await {
+            self.offer_source(&fetch, &origin.image, origin.layer_digest);
+        }
         let mount = LayerMount {
             toc_digest: fetch.layer().toc_digest(),
             path: fetch.layer().mount_point(),
