@@ -97,6 +97,12 @@ rm -rf /var/log/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/cache/
 /// cap_net_bind_service=ep, as setcap(8) writes it.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
+/// Where `make demo` keeps the image; tests take it from there.
+#[must_use]
+pub fn shared_cache() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/demo")
+}
+
 /// A built image.
 #[derive(Debug, Clone)]
 pub struct DemoImage {
