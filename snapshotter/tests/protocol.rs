@@ -71,7 +71,9 @@ impl LayerMounts for Scripted {
             (state.refuse_mount, state.hang)
         });
         if hang {
-            std::future::pending::<()>().await;
+            while self.with(|state| state.hang) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         }
         match request.toc_digest {
             Some(toc) if !refuse => Ok(self.put(toc)),
@@ -366,6 +368,10 @@ async fn what_is_not_lazy_becomes_an_ordinary_snapshot() {
         ["rw", "rbind"],
         "a mount that hangs"
     );
+    // It ends after all; no snapshot refers to the layer, so it must not stay mounted.
+    assert_eq!(layers.calls("release"), 0);
+    layers.with(|state| state.hang = false);
+    eventually("the late mount is released", || layers.calls("release") == 1).await;
     // A missing parent fails before any layer is asked.
     let asked = layers.calls("mount");
     assert_eq!(

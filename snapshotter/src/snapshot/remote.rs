@@ -4,6 +4,10 @@
 //! mounted lazily, its snapshot is committed under the target's name at once and the answer is "already exists": then
 //! containerd neither pulls nor unpacks it. Otherwise the `Prepare` goes on as an ordinary one.
 
+use std::sync::Arc;
+
+use tokio::task::JoinHandle;
+
 use super::labels;
 use super::service::Service;
 use super::{Error, Labels, chain};
@@ -95,14 +99,35 @@ impl Service {
 
     async fn mount_in_time(&self, request: &LayerRequest) -> Result<LayerMount, NotLazy> {
         let waited = self.inner.mount_timeout;
-        let mount = self.inner.layers.mount(request.clone());
-        tokio::time::timeout(waited, mount).await.unwrap_or_else(|_| {
-            Err(NotLazy::Timeout {
-                image: request.image.clone(),
-                layer: request.layer_digest,
-                waited,
-            })
-        })
+        let (layers, wanted) = (Arc::clone(&self.inner.layers), request.clone());
+        let mut mount = tokio::spawn(async move { layers.mount(wanted).await });
+        match tokio::time::timeout(waited, &mut mount).await {
+            Ok(mounted) => mounted.unwrap_or(Err(NotLazy::Refused {
+                why: "the mount was interrupted",
+            })),
+            Err(_) => {
+                self.release_when_mounted(mount);
+                Err(NotLazy::Timeout {
+                    image: request.image.clone(),
+                    layer: request.layer_digest,
+                    waited,
+                })
+            }
+        }
+    }
+
+    /// A mount that comes too late is nobody's: no snapshot refers to it, so no removal would ever release it.
+    ///
+    /// Holds the service weakly, because the layers end such a mount only when they are stopped themselves.
+    fn release_when_mounted(&self, mount: JoinHandle<Result<LayerMount, NotLazy>>) {
+        let inner = Arc::downgrade(&self.inner);
+        tokio::spawn(async move {
+            if let Ok(Ok(mounted)) = mount.await
+                && let Some(inner) = inner.upgrade()
+            {
+                Self { inner }.release_unused(&mounted.toc_digest).await;
+            }
+        });
     }
 
     async fn commit_layer(&self, place: Place, origin: LayerOrigin, mut labels: Labels) -> Result<(), Refusal> {

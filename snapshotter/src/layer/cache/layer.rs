@@ -15,7 +15,7 @@ use memmap2::Mmap;
 use rustix::buffer::spare_capacity;
 
 use super::files;
-use super::residency::{Binding, Residency};
+use super::residency::{Binding, Residency, Snapshot};
 
 /// File with the checkpointed bitmap.
 pub(super) const RESIDENT: &str = "resident";
@@ -61,8 +61,9 @@ pub struct CachedLayer {
     residency: Residency,
     /// Resident chunks at the last checkpoint.
     checkpointed: AtomicU32,
-    /// Kept while a checkpoint is written, so that an older bitmap never replaces a newer one.
-    checkpoint: Mutex<()>,
+    /// What was resident at the last sync of `data` that succeeded. Kept locked while a checkpoint is written, so that
+    /// an older bitmap never replaces a newer one.
+    synced: Mutex<Snapshot>,
     /// Set by the first failed write, so that a full disk is logged once and not once per chunk.
     write_failed: AtomicBool,
 }
@@ -85,6 +86,7 @@ impl CachedLayer {
         residency: Residency,
     ) -> Self {
         let checkpointed = AtomicU32::new(residency.count());
+        let synced = Mutex::new(residency.snapshot());
         Self {
             dir,
             binding,
@@ -92,7 +94,7 @@ impl CachedLayer {
             data,
             residency,
             checkpointed,
-            checkpoint: Mutex::new(()),
+            synced,
             write_failed: AtomicBool::new(false),
         }
     }
@@ -181,14 +183,25 @@ impl CachedLayer {
     ///
     /// The bitmap is taken before the data is synced, so every bit in it has its data on disk when the file gets its name.
     pub fn checkpoint(&self) -> io::Result<()> {
-        // The lock guards no data, only the order of checkpoints.
-        let _turn = self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = self.residency.count();
-        if count == self.checkpointed.load(Ordering::Relaxed) {
+        self.checkpoint_after(File::sync_data)
+    }
+
+    /// The kernel tells of a failed write-back once and then takes the pages for clean. What was written since the last
+    /// good sync may be lost from then on, whatever the next sync says, so it is not resident any more.
+    pub(super) fn checkpoint_after(&self, sync: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        // A snapshot is replaced whole.
+        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.residency.snapshot();
+        if now.count() == self.checkpointed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let bitmap = self.residency.encode(&self.binding);
-        self.data.sync_data()?;
+        if let Err(error) = sync(&self.data) {
+            self.residency.fall_back(&synced);
+            return Err(error);
+        }
+        let bitmap = self.residency.encode(&now, &self.binding);
+        let count = now.count();
+        *synced = now;
         files::replace(&self.dir, RESIDENT, &bitmap)?;
         self.checkpointed.store(count, Ordering::Relaxed);
         Ok(())

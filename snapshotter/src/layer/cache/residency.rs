@@ -1,6 +1,6 @@
 //! Which chunks of a layer are in `data`: a bitmap in memory and its checkpointed form on disk.
 //!
-//! Bits are only ever set, and each only after its chunk's verified bytes were written. The file form names the layer and the
+//! A bit is set only after its chunk's verified bytes were written, and is cleared only when the disk lost them. The file form names the layer and the
 //! layout that its bits belong to and ends in a checksum, so a torn, foreign or damaged file is recognised and dropped as a whole:
 //! losing bits costs another fetch, a wrong bit would serve zeros.
 
@@ -39,6 +39,17 @@ pub struct Residency {
     words: Box<[AtomicU64]>,
     chunks: u32,
     resident: AtomicU32,
+}
+
+/// The bits of a [`Residency`] at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot(Box<[u64]>);
+
+impl Snapshot {
+    /// Number of resident chunks.
+    pub fn count(&self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
+    }
 }
 
 /// What ties a bitmap to its layer: the TOC, and the exact index that says where in `data` each chunk lies.
@@ -95,11 +106,24 @@ impl Residency {
         })
     }
 
-    /// The file form of the bits as they are now.
-    pub fn encode(&self, binding: &Binding) -> Vec<u8> {
+    /// The bits as they are now.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot(self.words.iter().map(|word| word.load(Ordering::Acquire)).collect())
+    }
+
+    /// Forgets every bit that is not in `snapshot`: their chunks have to be fetched again.
+    pub fn fall_back(&self, snapshot: &Snapshot) {
+        for (word, kept) in self.words.iter().zip(&snapshot.0) {
+            let lost = word.fetch_and(*kept, Ordering::AcqRel) & !kept;
+            self.resident.fetch_sub(lost.count_ones(), Ordering::AcqRel);
+        }
+    }
+
+    /// The file form of `snapshot`.
+    pub fn encode(&self, snapshot: &Snapshot, binding: &Binding) -> Vec<u8> {
         let mut bytes = encode_header(binding, self.chunks);
-        for word in &self.words {
-            bytes.extend_from_slice(&word.load(Ordering::Acquire).to_le_bytes());
+        for word in &snapshot.0 {
+            bytes.extend_from_slice(&word.to_le_bytes());
         }
         let checksum = Digest::of(&bytes);
         bytes.extend_from_slice(checksum.as_bytes());
@@ -183,7 +207,7 @@ mod tests {
                     prop_assert_eq!(residency.insert(pick % chunks), model.insert(pick % chunks));
                 }
             }
-            let back = Residency::decode(&residency.encode(&binding()), &binding(), chunks).unwrap();
+            let back = Residency::decode(&residency.encode(&residency.snapshot(), &binding()), &binding(), chunks).unwrap();
             prop_assert_eq!(back.count() as usize, model.len());
             prop_assert_eq!(back.is_complete(), model.len() == chunks as usize);
             for chunk in 0..chunks + 70 {
@@ -195,7 +219,7 @@ mod tests {
         fn a_damaged_file_is_never_believed(chunks in 1u32..300, at in any::<prop::sample::Index>(), flip in 1u8.., cut in any::<bool>()) {
             let residency = Residency::empty(chunks);
             residency.insert(0);
-            let mut bytes = residency.encode(&binding());
+            let mut bytes = residency.encode(&residency.snapshot(), &binding());
             let at = at.index(bytes.len());
             if cut { bytes.truncate(at) } else { bytes[at] ^= flip }
             prop_assert!(Residency::decode(&bytes, &binding(), chunks).is_err());
@@ -203,8 +227,25 @@ mod tests {
     }
 
     #[test]
+    fn falling_back_forgets_what_came_after_the_snapshot() {
+        let residency = Residency::empty(130);
+        residency.insert(3);
+        residency.insert(64);
+        let snapshot = residency.snapshot();
+        for chunk in [3, 4, 65, 129] {
+            residency.insert(chunk);
+        }
+        assert_eq!((snapshot.count(), residency.count()), (2, 5));
+        residency.fall_back(&snapshot);
+        assert_eq!(residency.snapshot(), snapshot);
+        assert_eq!(residency.count(), 2);
+        assert!(residency.contains(64) && !residency.contains(65));
+    }
+
+    #[test]
     fn bits_of_another_layer_or_layout_are_refused() {
-        let bytes = Residency::empty(9).encode(&binding());
+        let residency = Residency::empty(9);
+        let bytes = residency.encode(&residency.snapshot(), &binding());
         for other in [
             Binding {
                 toc: Digest::of(b"x"),

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,6 +16,9 @@ use super::layer::{CachedLayer, RESIDENT};
 use super::residency::{Binding, Residency};
 use crate::layer::{Usage, sys};
 
+/// Mode of the directory of all layers. A layer holds setuid programs and private files of any image, and its mount
+/// honours them; containers come in through overlayfs, which looked the way up as root.
+const LAYERS_MODE: u32 = 0o700;
 /// Prefix of directories that are not layers yet; removed when the store is opened.
 const UNFINISHED: &str = ".new-";
 /// Largest `origin` file read.
@@ -50,6 +53,25 @@ pub enum CacheError {
     },
 }
 
+impl CacheError {
+    /// Whether what is on disk is at fault, so that only fetching it again helps; not a full disk, a lack of
+    /// descriptors or a failing device, which may pass and must not cost what is there.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Toc(_) | Self::TocDigest { .. } => true,
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::InvalidData
+                    | io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::FileTooLarge
+                    | io::ErrorKind::IsADirectory
+                    | io::ErrorKind::NotADirectory
+            ),
+        }
+    }
+}
+
 /// Where a layer came from: enough to fetch the rest of it, and to build its index again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
@@ -76,7 +98,7 @@ impl Origin {
 #[derive(Debug)]
 pub struct LayerStore {
     root: PathBuf,
-    /// Makes the names of unfinished directories distinct.
+    /// Makes the names of unfinished directories distinct within this process.
     unfinished: AtomicU64,
 }
 
@@ -85,10 +107,17 @@ impl LayerStore {
     pub fn open(root: &Path) -> Result<Self, CacheError> {
         let root = root.join("layers");
         fs::create_dir_all(&root).map_err(io_error("create", &root))?;
+        // Also of one that is there already: it may have been made by hand, or with another umask.
+        fs::set_permissions(&root, fs::Permissions::from_mode(LAYERS_MODE))
+            .map_err(io_error("set the mode of", &root))?;
         for entry in fs::read_dir(&root).map_err(io_error("list", &root))? {
             let entry = entry.map_err(io_error("list", &root))?;
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-                fs::remove_dir_all(entry.path()).map_err(io_error("remove the unfinished layer", &entry.path()))?;
+                let path = entry.path();
+                // In nobody's way but the disk's: names of new ones differ.
+                if let Err(error) = fs::remove_dir_all(&path) {
+                    tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
+                }
             }
         }
         Ok(Self {
@@ -112,7 +141,11 @@ impl LayerStore {
         verify(toc_digest, toc_json)?;
         let index = build_index(toc_json, origin, toc_digest)?;
         let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.root.join(format!("{UNFINISHED}{}-{number}", toc_digest.hex()));
+        let temporary = self.root.join(format!(
+            "{UNFINISHED}{}-{}-{number}",
+            toc_digest.hex(),
+            std::process::id()
+        ));
         let written = self
             .write_layer(&temporary, toc_json, &index, origin)
             .and_then(|()| self.publish(&temporary, toc_digest));
@@ -150,7 +183,13 @@ impl LayerStore {
         match fs::rename(temporary, &path) {
             Ok(()) => files::sync_dir(&self.root).map_err(io_error("sync", &self.root)),
             // Somebody else finished the same layer; what a TOC digest names is always the same.
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && path.is_dir() => {
+            // XFS says so with another error than the rest.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
+                ) && path.is_dir() =>
+            {
                 fs::remove_dir_all(temporary).map_err(io_error("remove", temporary))
             }
             Err(error) => Err(io_error("rename", temporary)(error)),
@@ -246,7 +285,11 @@ impl LayerStore {
     pub fn discard(&self, toc_digest: &Digest) -> Result<(), CacheError> {
         let path = self.path(toc_digest);
         let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.root.join(format!("{UNFINISHED}{}-{number}", toc_digest.hex()));
+        let temporary = self.root.join(format!(
+            "{UNFINISHED}{}-{}-{number}",
+            toc_digest.hex(),
+            std::process::id()
+        ));
         // Renamed first: half a layer must never be found under the layer's name.
         fs::rename(&path, &temporary).map_err(io_error("rename", &path))?;
         fs::remove_dir_all(&temporary).map_err(io_error("remove", &temporary))

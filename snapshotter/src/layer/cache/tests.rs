@@ -111,6 +111,60 @@ fn after_an_unclean_stop_only_what_was_checkpointed_is_resident() {
 }
 
 #[test]
+fn what_a_failed_sync_may_have_lost_is_not_resident_any_more() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    store(&sample, &layer, 0).unwrap();
+    layer.checkpoint().unwrap();
+    store(&sample, &layer, 1).unwrap();
+    let failed = layer.checkpoint_after(|_| Err(std::io::Error::from_raw_os_error(libc::EIO)));
+    assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
+    // The next sync succeeds, as it does after the kernel has told of its failure once.
+    layer.checkpoint().unwrap();
+    let resident = |layer: &CachedLayer| (0..3).map(|id| layer.residency().contains(id)).collect::<Vec<_>>();
+    assert_eq!(resident(&layer), [true, false, false]);
+    assert!(store(&sample, &layer, 1).unwrap(), "it is stored again");
+    layer.checkpoint().unwrap();
+    drop(layer);
+    let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+    assert_eq!(resident(&layer), [true, true, false]);
+}
+
+#[test]
+fn only_root_may_enter_the_directory_of_layers() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let test = TestStore::new();
+    let layers = test.dir.path().join("layers");
+    let mode = || fs::metadata(&layers).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(), 0o700);
+    fs::set_permissions(&layers, fs::Permissions::from_mode(0o755)).unwrap();
+    LayerStore::open(test.dir.path()).unwrap();
+    assert_eq!(mode(), 0o700, "one that was open is closed");
+}
+
+#[test]
+fn damage_is_told_from_what_may_pass() {
+    let io = |errno| CacheError::Io {
+        action: "read",
+        path: "/x".into(),
+        source: std::io::Error::from_raw_os_error(errno),
+    };
+    for errno in [
+        libc::EIO,
+        libc::ENOSPC,
+        libc::ENFILE,
+        libc::EMFILE,
+        libc::ENOMEM,
+        libc::EACCES,
+    ] {
+        assert!(!io(errno).is_damage(), "{errno}");
+    }
+    assert!(io(libc::ENOENT).is_damage());
+    let (expected, found) = (Digest::of(b"a"), Digest::of(b"b"));
+    assert!(CacheError::TocDigest { expected, found }.is_damage());
+}
+
+#[test]
 fn a_damaged_residency_file_or_data_of_another_length_start_empty() {
     let (test, sample) = (TestStore::new(), sample());
     let layer = sample.create(&test.store);

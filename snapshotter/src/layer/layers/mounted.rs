@@ -47,15 +47,9 @@ impl Shared {
             return Ok(mount);
         }
         self.discard_dead(slot, &mut mounted).await;
-        let layer = match self.load(toc_digest, request.layer_digest).await {
-            Ok(Some(layer)) => layer,
-            Ok(None) => self.open_and_load(slot, toc_digest, request).await?,
-            Err(error @ (NotLazy::TocInvalid { .. } | NotLazy::CacheIo { .. })) => {
-                tracing::warn!(toc = %toc_digest, error = &error as &dyn std::error::Error, "the cached layer cannot be used; fetching its TOC again");
-                self.discard(toc_digest, request.layer_digest).await?;
-                self.open_and_load(slot, toc_digest, request).await?
-            }
-            Err(error) => return Err(error),
+        let layer = match self.load_sound(toc_digest, request.layer_digest).await? {
+            Some(layer) => layer,
+            None => self.open_and_load(slot, toc_digest, request).await?,
         };
         let (mount, fetch) = self.serve(slot, &mut mounted, layer, names).await?;
         if self.config.fetch.prefetch {
@@ -125,12 +119,27 @@ impl Shared {
             .await
     }
 
-    async fn discard(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<(), NotLazy> {
-        let mount_point = self.store.path(&toc_digest).join("mnt");
+    /// Like [`Self::load`]; but a layer that is damaged is cleared away, so that it can be opened anew.
+    async fn load_sound(
+        self: &Arc<Self>,
+        toc_digest: Digest,
+        layer_digest: Digest,
+    ) -> Result<Option<CachedLayer>, NotLazy> {
         self.with_store(layer_digest, toc_digest, move |shared| {
-            // A mount left there would keep the directory from being removed; what cannot be detached is reported by that.
-            let _ = detach_stale(&mount_point);
-            shared.store.discard(&toc_digest)
+            let error = match shared.store.load(&toc_digest) {
+                Err(error) if error.is_damage() => error,
+                loaded => return loaded,
+            };
+            tracing::warn!(toc = %toc_digest, error = &error as &dyn std::error::Error,
+                "the cached layer is damaged; fetching its TOC again");
+            let path = shared.store.path(&toc_digest).join("mnt");
+            // A mount left there would keep the directory from being removed.
+            detach_stale(&path).map_err(|source| CacheError::Io {
+                action: "detach what is mounted at",
+                path,
+                source,
+            })?;
+            shared.store.discard(&toc_digest).map(|()| None)
         })
         .await
     }
