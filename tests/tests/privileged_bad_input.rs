@@ -296,6 +296,10 @@ mod daemon {
             75,
             &[&first.socket().display().to_string()],
         );
+        assert!(
+            !run.path().join("other-root").exists(),
+            "the refused daemon left the root that it made"
+        );
         // The first one is unharmed.
         std::os::unix::net::UnixStream::connect(first.socket()).unwrap();
         assert!(first.metrics().await.unwrap().contains("hullspeed"));
