@@ -6,7 +6,7 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 # Rounds of each mode in the demo.
 ROUNDS ?= 5
 
-.PHONY: demo test check build install help
+.PHONY: demo test check build install install-packages help
 
 help:
 	@echo 'make demo    cold starts of a real image, overlayfs beside hullspeed; one table, target/demo/result.json'
@@ -14,9 +14,13 @@ help:
 	@echo 'make check   formatting, lints, licences and advisories, documentation'
 	@echo 'make build   release binaries'
 
-# Packages from the machine's own Debian sources; nothing to do when they are there.
+# Root, FUSE and overlayfs, and packages from the machine's own Debian sources; nothing to do when they are there.
 install:
 	@bash tests/install-packages.sh
+
+# What a build alone needs does not ask for root, FUSE and overlayfs.
+install-packages:
+	@bash tests/install-packages.sh --packages
 
 build:
 	$(CARGO) build --locked --release --workspace --bins
@@ -31,7 +35,7 @@ test: install
 	  $(CARGO) test --locked --workspace --doc && $(CARGO) nextest run --locked --workspace --no-fail-fast; \
 	else set -x; $(CARGO) test --locked --workspace --no-fail-fast; fi
 
-check:
+check: install-packages
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 	@bash tests/check-dependencies.sh

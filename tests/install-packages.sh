@@ -1,7 +1,21 @@
 #!/usr/bin/env bash
-# Installs what tests/packages.txt lists and this machine lacks. Nothing to do: no network, no output.
+# Looks for what no package can bring (root, FUSE, overlayfs), then installs what tests/packages.txt lists and this
+# machine lacks. What is in the way is one line. Nothing to do: no network, no output.
+# With --packages only the packages: for `make check`, which mounts nothing.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+if [[ "${1:-}" != --packages ]]; then
+  [[ $EUID -eq 0 ]] || fail "not root: namespaces, mounts and cgroups need it; run it with sudo"
+  # Opened, for in a container the device may be there and forbidden.
+  { [[ -c /dev/fuse ]] && : <> /dev/fuse; } 2> /dev/null || fail "cannot open /dev/fuse: load the fuse module, or give this container the device"
+  grep -q -w overlay /proc/filesystems || fail "the kernel has no overlayfs: load the overlay module"
+fi
 
 missing=()
 while read -r package proof; do
@@ -10,24 +24,27 @@ while read -r package proof; do
 done < "$here/packages.txt"
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
-if [[ $EUID -ne 0 ]]; then
-  echo "error: not root, and these packages are missing: ${missing[*]}; run as root, or install them first" >&2
-  exit 1
-fi
-if ! command -v apt-get > /dev/null; then
-  echo "error: this is not a Debian machine; install by hand: ${missing[*]}" >&2
-  exit 1
-fi
+[[ $EUID -eq 0 ]] || fail "not root, and these packages are missing: ${missing[*]}; run as root, or install them first"
+command -v apt-get > /dev/null || fail "this is not a Debian machine; install by hand: ${missing[*]}"
 
 # Some of these packages start a service as they are installed (containerd, docker-registry). The harness runs its own
 # copies and leaves the machine's alone, so nothing is started, unless the machine already has a policy of its own.
+log="$(mktemp)"
 policy=/usr/sbin/policy-rc.d
-if [[ ! -e "$policy" ]]; then
+if [[ -e "$policy" ]]; then
+  trap 'rm -f "$log"' EXIT
+else
+  trap 'rm -f "$log" "$policy"' EXIT
   printf '#!/bin/sh\nexit 101\n' > "$policy"
   chmod 755 "$policy"
-  trap 'rm -f "$policy"' EXIT
 fi
 echo "installing: ${missing[*]}" >&2
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -q > /dev/null
-apt-get install -y -q --no-install-recommends "${missing[@]}" > /dev/null
+
+# apt's own first error, which names the package or the archive.
+apt() {
+  apt-get -q -o DPkg::Use-Pty=0 "$@" > "$log" 2>&1 ||
+    fail "apt-get $1 failed (for ${missing[*]}): $(grep -m 1 '^E: ' "$log" || tail -n 1 "$log")"
+}
+apt update
+apt install -y --no-install-recommends "${missing[@]}"

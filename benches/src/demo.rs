@@ -1,6 +1,7 @@
 //! The whole demo: image, conversion, registry, link, alternating rounds, report.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -25,6 +26,9 @@ const REPOSITORY: &str = "demo/function";
 /// Tag of the converted image, in layouts and in the registry.
 const CONVERTED: &str = "esgz";
 
+/// The figures, in the demo's directory.
+const RESULT: &str = "result.json";
+
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct DemoOptions {
@@ -38,8 +42,10 @@ pub struct DemoOptions {
     pub list_requests: bool,
 }
 
-/// Runs the demo in `run`; prints the table on standard output and progress on standard error.
+/// Runs the demo in `run`; prints the table on standard output and progress on standard error. Fails, with the table
+/// printed and result.json written, when the figures miss a promise ([`Report::missed`]).
 pub async fn run(run: &RunDir, options: &DemoOptions) -> Result<()> {
+    remove_result(&options.directory)?;
     let modes: Vec<Mode> = Mode::ALL
         .into_iter()
         .filter(|mode| options.only.is_none_or(|only| only == *mode))
@@ -67,6 +73,17 @@ pub async fn run(run: &RunDir, options: &DemoOptions) -> Result<()> {
         }
     }
     publish(&subjects, &samples, compressed, &options.directory)
+}
+
+/// Removes the figures of an earlier demo, so that those of a demo that fails are not taken for its own.
+fn remove_result(directory: &Path) -> Result<()> {
+    let path = directory.join(RESULT);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn line(sample: &Sample) -> String {
@@ -169,12 +186,15 @@ fn publish(subjects: &[Subject], samples: &[Vec<Sample>], compressed: u64, direc
     println!(
         "total with hullspeed: {:.1} % of overlayfs; on the wire: {:.1} % of the image's {:.1} MB compressed",
         report.ratio_total * 100.0,
-        report.modes.hullspeed.wire_bytes as f64 * 100.0 / compressed as f64,
+        report.wire_share() * 100.0,
         compressed as f64 / 1e6,
     );
-    let path = directory.join("result.json");
+    let path = directory.join(RESULT);
     let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
     fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     println!("written: {}", path.display());
-    Ok(())
+    match report.missed() {
+        None => Ok(()),
+        Some(missed) => bail!("{missed}"),
+    }
 }

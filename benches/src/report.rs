@@ -1,10 +1,17 @@
 //! From samples to medians, one table and `result.json`.
 
+use std::cmp::Ordering;
 use std::time::Duration;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
+
+/// Hullspeed's total has to stay below this part of overlayfs's.
+pub const PROMISED_RATIO_TOTAL: f64 = 0.5;
+
+/// Hullspeed's bytes on the wire have to stay below this part of the plain image's compressed size.
+pub const PROMISED_WIRE_SHARE: f64 = 0.25;
 
 /// How an image is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -145,6 +152,40 @@ impl Report {
             ratio_total: (ratio * 1e4).round() / 1e4,
         }
     }
+
+    /// Hullspeed's bytes on the wire by the compressed size of the plain image.
+    #[must_use]
+    pub fn wire_share(&self) -> f64 {
+        self.modes.hullspeed.wire_bytes as f64 / self.compressed_bytes as f64
+    }
+
+    /// What the figures miss of the two promises, in one line; `None` when both are kept.
+    #[must_use]
+    pub fn missed(&self) -> Option<String> {
+        let figures = [
+            ("total", self.ratio_total, PROMISED_RATIO_TOTAL, "overlayfs's"),
+            (
+                "bytes on the wire",
+                self.wire_share(),
+                PROMISED_WIRE_SHARE,
+                "the image's compressed size",
+            ),
+        ];
+        // Negated, so that a figure that is no number is a miss, too.
+        let missed = figures
+            .into_iter()
+            .filter(|(_, value, limit, _)| !matches!(value.partial_cmp(limit), Some(Ordering::Less)));
+        let said: Vec<_> = missed
+            .map(|(what, value, limit, of)| {
+                format!(
+                    "{what} with hullspeed is {:.1} % of {of}, not below {:.0} %",
+                    value * 100.0,
+                    limit * 100.0
+                )
+            })
+            .collect();
+        (!said.is_empty()).then(|| format!("a promise is missed: {}", said.join("; ")))
+    }
 }
 
 /// A row's name, its value, and how many digits follow the point.
@@ -243,6 +284,26 @@ mod tests {
         let mut keys = keys;
         keys.sort();
         assert_eq!(keys, wanted);
+    }
+
+    #[test]
+    fn a_missed_promise_is_named() {
+        let medians = |milliseconds| Medians::of(&[sample(milliseconds)]).unwrap();
+        // 250 ms beside 1000 ms; 250 000 bytes on the wire.
+        let report = |fast, compressed| Report::new(medians(1000), medians(fast), compressed);
+        assert_eq!(report(250, 1_000_001).missed(), None);
+        let wire = report(250, 1_000_000).missed().unwrap();
+        assert!(wire.contains("bytes on the wire") && wire.contains("25.0 %") && !wire.contains("total"));
+        let total = report(500, 10_000_000).missed().unwrap();
+        assert!(total.contains("total") && total.contains("50.0 %") && !total.contains("wire"));
+        let both = report(900, 0).missed().unwrap();
+        assert!(both.contains("total") && both.contains("wire") && both.lines().count() == 1);
+        assert!(
+            Report::new(medians(0), medians(0), 1)
+                .missed()
+                .unwrap()
+                .contains("total")
+        );
     }
 
     #[test]

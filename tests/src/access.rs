@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::layer_tar;
 use crate::layout::ImageConfig;
@@ -22,7 +22,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const READ_BY_RUNTIME: [&str; 2] = ["etc/passwd", "etc/group"];
 
 /// Runs the image's command in `root` until it answers; returns the regular files it read, in order of first access,
-/// relative to `root`. On a file system without access times only the runtime's own files are listed.
+/// relative to `root`. Fails on a file system that keeps no access times.
 pub async fn measure(run: &RunDir, root: &Path, config: &ImageConfig) -> Result<Vec<String>> {
     layer_tar::clamp_times(root, i64::MAX, 0)?;
     let port = crate::registry::free_port()?;
@@ -43,10 +43,19 @@ pub async fn measure(run: &RunDir, root: &Path, config: &ImageConfig) -> Result<
     let mut read = Vec::new();
     collect(root, Path::new(""), &mut read)?;
     read.sort();
-    let names = read.into_iter().map(|(_, path)| path.to_string_lossy().into_owned());
+    let names: Vec<_> = read
+        .into_iter()
+        .map(|(_, path)| path.to_string_lossy().into_owned())
+        .collect();
+    ensure!(
+        names.iter().any(|name| name == crate::demo_image::PROGRAM),
+        "{} was not read as the function started: the file system of {} keeps no access times (mounted noatime?)",
+        crate::demo_image::PROGRAM,
+        root.display()
+    );
     let own = READ_BY_RUNTIME.map(String::from);
     let first: Vec<String> = own.into_iter().filter(|path| root.join(path).is_file()).collect();
-    let rest: Vec<String> = names.filter(|name| !first.contains(name)).collect();
+    let rest: Vec<String> = names.into_iter().filter(|name| !first.contains(name)).collect();
     Ok([first, rest].concat())
 }
 

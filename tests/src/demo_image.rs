@@ -15,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::layer_tar;
 use crate::layout::{ImageConfig, LayoutImage, LayoutWriter};
+use crate::package_source::{self, PackageSource};
 use crate::process;
 use crate::run::{RunDir, remove_tree};
 
@@ -32,6 +33,9 @@ pub const TAG: &str = "plain";
 
 /// Port of the function.
 pub const PORT: u16 = 8080;
+
+/// The function's program, relative to the root.
+pub const PROGRAM: &str = "srv/function/server.py";
 
 /// The path that is asked for in a cold start: it does the function's real work.
 pub const PATH: &str = "/";
@@ -94,8 +98,20 @@ const CLEAN_SCRIPT: &str = r#"
 rm -rf /var/log/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/lib/dpkg/*-old /tmp/* /root/.cache
 "#;
 
+/// Where the chroot sees apt's files, which are in no layer.
+const APT_DIRECTORY: &str = "/var/lib/apt/lists";
+
+/// This machine's certificates of authorities, as Debian has them.
+const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
 /// cap_net_bind_service=ep, as setcap(8) writes it.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// Where `make demo` keeps the image; tests take it from there.
+#[must_use]
+pub fn shared_cache() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/demo")
+}
 
 /// A built image.
 #[derive(Debug, Clone)]
@@ -219,13 +235,14 @@ impl<'a> Build<'a> {
     /// The lowest layer, by debootstrap.
     fn base(&mut self) -> Result<()> {
         let root = self.work.join("base");
-        let (uri, suite) = package_source()?;
+        let PackageSource { uri, suite } = PackageSource::of_machine()?;
         let mut debootstrap = Command::new("debootstrap");
         debootstrap
             .args(["--variant=minbase", &suite])
             .arg(&root)
             .arg(&uri)
-            .env("SOURCE_DATE_EPOCH", EPOCH.to_string());
+            .env("SOURCE_DATE_EPOCH", EPOCH.to_string())
+            .envs(package_source::proxy_variables()?);
         self.step("debootstrap", debootstrap)?;
         let mut script = Command::new("sh");
         script
@@ -233,8 +250,21 @@ impl<'a> Build<'a> {
             .env("ROOT", &root)
             .env("WORK", &self.work);
         self.step("base", script)?;
+        self.configure_apt()?;
         self.layers.push(root);
         Ok(())
+    }
+
+    /// apt's configuration beside the lists, which are in no layer. The base system has no certificates, so those of this
+    /// machine do for an archive behind https.
+    fn configure_apt(&self) -> Result<()> {
+        let lists = self.work.join("lists");
+        let mut text = String::new();
+        if Path::new(CERTIFICATES).exists() {
+            fs::copy(CERTIFICATES, lists.join("certificates.crt")).context("cannot copy the certificates")?;
+            text = format!("Acquire::https::CaInfo \"{APT_DIRECTORY}/certificates.crt\";\n");
+        }
+        fs::write(lists.join("apt.conf"), text).context("cannot write apt's configuration")
     }
 
     /// One more layer: `prepare` is given the merged tree, then `script` runs in it.
@@ -272,9 +302,9 @@ impl<'a> Build<'a> {
             .env("DEBIAN_FRONTEND", "noninteractive")
             .env("EPOCH", EPOCH.to_string())
             .env("PYTHONHASHSEED", "0");
-        if let Some(proxy) = apt_proxy()? {
-            command.env("http_proxy", proxy);
-        }
+        command
+            .env("APT_CONFIG", format!("{APT_DIRECTORY}/apt.conf"))
+            .envs(package_source::proxy_variables()?);
         let done = self.step(name, command);
         crate::sweep::unmount_below(&merged)?;
         done?;
@@ -317,7 +347,7 @@ impl<'a> Build<'a> {
                 .with_context(|| format!("cannot set {name} on {}", path.display()))
         };
         set("usr/local/bin/capability-example", "security.capability", &CAPABILITY)?;
-        set("srv/function/server.py", "user.origin", b"hullspeed demo")?;
+        set(PROGRAM, "user.origin", b"hullspeed demo")?;
         set("srv/function", "user.empty", b"")
     }
 
@@ -355,44 +385,8 @@ fn write_function(merged: &Path) -> Result<()> {
 
 fn image_config() -> ImageConfig {
     ImageConfig {
-        entrypoint: vec!["/usr/bin/python3".into(), "/srv/function/server.py".into()],
+        entrypoint: vec!["/usr/bin/python3".into(), format!("/{PROGRAM}")],
         env: vec!["PATH=/usr/local/bin:/usr/bin:/bin".into(), "LANG=C.UTF-8".into()],
         working_dir: "/srv/function".into(),
     }
-}
-
-/// Where this machine's apt takes the main packages of its own release from: URI and suite.
-fn package_source() -> Result<(String, String)> {
-    let suite = release_name()?;
-    let mut command = Command::new("apt-get");
-    command.args([
-        "indextargets",
-        "--format",
-        "$(COMPONENT) $(RELEASE) $(REPO_URI)",
-        "Created-By: Packages",
-    ]);
-    let text = String::from_utf8_lossy(&process::output(&mut command)?).into_owned();
-    let found = text
-        .lines()
-        .find_map(|line| line.strip_prefix(&format!("main {suite} ")));
-    let uri = found.with_context(|| format!("apt on this machine has no source for main of {suite}"))?;
-    Ok((uri.to_string(), suite))
-}
-
-/// The HTTP proxy of this machine's apt, if it has one.
-fn apt_proxy() -> Result<Option<String>> {
-    let text =
-        process::output(Command::new("apt-config").args(["--format", "%f %v%n", "dump", "Acquire::http::Proxy"]))?;
-    let text = String::from_utf8_lossy(&text).into_owned();
-    let value = text.lines().find_map(|line| line.strip_prefix("Acquire::http::Proxy "));
-    Ok(value.map(str::trim).filter(|value| !value.is_empty()).map(Into::into))
-}
-
-fn release_name() -> Result<String> {
-    let text = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    Ok(name
-        .context("/etc/os-release names no release")?
-        .trim_matches('"')
-        .to_string())
 }

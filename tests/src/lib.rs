@@ -14,6 +14,7 @@ pub mod fixture;
 pub mod layer_tar;
 pub mod layout;
 pub mod network;
+pub mod package_source;
 pub mod pause;
 pub mod probe;
 pub mod process;

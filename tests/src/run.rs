@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use sha2::{Digest as _, Sha256};
@@ -13,6 +15,13 @@ use crate::sweep::{RunNames, sweep};
 
 /// Longest path of a Unix socket below the run directory, without its end; the kernel allows 108 bytes in all.
 const MAX_DIRECTORY_BYTES: usize = 64;
+
+/// How long [`RunDir::abort`] goes on while what it takes away comes back.
+const ABORT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Passes in a row that have to find nothing, and the pause after each.
+const ABORT_QUIET_PASSES: u32 = 2;
+const ABORT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A run's directory, locked while the run lasts. Dropping it sweeps the run and removes the directory.
 ///
@@ -119,15 +128,36 @@ impl RunDir {
 
 impl RunDir {
     /// Ends the run from outside, for a signal handler: nothing more is spawned, and everything is taken away while the
-    /// code that was at work may still be at it. The process should exit next.
+    /// code that was at work may still be at it, so that is repeated until nothing comes back. The process should exit
+    /// next.
     pub fn abort(&self) -> Result<()> {
         self.spawner.close();
+        let end = Instant::now() + ABORT_LIMIT;
+        let mut quiet = 0;
+        while quiet < ABORT_QUIET_PASSES {
+            match self.take_away() {
+                // The first pass finds something, of course.
+                Ok(found) => quiet = if found { 0 } else { quiet + 1 },
+                Err(error) if Instant::now() > end => return Err(error),
+                Err(_) => quiet = 0,
+            }
+            if Instant::now() > end {
+                break;
+            }
+            thread::sleep(ABORT_PAUSE);
+        }
+        let _ = fs::remove_file(lock_path(&self.path));
+        Ok(())
+    }
+
+    /// One pass of [`Self::abort`]: whether anything was there.
+    fn take_away(&self) -> Result<bool> {
+        let found = !self.keep_files && self.path.exists();
         sweep(&self.path)?;
         if !self.keep_files {
             remove_tree(&self.path)?;
         }
-        let _ = fs::remove_file(lock_path(&self.path));
-        Ok(())
+        Ok(found)
     }
 }
 

@@ -129,6 +129,15 @@ impl Snapshotter {
             .sum())
     }
 
+    /// The records of its log so far; lines that are not JSON are left out.
+    pub fn log_records(&self) -> Result<Vec<serde_json::Value>> {
+        let text = self.process.log_text()?;
+        Ok(text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect())
+    }
+
     /// The process, for its log and for signals.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

@@ -39,7 +39,21 @@ fn refused(program: &str, arguments: &[&str], code: i32, words: &[&str]) -> Stri
     judge(&output, code, words)
 }
 
+/// One line, besides the daemon's log, says all of `words`.
 fn judge(output: &Output, code: i32, words: &[&str]) -> String {
+    let faults = faults(output, code);
+    let [line] = faults.as_slice() else {
+        panic!("not one line: {faults:?}");
+    };
+    for word in words {
+        assert!(line.contains(word), "{word:?} is not in {line:?}");
+    }
+    line.clone()
+}
+
+/// The lines of standard error of a program that failed with `code`, without the daemon's log and the lines that the
+/// converter writes of each finished layer.
+fn faults(output: &Output, code: i32) -> Vec<String> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{}\n{said}", output.status);
     assert!(
@@ -48,10 +62,38 @@ fn judge(output: &Output, code: i32, words: &[&str]) -> String {
         output.stdout
     );
     assert!(!said.contains("panicked"), "{said}");
-    for word in words {
-        assert!(said.contains(word), "{word:?} is not in:\n{said}");
+    let is_log = |line: &&str| serde_json::from_str::<serde_json::Value>(line).is_ok_and(|value| value.is_object());
+    let is_progress = |line: &&str| line.contains(" -> ") && line.contains(" sha256:") && line.ends_with(" s)");
+    let lines = said.lines().filter(|line| !is_log(line) && !is_progress(line));
+    lines.map(Into::into).collect()
+}
+
+/// Nothing came of a conversion: no target, and beside it nothing that was begun.
+fn check_nothing_written(target: &Path) {
+    assert!(!target.exists(), "a half image was left: {:?}", files(target));
+    let beside = fs::read_dir(target.parent().unwrap())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    let begun: Vec<_> = beside
+        .filter(|name| name.to_string_lossy().starts_with(".estargz-"))
+        .collect();
+    assert!(begun.is_empty(), "{begun:?} was left beside {}", target.display());
+}
+
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for path in fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.unwrap().path())
+    {
+        if path.is_dir() {
+            found.extend(files(&path))
+        } else {
+            found.push(path)
+        }
     }
-    said
+    found
 }
 
 /// A small file system that is full.
@@ -104,7 +146,7 @@ mod converter {
             &format!("oci:{}", target.display()),
         ];
         refused("estargz", &arguments, 3, &["/nonexistent/layout"]);
-        assert!(!target.exists(), "something was written");
+        check_nothing_written(&target);
     }
 
     #[test]
@@ -120,7 +162,7 @@ mod converter {
         );
         let hex = digest.strip_prefix("sha256:").unwrap();
         refused("estargz", &["convert", &source, &goal], 3, &[hex]);
-        assert!(!target.join("index.json").exists(), "a half image was left");
+        check_nothing_written(&target);
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -139,7 +181,7 @@ mod converter {
             3,
             &[&host],
         );
-        assert!(!target.join("index.json").exists());
+        check_nothing_written(&target);
     }
 
     #[test]
@@ -160,25 +202,8 @@ mod converter {
             5,
             &[&disk.0.display().to_string()],
         );
-        assert!(!target.join("index.json").exists(), "a half image was left");
-        let left: u64 = files(&disk.0)
-            .iter()
-            .map(|path| fs::metadata(path).unwrap().len())
-            .sum();
-        assert!(left < 100_000, "{left} bytes were left: {:?}", files(&disk.0));
-    }
-
-    fn files(directory: &Path) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                found.extend(files(&path))
-            } else {
-                found.push(path)
-            }
-        }
-        found
+        check_nothing_written(&target);
+        assert_eq!(files(&disk.0), Vec::<PathBuf>::new());
     }
 }
 
@@ -187,10 +212,18 @@ mod daemon {
 
     /// A configuration file, and what the daemon should say of it.
     fn refused_config(text: &str, code: i32, words: &[&str]) -> String {
+        judge(&run_config(text), code, words)
+    }
+
+    fn run_config(text: &str) -> Output {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("snapshotter.toml");
         fs::write(&path, text.replace("DIR", &directory.path().display().to_string())).unwrap();
-        refused(PROGRAM, &["--config", path.to_str().unwrap()], code, words)
+        run_to_end(
+            Command::new(programs::find(PROGRAM).unwrap())
+                .arg("--config")
+                .arg(&path),
+        )
     }
 
     #[test]
@@ -201,8 +234,13 @@ mod daemon {
     #[test]
     fn three_mistakes_are_all_reported() {
         let text = "root = \"relative\"\nsocket = \"DIR/socket\"\n[log]\nformat = \"xml\"\n[fuse]\nworkers = 0\n";
-        let said = refused_config(text, 64, &["root", "log.format", "fuse.workers"]);
-        assert!(said.lines().count() <= 5, "more than a line each:\n{said}");
+        let output = run_config(text);
+        let faults = faults(&output, 64);
+        assert_eq!(faults.len(), 3, "not a line each: {faults:?}");
+        for key in ["root", "log.format", "fuse.workers"] {
+            let naming = faults.iter().filter(|line| line.contains(key)).count();
+            assert_eq!(naming, 1, "{key} is named {naming} times: {faults:?}");
+        }
     }
 
     #[test]
@@ -257,6 +295,10 @@ mod daemon {
             &["--config", &same_socket],
             75,
             &[&first.socket().display().to_string()],
+        );
+        assert!(
+            !run.path().join("other-root").exists(),
+            "the refused daemon left the root that it made"
         );
         // The first one is unharmed.
         std::os::unix::net::UnixStream::connect(first.socket()).unwrap();
@@ -323,6 +365,7 @@ mod daemon {
             .status();
         assert!(status.unwrap().success());
         let mut node = scenario.lazy_node("").await.unwrap();
+        let before = node.snapshotter().unwrap().log_records().unwrap().len();
         if node.cri.pull(&scenario.reference(CONVERTED)).await.is_ok() {
             let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
             let error = fs::read(view.path().join(fixture::LARGE_FILE)).unwrap_err();
@@ -333,10 +376,27 @@ mod daemon {
         let snapshotter = node.snapshotter().unwrap();
         snapshotter.process().check_running().unwrap();
         let log = snapshotter.process().log_text().unwrap();
-        assert!(
-            log.lines().any(|line| line.contains(&root.display().to_string())),
-            "the log does not say where:\n{log}"
-        );
         assert!(!log.contains("panicked"), "{log}");
+        // The fault that this test is about has been met, and a line says where.
+        let failed_writes = snapshotter
+            .metric("hullspeed_cache_write_errors_total", &[])
+            .await
+            .unwrap();
+        let fallbacks = snapshotter
+            .metric("hullspeed_snapshot_prepare_total", &["reason=\"cache_io\""])
+            .await
+            .unwrap();
+        assert!(
+            failed_writes + fallbacks > 0.0,
+            "the disk never was full for the daemon:\n{log}"
+        );
+        let since = snapshotter.log_records().unwrap().split_off(before);
+        let says_where = |record: &serde_json::Value| {
+            let text = record.to_string();
+            ["ERROR", "WARN"].iter().any(|level| record["level"] == *level)
+                && text.contains(&root.display().to_string())
+                && (text.contains("No space left") || text.contains("ENOSPC"))
+        };
+        assert!(since.iter().any(says_where), "no warning says where:\n{log}");
     }
 }

@@ -7,7 +7,9 @@ use std::os::unix::fs::FileExt as _;
 use estargz::index::LayerIndex;
 use hullspeed_tests::fixture::{LARGE_FILE, LARGE_SIZE, large_content};
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
+use hullspeed_tests::proxy::record::RequestRecord;
 use hullspeed_tests::scenario::{CONVERTED, Scenario};
+use serde_json::Value;
 
 /// Bytes of a chunk, as the converter makes them.
 const CHUNK: usize = 4 << 20;
@@ -38,7 +40,8 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
     let ino = index.lookup(directory, b"large.bin").unwrap();
     let chunks = index.chunks_in(ino, 0..LARGE_SIZE as u64);
     assert_eq!(chunks.len(), LARGE_SIZE.div_ceil(CHUNK));
-    let chunk = index.chunk(chunks.start + 1).unwrap();
+    let chunk_id = chunks.start + 1;
+    let chunk = index.chunk(chunk_id).unwrap();
     let member = index.member(chunk.member).unwrap();
     let middle = u64::midpoint(member.start, member.end);
     scenario.proxy.inject(FaultRule::get(
@@ -66,14 +69,17 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
     );
 
     // One line says which image, layer, file and chunk; a metric counts.
-    let log = node.snapshotter().unwrap().process().log_text().unwrap();
-    let named = |line: &&str| {
-        let image = line.contains(&scenario.reference(CONVERTED)) || line.contains("test/image");
-        image && line.contains(&layer_digest) && line.contains(LARGE_FILE) && line.contains("chunk")
+    let records = node.snapshotter().unwrap().log_records().unwrap();
+    let named = |record: &Value| {
+        record["level"] == "ERROR"
+            && record["image"] == scenario.reference(CONVERTED)
+            && record["layer"] == layer_digest
+            && record["file"] == format!("/{LARGE_FILE}")
+            && record["chunk"] == chunk_id
     };
     assert!(
-        log.lines().any(|line| named(&line)),
-        "no line names image, layer, file and chunk:\n{log}"
+        records.iter().any(named),
+        "no line names image, layer, file and chunk {chunk_id}: {records:#?}"
     );
     assert!(
         node.snapshotter()
@@ -104,12 +110,20 @@ async fn a_registry_that_ignores_ranges_is_served_from_all_the_same() {
         ..FaultRule::get("/blobs/", Fault::IgnoreRange)
     });
     node.cri.pull(&scenario.reference(CONVERTED)).await.unwrap();
+    node.check_lazy(&scenario.converted).unwrap();
     let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());
+    let requests = scenario.proxy.requests();
+    let layer = scenario.converted.layers()[0]["digest"].as_str().unwrap().to_string();
+    let ignored = |record: &RequestRecord| {
+        record.method == "GET" && record.path.contains(&layer) && record.range.is_some() && record.status == 200
+    };
+    assert!(requests.iter().any(ignored), "no range was ignored: {requests:#?}");
+    assert!(!requests.iter().any(|record| record.status == 206), "{requests:#?}");
     node.snapshots.remove(view).await.unwrap();
 }
 
-/// A layer whose TOC cannot be had is unpacked in the ordinary way, and the reason is counted.
+/// A layer whose TOC cannot be had is unpacked in the ordinary way, and the reason is counted and logged.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plain_image_falls_back_to_overlay_snapshots() {
     let scenario = Scenario::fixture().await.unwrap();
@@ -129,4 +143,16 @@ async fn a_plain_image_falls_back_to_overlay_snapshots() {
         "{fallbacks} fallbacks are counted for three layers:\n{}",
         node.snapshotter().unwrap().metrics().await.unwrap()
     );
+    let records = node.snapshotter().unwrap().log_records().unwrap();
+    for layer in scenario.plain.layer_digests() {
+        let named = |record: &Value| {
+            record["reason"] == "no_toc_digest"
+                && record["image"] == scenario.plain_reference()
+                && record["layer"] == layer
+        };
+        assert!(
+            records.iter().any(named),
+            "no line says why {layer} is unpacked: {records:#?}"
+        );
+    }
 }

@@ -208,7 +208,14 @@ async fn a_pod_runs_on_overlayfs_and_goes_without_trace() {
     containerd.stop().unwrap();
     drop((containerd, network, registry));
     drop(run);
-    assert!(!Path::new("/sys/fs/cgroup/pids").join(&names.cgroup).exists());
+    // Version 1 has a directory a controller, version 2 (or the unified part of both) one for all.
+    let hierarchies = std::fs::read_dir("/sys/fs/cgroup")
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    for hierarchy in hierarchies.chain(["/sys/fs/cgroup".into()]) {
+        let left = hierarchy.join(&names.cgroup);
+        assert!(!left.exists(), "{} is left", left.display());
+    }
     assert!(!Path::new("/sys/class/net").join(&names.bridge).exists());
     let results = std::fs::read_dir("/var/lib/cni/results")
         .into_iter()

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use hullspeed_tests::cri::Pod;
@@ -10,11 +10,6 @@ use hullspeed_tests::demo_image::{self, DemoImage};
 use hullspeed_tests::scenario::{CONVERTED, Node, Scenario};
 use hullspeed_tests::tree::{self, Kind, Tree};
 use hullspeed_tests::{fixture, probe};
-
-/// Where `make demo` keeps its image, too.
-fn image_cache() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/demo")
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_fixture_looks_the_same_on_both() {
@@ -52,7 +47,7 @@ async fn the_fixture_looks_the_same_on_both() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_demo_image_looks_the_same_on_both() {
     let run = Scenario::prepare().unwrap();
-    let image = DemoImage::cached(&run, &image_cache()).await.unwrap();
+    let image = DemoImage::cached(&run, &demo_image::shared_cache()).await.unwrap();
     let access = image.access.to_string_lossy().into_owned();
     let arguments = ["--prioritize", access.as_str()];
     let scenario = Scenario::with_image(run, &image.layout, demo_image::TAG, &arguments)

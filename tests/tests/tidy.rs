@@ -33,7 +33,7 @@ fn sources() -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut stack: Vec<_> = crates()
         .into_iter()
-        .flat_map(|path| ["src", "tests", "benches"].map(|name| path.join(name)))
+        .flat_map(|path| ["src", "tests", "benches", "examples", "fuzz"].map(|name| path.join(name)))
         .collect();
     while let Some(directory) = stack.pop() {
         let Ok(entries) = fs::read_dir(&directory) else {
@@ -59,13 +59,32 @@ fn check(rule: &str, faults: Vec<String>) {
     assert!(faults.is_empty(), "{rule}:\n  {}", faults.join("\n  "));
 }
 
+/// Whether a file is below the directory `tests` of a crate; the crate `tests` itself is code as any other.
+fn is_integration_test(path: &Path) -> bool {
+    path.strip_prefix(workspace()).unwrap().iter().nth(1).unwrap() == "tests"
+}
+
+/// Whether a line begins a function called `get_…` that others see.
+fn is_getter(line: &str) -> bool {
+    let Some(rest) = line.trim_start().strip_prefix("pub") else {
+        return false;
+    };
+    let rest = match rest.strip_prefix('(') {
+        Some(scope) => scope.split_once(')').map_or("", |(_, rest)| rest),
+        None => rest,
+    };
+    let mut words = rest
+        .split_whitespace()
+        .skip_while(|word| ["const", "async", "unsafe"].contains(word));
+    words.next() == Some("fn") && words.next().is_some_and(|name| name.starts_with("get_"))
+}
+
 #[test]
 fn files_are_short() {
     let faults = sources().into_iter().filter_map(|path| {
         let text = fs::read_to_string(&path).unwrap();
         let lines = text.lines().count();
-        let tests_only =
-            path.file_name().unwrap() == "tests.rs" || path.components().any(|part| part.as_os_str() == "tests");
+        let tests_only = path.file_name().unwrap() == "tests.rs" || is_integration_test(&path);
         let production = text.lines().position(|line| line == "#[cfg(test)]").unwrap_or(lines);
         if !tests_only && production > MAX_PRODUCTION_LINES {
             return Some(format!(
@@ -83,8 +102,7 @@ fn modules_say_what_they_are_for() {
     let undocumented = |path: &PathBuf| {
         let text = fs::read_to_string(path).unwrap();
         let first = text.lines().find(|line| !line.trim().is_empty());
-        // Unit tests in a file of their own are described by the module they test.
-        path.file_name().unwrap() != "tests.rs" && !first.is_some_and(|line| line.starts_with("//!"))
+        !first.is_some_and(|line| line.starts_with("//!"))
     };
     check(
         "no `//!` at the top",
@@ -128,6 +146,21 @@ fn every_crate_takes_the_shared_lints() {
 
 #[test]
 fn accessors_are_not_called_get() {
+    for getter in [
+        "pub fn get_a(&self)",
+        "    pub(crate) async fn get_b()",
+        "pub(in crate::x) const unsafe fn get_c<T>()",
+    ] {
+        assert!(is_getter(getter), "{getter}");
+    }
+    for other in [
+        "pub fn getter()",
+        "fn get_private()",
+        "pub struct get_x",
+        "pub fn x() { fn get_y() {} }",
+    ] {
+        assert!(!is_getter(other), "{other}");
+    }
     let faults = sources().into_iter().flat_map(|path| {
         let text = fs::read_to_string(&path).unwrap();
         let lines: Vec<_> = text
@@ -135,9 +168,7 @@ fn accessors_are_not_called_get() {
             .enumerate()
             .map(|(number, line)| (number + 1, line.to_string()))
             .collect();
-        let getters = lines
-            .into_iter()
-            .filter(|(_, line)| line.trim_start().starts_with("pub fn get_"));
+        let getters = lines.into_iter().filter(|(_, line)| is_getter(line));
         getters
             .map(move |(number, line)| format!("{}:{number}: {}", shown(&path), line.trim()))
             .collect::<Vec<_>>()

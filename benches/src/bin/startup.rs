@@ -1,5 +1,6 @@
 //! `startup`: measures cold starts side by side and prints one table. Run by `make demo`.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,8 +12,9 @@ use hullspeed_benches::report::Mode;
 use hullspeed_tests::requirements;
 use hullspeed_tests::run::RunDir;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 
-/// Exit code after SIGINT or SIGTERM, as shells have it for SIGINT.
+/// Exit code after SIGINT, SIGTERM or SIGHUP, as shells have it for SIGINT.
 const INTERRUPTED: u8 = 130;
 
 /// Cold starts of one real image through CRI: overlayfs with the plain image beside Hullspeed with the converted one.
@@ -61,6 +63,8 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     requirements::check()?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+    // A terminal that is closed in the middle of a demo.
+    let mut hangup = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
     let mut run = RunDir::open_near(&cli.directory.join("run"))?;
     run.keep_files(cli.keep);
     let run = Arc::new(run);
@@ -71,19 +75,24 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         list_requests: cli.requests,
     };
     let worker = Arc::clone(&run);
-    let work = tokio::spawn(async move { demo::run(&worker, &options).await });
+    let mut work = tokio::spawn(async move { demo::run(&worker, &options).await });
     tokio::select! {
-        done = work => done.context("the demo panicked")?.map(|()| ExitCode::SUCCESS),
-        _ = interrupt.recv() => interrupted(&run),
-        _ = terminate.recv() => interrupted(&run),
+        done = &mut work => done.context("the demo panicked")?.map(|()| ExitCode::SUCCESS),
+        _ = interrupt.recv() => interrupted(&run, &work),
+        _ = terminate.recv() => interrupted(&run, &work),
+        _ = hangup.recv() => interrupted(&run, &work),
     }
 }
 
-/// The work may be anywhere, so it is not waited for: everything is taken from under it, and the process ends.
-fn interrupted(run: &RunDir) -> ! {
-    eprintln!("interrupted: cleaning up");
+/// The work may be anywhere, so it is not waited for: it ends at its next await, everything is taken from under it, and
+/// the process ends.
+fn interrupted(run: &RunDir, work: &JoinHandle<Result<()>>) -> ! {
+    // Not `eprintln!`, which panics when the terminal has gone: it is gone after SIGHUP.
+    let say = |text: &str| drop(writeln!(std::io::stderr(), "{text}"));
+    say("interrupted: cleaning up");
+    work.abort();
     if let Err(error) = run.abort() {
-        eprintln!("warning: {error:#}; the next run sweeps the rest");
+        say(&format!("warning: {error:#}; the next run sweeps the rest"));
     }
     std::process::exit(INTERRUPTED.into())
 }
