@@ -1,5 +1,7 @@
 //! Opening the file, and what can be wrong with it.
 
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use redb::Database;
@@ -75,6 +77,23 @@ impl StoreError {
     }
 }
 
+/// Makes an empty file under another name first: a process killed while redb writes its first pages would leave a file
+/// that the next start has to take for a damaged one.
+fn create_whole(path: &Path) -> Result<(), redb::Error> {
+    let unfinished = path.with_extension("redb.new");
+    match fs::remove_file(&unfinished) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    drop(Database::create(&unfinished)?);
+    File::open(&unfinished)?.sync_all()?;
+    fs::rename(&unfinished, path)?;
+    if let Some(directory) = path.parent() {
+        File::open(directory)?.sync_all()?;
+    }
+    Ok(())
+}
+
 /// Opens and checks the whole file, which is as small as there are few snapshots: redb trusts its pages later on.
 pub(super) fn open_database(path: &Path) -> Result<Database, StoreError> {
     let damaged = |detail: String| StoreError::Damaged {
@@ -83,6 +102,9 @@ pub(super) fn open_database(path: &Path) -> Result<Database, StoreError> {
     };
     // On some damage redb fails an assertion, which must not be how the daemon ends.
     let opened = std::panic::catch_unwind(|| {
+        if !path.try_exists()? {
+            create_whole(path)?;
+        }
         let mut db = Database::create(path)?;
         let sound = db.check_integrity()?;
         Ok::<_, redb::Error>((db, sound))
@@ -95,7 +117,7 @@ pub(super) fn open_database(path: &Path) -> Result<Database, StoreError> {
             Ok(db)
         }
         Ok(Err(redb::Error::Corrupted(detail))) => Err(damaged(detail)),
-        Ok(Err(redb::Error::Io(error))) if error.kind() == std::io::ErrorKind::InvalidData => {
+        Ok(Err(redb::Error::Io(error))) if error.kind() == io::ErrorKind::InvalidData => {
             Err(damaged(error.to_string()))
         }
         Ok(Err(source)) => Err(StoreError::Open {

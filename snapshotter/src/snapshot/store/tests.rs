@@ -389,6 +389,19 @@ fn a_listing_does_not_see_later_changes() {
 }
 
 #[test]
+fn a_first_start_that_was_killed_leaves_nothing_in_the_way() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("meta.redb");
+    // Killed while the file was made, and killed before the first transaction.
+    std::fs::write(place.path().join("meta.redb.new"), b"redb, half").unwrap();
+    drop(Store::open(&path, 1).unwrap());
+    assert!(!place.path().join("meta.redb.new").exists());
+    std::fs::remove_file(&path).unwrap();
+    drop(Database::create(&path).unwrap());
+    Store::open(&path, 1).unwrap();
+}
+
+#[test]
 fn another_schema_and_foreign_files_are_refused() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("meta.redb");
