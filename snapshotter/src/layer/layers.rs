@@ -38,17 +38,10 @@ const MAX_OPENING: usize = 16;
 const PARALLEL: usize = 16;
 /// Attempts that the registry client makes by itself; more than one for the sake of manifests.
 const REGISTRY_ATTEMPTS: u32 = 2;
-/// The FUSE device.
-const FUSE_DEVICE: &str = "/dev/fuse";
 
 /// Why layers cannot be mounted at all.
 #[derive(Debug, thiserror::Error)]
 pub enum LayersError {
-    /// There is no FUSE on this machine, or this process may not use it.
-    #[error(
-        "cannot open {FUSE_DEVICE}; lazy layers need the fuse kernel module and root (modprobe fuse, or set layers.lazy = false)"
-    )]
-    Fuse(#[source] std::io::Error),
     /// The layer cache cannot be used.
     #[error("the layer cache cannot be used")]
     Cache(#[source] CacheError),
@@ -88,15 +81,8 @@ struct Slot {
 }
 
 impl Layers {
-    /// Layers under `config.root`, fetched and served on `runtime`. Finds out whether there is a FUSE device.
+    /// Layers under `config.root`, fetched and served on `runtime`. Whether there is FUSE, the daemon has found out before.
     pub fn new(config: &Config, metrics: Metrics, runtime: Handle) -> Result<Self, LayersError> {
-        if config.layers.lazy {
-            std::fs::File::options()
-                .read(true)
-                .write(true)
-                .open(FUSE_DEVICE)
-                .map_err(LayersError::Fuse)?;
-        }
         let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
         let store = LayerStore::open(&root).map_err(LayersError::Cache)?;
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
@@ -184,7 +170,7 @@ impl Shared {
             .filter(|fetch| fetch.layer().is_dirty())
             .collect();
         stream::iter(live)
-            .for_each_concurrent(PARALLEL, |fetch| async move { mounted::checkpoint(&fetch).await })
+            .for_each_concurrent(PARALLEL, |fetch| async move { fetch.checkpoint().await })
             .await;
     }
 
@@ -257,9 +243,6 @@ fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
 #[async_trait]
 impl LayerMounts for Layers {
     async fn mount(&self, request: LayerRequest) -> Result<LayerMount, NotLazy> {
-        if !self.shared.config.layers.lazy {
-            return Err(NotLazy::Disabled);
-        }
         let Some(toc_digest) = request.toc_digest else {
             return Err(NotLazy::NoTocDigest {
                 layer: request.layer_digest,
@@ -277,9 +260,6 @@ impl LayerMounts for Layers {
     }
 
     async fn restore(&self, origin: LayerOrigin) -> Result<LayerMount, NotLazy> {
-        if !self.shared.config.layers.lazy {
-            return Err(NotLazy::Disabled);
-        }
         let shared = self.shared.clone();
         self.detached(async move {
             let slot = shared.slot(&origin.toc_digest);

@@ -276,14 +276,18 @@ impl LayerFetch {
     /// Makes a layer that has just become complete durable as such.
     pub(super) fn group_done(self: &Arc<Self>) {
         if self.layer.residency().is_complete() && self.layer.is_dirty() {
-            let layer = self.layer.clone();
-            self.spawn(async move {
-                let result =
-                    tokio::task::spawn_blocking(move || layer.checkpoint().map_err(|error| (layer, error))).await;
-                if let Ok(Err((layer, error))) = result {
-                    tracing::error!(dir = %layer.dir().display(), %error, "cannot record that the layer is complete");
-                }
-            });
+            let fetch = self.clone();
+            self.spawn(async move { fetch.checkpoint().await });
+        }
+    }
+
+    /// Makes residency durable; failing costs fetches after an unclean stop, no more.
+    pub async fn checkpoint(&self) {
+        let layer = self.layer.clone();
+        let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
+        if let Ok(Err(error)) = result {
+            let dir = self.layer.dir().display();
+            tracing::error!(%dir, %error, "cannot make durable which chunks are in the cache");
         }
     }
 

@@ -250,18 +250,8 @@ impl Shared {
             );
         }
         fetch.close().await;
-        checkpoint(&fetch).await;
+        fetch.checkpoint().await;
         self.metrics.layers_mounted.dec();
-    }
-}
-
-/// Makes a layer's residency durable; failing costs fetches after an unclean stop, no more.
-pub(super) async fn checkpoint(fetch: &LayerFetch) {
-    let layer = fetch.layer().clone();
-    let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
-    if let Ok(Err(error)) = result {
-        let dir = fetch.layer().dir().display();
-        tracing::error!(%dir, %error, "cannot make durable which chunks are in the cache");
     }
 }
 

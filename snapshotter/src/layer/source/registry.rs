@@ -51,10 +51,7 @@ pub struct RegistryBlob {
 
 /// The registry client's form of a digest.
 pub(crate) fn registry_digest(digest: &Digest) -> hullspeed_registry::Digest {
-    digest
-        .to_string()
-        .parse()
-        .expect("both forms are sha256:<64 lower-case hex digits>")
+    hullspeed_registry::Digest::sha256(digest.as_bytes())
 }
 
 /// Tells failures that may pass from those that stay.
