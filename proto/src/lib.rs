@@ -16,8 +16,26 @@ pub mod containerd {
     pub mod types {
         tonic::include_proto!("containerd.types");
     }
+    /// Payloads of containerd's events.
+    pub mod events {
+        tonic::include_proto!("containerd.events");
+    }
     /// containerd's services.
     pub mod services {
+        /// Records of containers, sandboxes among them.
+        pub mod containers {
+            /// Version 1, the only one.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.containers.v1");
+            }
+        }
+        /// The stream of containerd's events.
+        pub mod events {
+            /// Version 1, the only one.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.events.v1");
+            }
+        }
         /// The snapshots service, which `hullspeed-snapshotter` implements.
         pub mod snapshots {
             /// Version 1, the only one.

@@ -1,0 +1,94 @@
+//! The daemon's own connection to containerd, typed. It reconnects by itself; nothing here waits for containerd to come.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hullspeed_proto::containerd::services::containers::v1::containers_client::ContainersClient;
+use hullspeed_proto::containerd::services::events::v1::events_client::EventsClient;
+use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
+use hullspeed_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+pub mod facts;
+
+/// Limit on connecting to a Unix socket whose server does not accept.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Largest message that we accept, as containerd's own clients do.
+pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// containerd's namespace of everything that CRI makes.
+const NAMESPACE: &str = "k8s.io";
+
+/// Puts a request into CRI's namespace.
+#[derive(Debug, Clone, Copy)]
+pub struct InNamespace;
+
+impl tonic::service::Interceptor for InNamespace {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let namespace = AsciiMetadataValue::from_static(NAMESPACE);
+        request.metadata_mut().insert("containerd-namespace", namespace);
+        Ok(request)
+    }
+}
+
+/// containerd, over one connection. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Containerd {
+    socket: PathBuf,
+    channel: Channel,
+}
+
+impl Containerd {
+    /// A client of the containerd at `socket`; connected at the first call, and again whenever that is needed.
+    #[must_use]
+    pub fn at(socket: &Path) -> Self {
+        let path = socket.to_owned();
+        // The authority is not used on a Unix socket, but the request line needs one.
+        let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT_LIMIT);
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+        });
+        Self {
+            socket: socket.to_owned(),
+            channel: endpoint.connect_with_connector_lazy(connector),
+        }
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// CRI's runtime service.
+    #[must_use]
+    pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
+        RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// CRI's image service.
+    #[must_use]
+    pub fn images(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// containerd's records of containers, in CRI's namespace.
+    #[must_use]
+    pub fn containers(&self) -> ContainersClient<InterceptedService<Channel, InNamespace>> {
+        ContainersClient::with_interceptor(self.channel.clone(), InNamespace)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// containerd's events.
+    #[must_use]
+    pub fn events(&self) -> EventsClient<InterceptedService<Channel, InNamespace>> {
+        EventsClient::with_interceptor(self.channel.clone(), InNamespace).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+}

@@ -1,0 +1,315 @@
+//! What the relay knows of sandboxes: which are hulls, which have been adopted and as what, and whose names are taken.
+//!
+//! Every rule asks here, and only here, whether a sandbox may be seen and under which identity. Moving a sandbox from
+//! "hull" to "adopted" is one step under one lock, so no caller ever sees it as neither.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hullspeed_proto::cri::v1::{PodSandboxConfig, PodSandboxMetadata};
+
+/// Label of a hull. Its value is the node's secret mark, so that no pod can hide itself by carrying it.
+pub const HULL_LABEL: &str = "io.hullspeed.hull";
+
+/// Ids of hulls that are gone, remembered to hide what containerd still reports of them; the oldest are forgotten.
+const MAX_RETIRED: usize = 4096;
+
+/// The secret that marks this node's hulls.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Mark(String);
+
+impl Mark {
+    /// The mark with this text.
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The label's value.
+    #[must_use]
+    pub fn value(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether these labels are a hull's.
+    #[must_use]
+    pub fn is_on(&self, labels: &HashMap<String, String>) -> bool {
+        labels.get(HULL_LABEL).is_some_and(|value| *value == self.0)
+    }
+}
+
+impl std::fmt::Debug for Mark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Mark(…)")
+    }
+}
+
+/// A hull's life as a pod's sandbox.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adoption {
+    /// The sandbox, still under the id that it had as a hull.
+    pub sandbox_id: String,
+    /// What the kubelet asked for.
+    pub config: PodSandboxConfig,
+    /// The handler it asked for, as written.
+    pub runtime_handler: String,
+    /// When, in nanoseconds since the epoch: the sandbox's `created_at` for every client.
+    pub adopted_at: i64,
+}
+
+/// A sandbox's name, as containerd reserves it: unique among the sandboxes that exist.
+#[must_use]
+pub fn sandbox_name(metadata: &PodSandboxMetadata) -> String {
+    let PodSandboxMetadata {
+        name,
+        uid,
+        namespace,
+        attempt,
+    } = metadata;
+    format!("{name}_{namespace}_{uid}_{attempt}")
+}
+
+/// Who has a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// A request that is under way.
+    Pending,
+    /// A sandbox that containerd knows under this name.
+    Native(String),
+    /// An adopted sandbox: containerd may not know the name.
+    Adopted(String),
+}
+
+#[derive(Debug, Default)]
+struct State {
+    hulls: HashSet<String>,
+    retired: HashSet<String>,
+    retired_order: VecDeque<String>,
+    adopted: HashMap<String, Arc<Adoption>>,
+    names: HashMap<String, Holder>,
+}
+
+/// The ledger. Cheap to clone; clones share their state.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    mark: Mark,
+    state: Arc<Mutex<State>>,
+}
+
+impl Ledger {
+    /// An empty ledger for hulls with this mark.
+    #[must_use]
+    pub fn new(mark: Mark) -> Self {
+        Self {
+            mark,
+            state: Arc::default(),
+        }
+    }
+
+    /// The mark of this node's hulls.
+    #[must_use]
+    pub fn mark(&self) -> &Mark {
+        &self.mark
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every step under the lock leaves the maps whole, so a panic elsewhere spoils nothing.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A hull exists.
+    pub fn add_hull(&self, id: &str) {
+        self.state().hulls.insert(id.to_owned());
+    }
+
+    /// A hull is gone, or about to be; what is still heard of it stays hidden.
+    pub fn retire_hull(&self, id: &str) {
+        let mut state = self.state();
+        state.hulls.remove(id);
+        if state.retired.insert(id.to_owned()) {
+            state.retired_order.push_back(id.to_owned());
+        }
+        while state.retired_order.len() > MAX_RETIRED {
+            if let Some(oldest) = state.retired_order.pop_front() {
+                state.retired.remove(&oldest);
+            }
+        }
+    }
+
+    /// Whether the id is that of a hull, present or past.
+    #[must_use]
+    pub fn is_hull(&self, id: &str) -> bool {
+        let state = self.state();
+        state.hulls.contains(id) || state.retired.contains(id)
+    }
+
+    /// Whether a hull's id begins with `prefix`; containerd accepts any unambiguous beginning of an id.
+    #[must_use]
+    pub fn any_hull_begins_with(&self, prefix: &str) -> bool {
+        let state = self.state();
+        let mut ids = state.hulls.iter().chain(&state.retired);
+        ids.any(|id| id.starts_with(prefix))
+    }
+
+    /// Whether nobody may see this sandbox. The labels tell of a hull whose id has not come back from containerd yet.
+    #[must_use]
+    pub fn is_hidden(&self, id: &str, labels: &HashMap<String, String>) -> bool {
+        let state = self.state();
+        if state.adopted.contains_key(id) {
+            return false;
+        }
+        state.hulls.contains(id) || state.retired.contains(id) || self.mark.is_on(labels)
+    }
+
+    /// The sandbox is a pod's from now on. Its name should be reserved; it is settled here.
+    pub fn adopt(&self, adoption: Adoption) -> Arc<Adoption> {
+        let adoption = Arc::new(adoption);
+        let mut state = self.state();
+        let id = adoption.sandbox_id.clone();
+        state.hulls.remove(&id);
+        if let Some(metadata) = &adoption.config.metadata {
+            state.names.insert(sandbox_name(metadata), Holder::Adopted(id.clone()));
+        }
+        state.adopted.insert(id, Arc::clone(&adoption));
+        adoption
+    }
+
+    /// The identity of an adopted sandbox.
+    #[must_use]
+    pub fn adoption(&self, id: &str) -> Option<Arc<Adoption>> {
+        self.state().adopted.get(id).cloned()
+    }
+
+    /// All adopted sandboxes.
+    #[must_use]
+    pub fn adoptions(&self) -> Vec<Arc<Adoption>> {
+        self.state().adopted.values().cloned().collect()
+    }
+
+    /// The full ids of adopted sandboxes that begin with `prefix`.
+    #[must_use]
+    pub fn adopted_with_prefix(&self, prefix: &str) -> Vec<String> {
+        let state = self.state();
+        let ids = state.adopted.keys().filter(|id| id.starts_with(prefix));
+        ids.cloned().collect()
+    }
+
+    /// The sandbox does not exist any more: its adoption and its name go.
+    pub fn forget(&self, id: &str) {
+        let mut state = self.state();
+        state.adopted.remove(id);
+        state.names.retain(|_, holder| match holder {
+            Holder::Pending => true,
+            Holder::Native(of) | Holder::Adopted(of) => of != id,
+        });
+    }
+
+    /// A sandbox that containerd knows under this name.
+    pub fn add_native(&self, name: String, id: &str) {
+        self.state().names.insert(name, Holder::Native(id.to_owned()));
+    }
+
+    /// Takes a name for a request; given back when the reservation is dropped unsettled.
+    pub fn reserve(&self, name: &str) -> Result<Reservation, Holder> {
+        let mut state = self.state();
+        if let Some(holder) = state.names.get(name) {
+            return Err(holder.clone());
+        }
+        state.names.insert(name.to_owned(), Holder::Pending);
+        Ok(Reservation {
+            ledger: self.clone(),
+            name: name.to_owned(),
+        })
+    }
+}
+
+/// A name taken for a request that is under way.
+#[derive(Debug)]
+pub struct Reservation {
+    ledger: Ledger,
+    name: String,
+}
+
+impl Reservation {
+    /// containerd made a sandbox of this name.
+    pub fn settle_native(self, id: &str) {
+        self.ledger.add_native(self.name.clone(), id);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut state = self.ledger.state();
+        // Settled by adoption or by containerd's answer, it is not pending any more.
+        if state.names.get(&self.name) == Some(&Holder::Pending) {
+            state.names.remove(&self.name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger() -> Ledger {
+        Ledger::new(Mark::new("secret".into()))
+    }
+
+    fn adoption(id: &str, name: &str) -> Adoption {
+        let metadata = PodSandboxMetadata {
+            name: name.into(),
+            ..Default::default()
+        };
+        Adoption {
+            sandbox_id: id.into(),
+            config: PodSandboxConfig {
+                metadata: Some(metadata),
+                ..Default::default()
+            },
+            runtime_handler: String::new(),
+            adopted_at: 1,
+        }
+    }
+
+    #[test]
+    fn hulls_are_hidden_until_they_are_adopted() {
+        let ledger = ledger();
+        let marked = HashMap::from([(HULL_LABEL.to_owned(), "secret".to_owned())]);
+        let foreign = HashMap::from([(HULL_LABEL.to_owned(), "guess".to_owned())]);
+        assert!(ledger.is_hidden("new", &marked));
+        assert!(!ledger.is_hidden("new", &foreign));
+        ledger.add_hull("h1");
+        ledger.add_hull("h2");
+        assert!(ledger.is_hidden("h1", &HashMap::new()) && ledger.any_hull_begins_with("h"));
+        ledger.adopt(adoption("h1", "pod"));
+        assert!(!ledger.is_hidden("h1", &marked) && !ledger.is_hull("h1"));
+        ledger.retire_hull("h2");
+        assert!(ledger.is_hidden("h2", &HashMap::new()));
+    }
+
+    #[test]
+    fn retired_hulls_are_forgotten_in_their_order() {
+        let ledger = ledger();
+        for id in 0..=MAX_RETIRED {
+            ledger.retire_hull(&id.to_string());
+        }
+        assert!(!ledger.is_hull("0") && ledger.is_hull("1"));
+    }
+
+    #[test]
+    fn a_name_has_one_holder() {
+        let ledger = ledger();
+        let name = "pod___0";
+        let first = ledger.reserve(name).unwrap();
+        assert_eq!(ledger.reserve(name).unwrap_err(), Holder::Pending);
+        drop(first);
+        let second = ledger.reserve(name).unwrap();
+        ledger.adopt(adoption("h", "pod"));
+        drop(second);
+        assert_eq!(ledger.reserve(name).unwrap_err(), Holder::Adopted("h".into()));
+        ledger.forget("h");
+        assert!(ledger.adoption("h").is_none());
+        ledger.reserve(name).unwrap().settle_native("n");
+        assert_eq!(ledger.reserve(name).unwrap_err(), Holder::Native("n".into()));
+    }
+}

@@ -1,0 +1,13 @@
+//! The daemon that keeps a pool of ready pod sandboxes ("hulls") and hands one to the kubelet in about a millisecond, as
+//! a library.
+//!
+//! - [`relay`] passes gRPC calls from the kubelet to containerd as raw bytes and hands a few methods to rules;
+//! - [`wire`] edits protobuf messages without decoding them; [`ledger`] knows which sandboxes are hulls, which adopted;
+//! - [`containerd`] is the daemon's own, typed connection; [`adopt`] turns a hull into a pod's sandbox, from a
+//!   [`adopt::HullSource`].
+
+pub mod adopt;
+pub mod containerd;
+pub mod ledger;
+pub mod relay;
+pub mod wire;

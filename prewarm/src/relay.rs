@@ -1,0 +1,154 @@
+//! The CRI relay: gRPC calls go to containerd as raw HTTP/2 bytes, apart from those that [`Rules`] asks for.
+//!
+//! A call that no rule wants is never decoded or gathered: headers, data and trailers flow both ways as they come, so
+//! unknown methods, other services, streams in both directions, metadata, deadlines, cancellation, status details and
+//! messages of any size behave as without the relay. A call that a rule wants is gathered within a bound, handed over as
+//! one message, and answered with bytes.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use http::HeaderMap;
+
+/// Methods that a rule may want.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "the names are CRI's")]
+pub enum Method {
+    RunPodSandbox,
+    StopPodSandbox,
+    RemovePodSandbox,
+    PodSandboxStatus,
+    ListPodSandbox,
+    StreamPodSandboxes,
+    CreateContainer,
+    StartContainer,
+    PortForward,
+    PodSandboxStats,
+    ListPodSandboxStats,
+    StreamPodSandboxStats,
+    ListPodSandboxMetrics,
+    StreamPodSandboxMetrics,
+    UpdatePodSandboxResources,
+    UpdateRuntimeConfig,
+    GetContainerEvents,
+    PullImage,
+}
+
+/// Version of CRI that a client speaks. The messages of both are the same on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    /// `runtime.v1`
+    V1,
+    /// `runtime.v1alpha2`, which containerd 1.6 still serves.
+    V1Alpha2,
+}
+
+/// A call, gathered: one request message.
+pub struct Call {
+    /// What is called.
+    pub method: Method,
+    /// In which version.
+    pub api: Api,
+    /// The request message, not compressed.
+    pub message: Bytes,
+    /// containerd, as this call reaches it: same path, metadata and deadline; dropped work is cancelled there.
+    pub upstream: Box<dyn Upstream>,
+}
+
+/// containerd behind one call.
+#[async_trait]
+pub trait Upstream: Send + Sync {
+    /// Sends `message`, gathers one answer.
+    async fn unary(&self, message: Bytes) -> Result<Answer, Failure>;
+
+    /// Sends `message`, gives the answer's messages as they come.
+    async fn stream(&self, message: Bytes) -> Result<Messages, Failure>;
+}
+
+/// containerd's answer to a unary call.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
+    /// Initial metadata.
+    pub metadata: HeaderMap,
+    /// The message, not compressed.
+    pub message: Bytes,
+    /// Trailers, status included.
+    pub trailers: HeaderMap,
+}
+
+impl Answer {
+    /// The same answer with another message.
+    #[must_use]
+    pub fn with(mut self, message: impl Into<Bytes>) -> Self {
+        self.message = message.into();
+        self
+    }
+
+    /// An answer of our own.
+    #[must_use]
+    pub fn ours(message: impl Into<Bytes>) -> Self {
+        Self::default().with(message)
+    }
+}
+
+/// A call that failed.
+#[derive(Debug, Clone)]
+pub enum Failure {
+    /// containerd said so: its status as it came, with message and details, and any other trailers.
+    Answered {
+        /// The status.
+        status: tonic::Status,
+        /// Initial metadata and trailers as they came, to be relayed.
+        metadata: HeaderMap,
+    },
+    /// We say so.
+    Ours(tonic::Status),
+}
+
+impl Failure {
+    /// The status.
+    #[must_use]
+    pub fn status(&self) -> &tonic::Status {
+        match self {
+            Self::Answered { status, .. } | Self::Ours(status) => status,
+        }
+    }
+}
+
+impl From<tonic::Status> for Failure {
+    fn from(status: tonic::Status) -> Self {
+        Self::Ours(status)
+    }
+}
+
+/// Messages of a stream.
+pub type Messages = BoxStream<'static, Result<Bytes, Failure>>;
+
+/// What a rule answers.
+pub enum Reply {
+    /// One message.
+    One(Answer),
+    /// A stream of messages.
+    Stream(Messages),
+    /// A failure.
+    Failed(Failure),
+}
+
+impl From<Result<Answer, Failure>> for Reply {
+    fn from(result: Result<Answer, Failure>) -> Self {
+        match result {
+            Ok(answer) => Self::One(answer),
+            Err(failure) => Self::Failed(failure),
+        }
+    }
+}
+
+/// What happens to the calls that are not simply passed on.
+#[async_trait]
+pub trait Rules: Send + Sync + 'static {
+    /// Whether calls of this method are gathered and handed to [`Self::call`].
+    fn wants(&self, method: Method, api: Api) -> bool;
+
+    /// Answers a call. Dropped when the client gives up.
+    async fn call(&self, call: Call) -> Reply;
+}
