@@ -214,7 +214,7 @@ mod tests {
     fn what_is_not_edited_survives_and_so_does_an_unknown_field() {
         let mut message = sandbox();
         put_bytes(&mut message, 4000, b"from the future");
-        message.extend_from_slice(&[0x0d | 0x10, 1, 2, 3, 4]);
+        message.extend_from_slice(&[0x7d, 1, 2, 3, 4]);
         let same = edit::<WireError>(&message, |_| Ok(Edit::Keep)).unwrap();
         assert_eq!(same, message);
         let edited = edit::<WireError>(&message, |field| {
