@@ -1,14 +1,14 @@
 //! All that a client can read of a pod, from its start to its end, as one tree. Two of them, one made at containerd's
 //! socket and one through our relay, should not differ.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use hullspeed_proto::cri::v1::{
     ContainerStatsRequest, ContainerStatusRequest, CreateContainerRequest, LinuxContainerConfig,
     LinuxContainerSecurityContext, ListContainerStatsRequest, ListContainersRequest, PodSandboxStatus,
-    PodSandboxStatusRequest, PortForwardRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdatePodSandboxResourcesRequest,
+    PodSandboxStatusRequest, PortForwardRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest, UpdatePodSandboxResourcesRequest,
 };
 use prost::Message as _;
 use serde_json::{Map, Value, json};
@@ -24,17 +24,17 @@ mod statistics;
 
 pub use normal::normalised;
 
-/// The port that the second container serves, in most network namespaces its own.
-const PORT: i32 = 18_081;
-
 /// How long the second container may take to answer.
 const SERVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the program of a sandbox may take from its start to its own code.
+const START_LIMIT: Duration = Duration::from_secs(5);
 
 /// Prints a line on each stream, then sleeps.
 const MAIN: &str = "echo to-stdout; echo to-stderr >&2; exec sleep 1000000";
 
-/// Serves a page, and prints a line again and again for those that attach.
-const SIDE: &str = "httpd -p 18081 -h /www; while sleep 0.1; do echo tick; done";
+/// Serves a page on a port, and prints a line again and again for those that attach.
+const SIDE: &str = "httpd -p PORT -h /www; while sleep 0.1; do echo tick; done";
 
 /// One look at one pod.
 pub struct Observer<'a> {
@@ -43,6 +43,8 @@ pub struct Observer<'a> {
     cri: Cri,
     /// Whether hulls are visible here, and have to be taken out of lists.
     native: bool,
+    /// What the second container serves on, in some pods on the host's network.
+    port: u16,
     seen: Map<String, Value>,
     /// What to write instead of what differs from pod to pod.
     names: Vec<(String, &'static str)>,
@@ -61,13 +63,15 @@ impl<'a> Observer<'a> {
     }
 
     async fn at(node: &'a PodNode, socket: &std::path::Path, native: bool) -> Result<Self> {
+        let port = crate::registry::free_port()?;
         Ok(Self {
             node,
+            port,
             raw: RawClient::connect(socket).await?,
             cri: Cri::connect(socket).await?,
             native,
             seen: Map::new(),
-            names: Vec::new(),
+            names: vec![(format!("-p {port} "), "-p <port> ")],
         })
     }
 
@@ -114,17 +118,24 @@ impl<'a> Observer<'a> {
         self.lists("ready", sandbox, pod).await;
         self.node_files(sandbox);
         let main = self.container(sandbox, pod, "main", MAIN).await?;
-        let side = self.container(sandbox, pod, "side", SIDE).await?;
+        let side = self
+            .container(sandbox, pod, "side", &SIDE.replace("PORT", &self.port.to_string()))
+            .await?;
         if let (Some(main), Some(side)) = (&main, &side) {
+            // First, for it waits until the second container serves.
+            self.streams(sandbox, main, side).await;
             self.inside(sandbox, pod, main, side).await?;
             self.statistics(sandbox, pod, main).await?;
-            self.streams(sandbox, main, side).await;
             self.see("stop main", "StopContainer", &stop_container(main)).await;
         }
-        self.see("update", "UpdatePodSandboxResources", &UpdatePodSandboxResourcesRequest {
-            pod_sandbox_id: sandbox.into(),
-            ..Default::default()
-        })
+        self.see(
+            "update",
+            "UpdatePodSandboxResources",
+            &UpdatePodSandboxResourcesRequest {
+                pod_sandbox_id: sandbox.into(),
+                ..Default::default()
+            },
+        )
         .await;
         self.log(pod)
     }
@@ -139,11 +150,9 @@ impl<'a> Observer<'a> {
         }
         let status = self.cri.sandbox(sandbox).await?;
         let info: Value = serde_json::from_str(status.info.get("info").map_or("{}", |text| text.as_str()))?;
-        if let Some(pid) = info["pid"].as_u64().filter(|pid| *pid > 0) {
-            self.seen.insert("namespaces of pause".into(), inside::links(pid));
-            let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            self.seen.insert("program of the sandbox".into(), comm.trim().into());
-        }
+        let pid = info["pid"].as_u64().unwrap_or_default();
+        self.seen
+            .insert("program of the sandbox".into(), program(pid).await.into());
         status.status.context("a status without a status")
     }
 
@@ -160,7 +169,11 @@ impl<'a> Observer<'a> {
     /// Creates and starts a container as a kubelet would; `None` if it cannot be.
     async fn container(&mut self, sandbox: &str, pod: &Pod, name: &str, script: &str) -> Result<Option<String>> {
         let mut config = container_config(name, &self.node.image, &["sh", "-c", script]);
-        let context = pod.config().linux.as_ref().and_then(|linux| linux.security_context.clone());
+        let context = pod
+            .config()
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.clone());
         let context = context.unwrap_or_default();
         config.linux = Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext {
@@ -190,7 +203,8 @@ impl<'a> Observer<'a> {
                 return Ok(None);
             }
         };
-        self.names.push((id.clone(), if name == "main" { "<main>" } else { "<side>" }));
+        self.names
+            .push((id.clone(), if name == "main" { "<main>" } else { "<side>" }));
         let start = StartContainerRequest {
             container_id: id.clone(),
         };
@@ -228,16 +242,29 @@ impl<'a> Observer<'a> {
         let remove = RemovePodSandboxRequest { pod_sandbox_id: id() };
         let forward = PortForwardRequest {
             pod_sandbox_id: id(),
-            port: vec![PORT],
+            port: vec![self.port.into()],
         };
         self.see("stop", "StopPodSandbox", &stop).await;
-        self.see("status when stopped", "PodSandboxStatus", &status_request(sandbox, true)).await;
-        self.see("containers when stopped", "ListContainers", &ListContainersRequest::default()).await;
+        self.see(
+            "status when stopped",
+            "PodSandboxStatus",
+            &status_request(sandbox, true),
+        )
+        .await;
+        self.see(
+            "containers when stopped",
+            "ListContainers",
+            &ListContainersRequest::default(),
+        )
+        .await;
         self.lists_by_id("stopped", sandbox).await;
         self.see("forward when stopped", "PortForward", &forward).await;
         self.see("stop again", "StopPodSandbox", &stop).await;
         self.see("remove", "RemovePodSandbox", &remove).await;
-        for (what, id) in [("status when gone", sandbox), ("status by prefix when gone", &sandbox[..16])] {
+        for (what, id) in [
+            ("status when gone", sandbox),
+            ("status by prefix when gone", &sandbox[..16]),
+        ] {
             self.see(what, "PodSandboxStatus", &status_request(id, false)).await;
         }
         self.lists_by_id("gone", sandbox).await;
@@ -250,13 +277,28 @@ impl<'a> Observer<'a> {
             sandbox_config: Some(Pod::new("late", std::path::Path::new("/"), "none").config().clone()),
         };
         self.see("create when gone", "CreateContainer", &create).await;
-        let stats = ContainerStatsRequest {
-            container_id: id(),
-        };
+        let stats = ContainerStatsRequest { container_id: id() };
         self.see("container stats of a sandbox", "ContainerStats", &stats).await;
-        self.see("all container stats when gone", "ListContainerStats", &ListContainerStatsRequest::default())
-            .await;
+        self.see(
+            "all container stats when gone",
+            "ListContainerStats",
+            &ListContainerStatsRequest::default(),
+        )
+        .await;
         Ok(())
+    }
+}
+
+/// The name of a program that runs, once it does: right after its start it is still runc's.
+async fn program(pid: u64) -> String {
+    let end = Instant::now() + START_LIMIT;
+    loop {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        let comm = comm.unwrap_or_else(|error| error.to_string());
+        if !comm.starts_with("runc") || Instant::now() > end {
+            return comm.trim().to_owned();
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
