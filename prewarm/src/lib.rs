@@ -9,5 +9,6 @@
 pub mod adopt;
 pub mod containerd;
 pub mod ledger;
+pub mod metrics;
 pub mod relay;
 pub mod wire;
