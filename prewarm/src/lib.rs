@@ -10,5 +10,6 @@ pub mod adopt;
 pub mod containerd;
 pub mod ledger;
 pub mod metrics;
+pub mod pool;
 pub mod relay;
 pub mod wire;
