@@ -61,7 +61,6 @@ pub mod cri {
     }
 }
 
-<<<<<<< HEAD
 /// Our own APIs.
 pub mod hullspeed {
     /// What may be asked of the snapshotter besides snapshots.
@@ -93,9 +92,9 @@ mod redacted {
                 .finish_non_exhaustive()
         }
     }
-=======
+}
+
 /// Whether a field is at its zero value, which Go's `omitempty` leaves out; an empty message that is there is not.
 fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
->>>>>>> adopt
 }

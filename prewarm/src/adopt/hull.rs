@@ -295,11 +295,3 @@ fn same_content(copy: &File, original: &Path) -> bool {
     };
     matches!((read(copy), read(&original)), (Some(copy), Some(original)) if copy == original)
 }
-
-impl Hull {
-    /// Whether its processes live.
-    #[must_use]
-    pub fn is_alive(&self) -> bool {
-        true
-    }
-}
