@@ -34,7 +34,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_transport(true)
         .compile_fds(containerd)?;
     let cri = protox::compile(["runtime/v1/cri.proto"], ["cri"])?;
-    let mut builder = tonic_prost_build::configure().build_transport(true);
+    let mut builder = tonic_prost_build::configure()
+        .build_transport(true)
+        .skip_debug(["runtime.v1.AuthConfig"]);
     for message in STORED_AS_JSON {
         // What Go's encoding/json makes of `json:"name,omitempty"`: a message's field at its zero value is left out.
         let path = format!(".runtime.v1.{message}");
@@ -52,7 +54,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     builder.compile_fds(cri)?;
-    println!("cargo:rerun-if-changed=containerd");
-    println!("cargo:rerun-if-changed=cri");
+    let control = protox::compile(["control/v1/control.proto"], ["hullspeed"])?;
+    tonic_prost_build::configure()
+        .build_transport(true)
+        .skip_debug(["hullspeed.control.v1.SetCredentialsRequest"])
+        .compile_fds(control)?;
+    for directory in ["containerd", "cri", "hullspeed"] {
+        println!("cargo:rerun-if-changed={directory}");
+    }
     Ok(())
 }
