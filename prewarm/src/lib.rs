@@ -8,6 +8,7 @@
 //! - [`rules`] hides hulls and shows adopted sandboxes as what they are in every call.
 
 pub mod adopt;
+pub mod config;
 pub mod containerd;
 pub mod ledger;
 pub mod metrics;

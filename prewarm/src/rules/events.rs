@@ -25,7 +25,9 @@ impl Events {
     /// A hub without subscribers.
     #[must_use]
     pub fn new(options: EventOptions) -> Self {
-        Self { shared: Arc::new(options) }
+        Self {
+            shared: Arc::new(options),
+        }
     }
 
     /// A hull became a pod's sandbox: subscribers get its CREATED and STARTED. Call it after [`Ledger::adopt`] and
