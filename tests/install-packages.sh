@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Looks for what no package can bring (root, FUSE, overlayfs), then installs what tests/packages.txt lists and this
 # machine lacks. What is in the way is one line. Nothing to do: no network, no output.
-# With --packages only the packages: for `make check`, which mounts nothing.
+# With --packages only the packages: for `make check`, which mounts nothing; else also the containerd 2.x of
+# tests/install-containerd-2.sh.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -10,7 +11,15 @@ fail() {
   exit 1
 }
 
-if [[ "${1:-}" != --packages ]]; then
+packages_only=""
+[[ "${1:-}" != --packages ]] || packages_only=yes
+
+# What is not a package of this release, and needs some.
+finish() {
+  [[ -n "$packages_only" ]] || bash "$here/install-containerd-2.sh"
+}
+
+if [[ -z "$packages_only" ]]; then
   [[ $EUID -eq 0 ]] || fail "not root: namespaces, mounts and cgroups need it; run it with sudo"
   # Opened, for in a container the device may be there and forbidden.
   { [[ -c /dev/fuse ]] && : <> /dev/fuse; } 2> /dev/null || fail "cannot open /dev/fuse: load the fuse module, or give this container the device"
@@ -22,7 +31,10 @@ while read -r package proof; do
   [[ -z "$package" || "$package" == \#* ]] && continue
   [[ -e "$proof" ]] || missing+=("$package")
 done < "$here/packages.txt"
-[[ ${#missing[@]} -eq 0 ]] && exit 0
+if [[ ${#missing[@]} -eq 0 ]]; then
+  finish
+  exit
+fi
 
 [[ $EUID -eq 0 ]] || fail "not root, and these packages are missing: ${missing[*]}; run as root, or install them first"
 command -v apt-get > /dev/null || fail "this is not a Debian machine; install by hand: ${missing[*]}"
@@ -48,3 +60,4 @@ apt() {
 }
 apt update
 apt install -y --no-install-recommends "${missing[@]}"
+finish
