@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::layer::NotLazy;
 use crate::layer::fetch::{Extent, FetchError, LayerFetch};
 use crate::layer::image::LayerDescriptor;
-use crate::snapshot::chain;
+use hullspeed_daemon::error::chain;
 
 /// How often it is told how much content has come.
 const TELL_EVERY: Duration = Duration::from_millis(500);
