@@ -13,6 +13,7 @@ mod glob;
 pub mod gojson;
 pub mod hull;
 pub mod journal;
+mod observer;
 pub mod patch;
 pub mod rebrand;
 mod recovery;
@@ -24,5 +25,6 @@ mod source;
 mod testing;
 
 pub use adopter::{Adopter, AdopterError, Options};
+pub use observer::{Observer, Outcome};
 pub use recovery::{IdleHull, Recovered, RecoveryError};
 pub use source::{HullSource, Miss};

@@ -15,12 +15,10 @@ use super::eligibility::{self, Policy};
 use super::journal::{Journal, JournalError};
 use super::patch::{PatchError, Patcher};
 use super::rebrand::Rebrander;
-use super::{HullSource, schema};
+use super::{HullSource, Observer, Outcome, schema};
 use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
 use crate::ledger::{Holder, Ledger, Reservation, sandbox_name};
-use crate::metrics::Metrics;
-use crate::metrics::defs::{RequestLabels, RequestResult};
 use crate::relay::{Api, Call, Reply};
 use crate::rules::Events;
 
@@ -47,7 +45,7 @@ pub struct Options {
     /// Who tells of sandboxes that begin.
     pub events: Events,
     /// Who counts.
-    pub metrics: Metrics,
+    pub observer: Arc<dyn Observer>,
     /// Directory of the journal, on a tmpfs: it must not outlive the node's sandboxes.
     pub state: PathBuf,
     /// Which pods may have a hull.
@@ -85,7 +83,7 @@ pub struct Adopter {
 }
 
 /// Why containerd answers instead.
-type Passed = (RequestResult, &'static str);
+type Passed = (Outcome, &'static str);
 
 /// The facts, for as long as an adoption takes.
 type Gate = OwnedRwLockReadGuard<Option<Arc<Facts>>>;
@@ -102,7 +100,7 @@ impl Adopter {
             options.containerd.clone(),
             options.ledger.clone(),
             Arc::clone(&journal),
-            options.metrics.clone(),
+            Arc::clone(&options.observer),
         );
         let stopping = CancellationToken::new();
         let work = tokio::spawn(rebrander.clone().run(stopping.clone()));
@@ -128,23 +126,23 @@ impl Adopter {
     pub async fn run_pod_sandbox(&self, call: Call) -> Reply {
         let begun = Instant::now();
         let Ok(request) = RunPodSandboxRequest::decode(call.message.clone()) else {
-            return self.pass(call, None, (RequestResult::native_only, "malformed")).await;
+            return self.pass(call, None, (Outcome::NativeOnly, "malformed")).await;
         };
         let Some(metadata) = request.config.as_ref().and_then(|config| config.metadata.as_ref()) else {
-            return self.pass(call, None, (RequestResult::ineligible, "metadata")).await;
+            return self.pass(call, None, (Outcome::Ineligible, "metadata")).await;
         };
         let name = sandbox_name(metadata);
         let mut reservation = match self.reserve(&name).await {
             Ok(reservation) => reservation,
             Err(refusal) => {
-                self.count((RequestResult::native_only, "name_reserved"));
+                self.count((Outcome::NativeOnly, "name_reserved"));
                 return Reply::Failed(refusal.into());
             }
         };
         let passed = match self.may_adopt(&call, request, &reservation) {
             Err(passed) => passed,
             Ok((gate, config, handler)) => match self.shared.options.hulls.take(&handler) {
-                Err(miss) => (RequestResult::miss, miss.reason()),
+                Err(miss) => (Outcome::Miss, miss.reason()),
                 Ok(hull) => {
                     let attempt = Attempt {
                         gate,
@@ -157,7 +155,7 @@ impl Adopter {
                         Ok(reply) => return reply,
                         Err((given_back, reason)) => {
                             reservation = given_back;
-                            (RequestResult::failed, reason)
+                            (Outcome::Failed, reason)
                         }
                     }
                 }
@@ -174,28 +172,28 @@ impl Adopter {
         name: &Reservation,
     ) -> Result<(Gate, PodSandboxConfig, String), Passed> {
         if call.api != Api::V1 {
-            return Err((RequestResult::native_only, "api_version"));
+            return Err((Outcome::NativeOnly, "api_version"));
         }
         // containerd has a sandbox of this name, or may have: it knows best, and answers in its own words.
         if name.is_contested() {
-            return Err((RequestResult::native_only, "name_contested"));
+            return Err((Outcome::NativeOnly, "name_contested"));
         }
-        let recovering = (RequestResult::native_only, "recovering");
+        let recovering = (Outcome::NativeOnly, "recovering");
         let gate = Arc::clone(&self.shared.facts)
             .try_read_owned()
             .map_err(|_| recovering)?;
         let facts = gate.as_ref().ok_or(recovering)?;
         if self.is_paused() {
-            return Err((RequestResult::native_only, "paused"));
+            return Err((Outcome::NativeOnly, "paused"));
         }
         schema::check(&call.message).map_err(|error| {
             tracing::debug!(%error, "a pod asks for something that is not known");
-            (RequestResult::ineligible, "unknown_field")
+            (Outcome::Ineligible, "unknown_field")
         })?;
         let config = request.config.unwrap_or_default();
         let handler = request.runtime_handler;
         eligibility::check(&config, &handler, facts, &self.shared.options.policy)
-            .map_err(|why| (RequestResult::ineligible, why.reason()))?;
+            .map_err(|why| (Outcome::Ineligible, why.reason()))?;
         Ok((gate, config, handler))
     }
 
@@ -247,14 +245,8 @@ impl Adopter {
         let _ = tokio::task::spawn_blocking(move || shared.patcher.stop()).await;
     }
 
-    fn count(&self, (result, reason): Passed) {
-        let labels = RequestLabels { result, reason };
-        self.shared
-            .options
-            .metrics
-            .sandbox_requests
-            .get_or_create(&labels)
-            .inc();
+    fn count(&self, (outcome, reason): Passed) {
+        self.shared.options.observer.request(outcome, reason);
     }
 
     fn is_paused(&self) -> bool {

@@ -14,6 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{GetContainerRequest, UpdateContainerRequest};
 use hullspeed_proto::containerd::services::sandbox::v1::{StoreGetRequest, StoreUpdateRequest};
 use prost_types::{Any, FieldMask};
@@ -22,12 +23,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
-use super::fault;
 use super::journal::{Journal, Record};
+use super::{Observer, fault};
 use crate::containerd::Containerd;
 use crate::ledger::{Adoption, Ledger, sandbox_name};
-use crate::metrics::Metrics;
-use crate::metrics::defs::ResultLabels;
 
 pub mod record;
 
@@ -116,7 +115,7 @@ struct Shared {
     containerd: Containerd,
     ledger: Ledger,
     journal: Arc<Journal>,
-    metrics: Metrics,
+    observer: Arc<dyn Observer>,
     waiting: Mutex<Waiting>,
     more: Notify,
 }
@@ -130,12 +129,12 @@ pub struct Rebrander {
 impl Rebrander {
     /// One for these parts; [`Self::run`] does the work.
     #[must_use]
-    pub fn new(containerd: Containerd, ledger: Ledger, journal: Arc<Journal>, metrics: Metrics) -> Self {
+    pub fn new(containerd: Containerd, ledger: Ledger, journal: Arc<Journal>, observer: Arc<dyn Observer>) -> Self {
         let shared = Shared {
             containerd,
             ledger,
             journal,
-            metrics,
+            observer,
             waiting: Mutex::default(),
             more: Notify::new(),
         };
@@ -209,11 +208,7 @@ impl Rebrander {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         };
-        self.shared
-            .metrics
-            .rebrands
-            .get_or_create(&ResultLabels { result })
-            .inc();
+        self.shared.observer.rebranded(result);
     }
 
     fn done(&self, id: &str) -> &'static str {
@@ -223,17 +218,6 @@ impl Rebrander {
         fault::point("rebranded");
         "ok"
     }
-}
-
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }
 
 /// Makes both copies of the record the pod's.

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{Container, ListContainersRequest as ListRecordsRequest};
 use hullspeed_proto::cri::v1::{
     ListContainersRequest, ListPodSandboxRequest, PodSandbox, PodSandboxConfig, PodSandboxState,
@@ -18,7 +19,7 @@ use tonic::Status;
 
 use super::journal::{Contents, Entry};
 use super::rebrand::record::{self, KIND_LABEL, KIND_SANDBOX};
-use super::rebrand::{ADOPTION_EXTENSION, METADATA_EXTENSION, chain};
+use super::rebrand::{ADOPTION_EXTENSION, METADATA_EXTENSION};
 use crate::containerd::Containerd;
 use crate::ledger::{Adoption, Mark, sandbox_name};
 

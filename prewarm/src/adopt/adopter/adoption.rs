@@ -3,18 +3,17 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use hullspeed_daemon::error::chain;
 use hullspeed_proto::cri::v1::{PodSandboxConfig, RunPodSandboxResponse};
 use prost::Message as _;
 use tokio::sync::oneshot;
 
 use super::{Gate, PAUSE, Shared};
-use crate::adopt::fault;
 use crate::adopt::hull::Hull;
 use crate::adopt::journal::{AdoptRecord, JournalError, Record};
 use crate::adopt::patch::{Identity, PatchError};
-use crate::adopt::rebrand::chain;
+use crate::adopt::{Outcome, fault};
 use crate::ledger::{Adoption, Reservation};
-use crate::metrics::defs::{RequestLabels, RequestResult};
 use crate::relay::{Answer, Reply};
 
 /// How long a test's kill waits for the answer to leave.
@@ -30,7 +29,7 @@ pub(super) struct Attempt {
 }
 
 /// What the caller gets: the answer, or the name back and why there is none.
-type Outcome = Result<Reply, (Reservation, &'static str)>;
+type Finished = Result<Reply, (Reservation, &'static str)>;
 
 /// Why a hull did not become the pod's.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +60,7 @@ impl AdoptionError {
 
 impl Shared {
     /// Runs to its end once it has begun. The gate is held until then.
-    pub(super) async fn adopt(&self, attempt: Attempt, name: Reservation, answer: oneshot::Sender<Outcome>) {
+    pub(super) async fn adopt(&self, attempt: Attempt, name: Reservation, answer: oneshot::Sender<Finished>) {
         let Attempt {
             gate,
             hull,
@@ -132,14 +131,8 @@ impl Shared {
         self.options.events.adopted(&adoption);
         fault::point("published");
         self.rebrander.add(id);
-        let metrics = &self.options.metrics;
-        let labels = RequestLabels {
-            result: RequestResult::hit,
-            reason: "",
-        };
-        metrics.sandbox_requests.get_or_create(&labels).inc();
-        metrics.adoption_duration.observe(begun.elapsed().as_secs_f64());
-        metrics.hull_age.observe(age.as_secs_f64());
+        self.options.observer.request(Outcome::Hit, "");
+        self.options.observer.adopted(begun.elapsed(), age);
         let response = RunPodSandboxResponse {
             pod_sandbox_id: id.to_owned(),
         };

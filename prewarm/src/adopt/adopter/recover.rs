@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use hullspeed_daemon::error::chain;
 use prost::Message as _;
 
 use super::{Adopter, Shared};
 use crate::adopt::hull::Hull;
 use crate::adopt::journal::{AdoptRecord, Record};
 use crate::adopt::patch::Identity;
-use crate::adopt::rebrand::chain;
 use crate::adopt::recovery::{Found, Kept, Plan, pause_process};
 use crate::adopt::{Recovered, RecoveryError};
 use crate::containerd::facts::Facts;
