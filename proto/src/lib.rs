@@ -36,6 +36,13 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.events.v1");
             }
         }
+        /// The store of sandboxes, beside their containers' records since containerd 1.7.
+        pub mod sandbox {
+            /// Version 1, the only one.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.sandbox.v1");
+            }
+        }
         /// The snapshots service, which `hullspeed-snapshotter` implements.
         pub mod snapshots {
             /// Version 1, the only one.
@@ -85,4 +92,9 @@ mod redacted {
                 .finish_non_exhaustive()
         }
     }
+}
+
+/// Whether a field is at its zero value, which Go's `omitempty` leaves out; an empty message that is there is not.
+fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
