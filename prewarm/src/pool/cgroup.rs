@@ -72,8 +72,14 @@ mod tests {
                      25 24 0:23 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                      26 24 0:24 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu\n\
                      27 1 0:25 / /sys rw - sysfs sysfs rw\nrubbish\n";
-        let expected = [PathBuf::from("/sys/fs/cgroup/unified"), PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")];
+        let expected = [
+            PathBuf::from("/sys/fs/cgroup/unified"),
+            PathBuf::from("/sys/fs/cgroup/cpu,cpuacct"),
+        ];
         assert_eq!(hierarchies(table), expected);
-        assert_eq!((parent("hullspeed", false).as_str(), parent("hullspeed", true).as_str()), ("/hullspeed", "hullspeed.slice"));
+        assert_eq!(
+            (parent("hullspeed", false).as_str(), parent("hullspeed", true).as_str()),
+            ("/hullspeed", "hullspeed.slice")
+        );
     }
 }

@@ -35,7 +35,11 @@ pub(super) struct Network {
 /// The networks of `directory`, of which containerd uses the first `max` (0: all), or why hulls cannot have them.
 pub(super) fn assess(directory: &Path, max: usize, permissions: &CniPermissions) -> Result<Vec<Network>, Off> {
     let mut networks = files::active(directory, max).map_err(|error| {
-        let reason = if matches!(error, files::FilesError::None { .. }) { "cni_absent" } else { "cni_invalid" };
+        let reason = if matches!(error, files::FilesError::None { .. }) {
+            "cni_absent"
+        } else {
+            "cni_invalid"
+        };
         Off::new(reason, describe(&error))
     })?;
     for network in &mut networks {
@@ -60,7 +64,10 @@ pub(super) fn is_loaded(networks: &[Network], description: &str) -> Option<bool>
         .map(loaded_network)
         .collect();
     let ours = networks.iter().map(|network| {
-        let plugins = network.plugins.iter().map(|plugin| comparable(&Value::Object(plugin.clone())));
+        let plugins = network
+            .plugins
+            .iter()
+            .map(|plugin| comparable(&Value::Object(plugin.clone())));
         (network.name.clone(), plugins.collect::<Vec<_>>())
     });
     Some(loaded?.into_iter().eq(ours))
@@ -81,12 +88,15 @@ fn comparable(value: &Value) -> Value {
     match value {
         Value::Number(number) => number.as_f64().map_or_else(|| value.clone(), Value::from),
         Value::Array(items) => items.iter().map(comparable).collect(),
-        Value::Object(map) => map.iter().map(|(key, value)| (key.clone(), comparable(value))).collect(),
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| (key.clone(), comparable(value)))
+            .collect(),
         other => other.clone(),
     }
 }
 
-fn describe(error: &dyn std::error::Error) -> String {
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

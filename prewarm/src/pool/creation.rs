@@ -1,6 +1,7 @@
 //! Making a hull: an ordinary sandbox, asked for as the kubelet asks for one, under a name and a mark of ours.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::time::Duration;
 
 use hullspeed_proto::cri::v1::{
@@ -34,7 +35,7 @@ pub(super) enum CreationError {
     Cgroup(#[source] CgroupError),
     /// No name could be made up.
     #[error("no random numbers")]
-    Random(#[source] rustix::io::Errno),
+    Random(#[source] std::io::Error),
     /// containerd refused.
     #[error("containerd makes no sandbox")]
     Refused(#[source] Box<tonic::Status>),
@@ -106,12 +107,9 @@ pub(super) fn name() -> Result<String, CreationError> {
 }
 
 /// A random number.
-pub(super) fn random() -> Result<u64, rustix::io::Errno> {
+pub(super) fn random() -> std::io::Result<u64> {
     let mut bytes = [0; 8];
-    let flags = rustix::rand::GetRandomFlags::empty();
-    let filled = rustix::rand::getrandom(&mut bytes[..], flags)?;
-    // Requests of up to 256 bytes are filled whole.
-    debug_assert_eq!(filled, bytes.len());
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(u64::from_le_bytes(bytes))
 }
 
@@ -199,11 +197,17 @@ pub(super) async fn inspect(containerd: &Containerd, id: &str) -> Result<Ready, 
         .map_err(|_| failed(tonic::Status::deadline_exceeded("no answer")))?
         .map_err(failed)?
         .into_inner();
-    let status = answer.status.filter(|status| status.id == id).ok_or_else(|| unfit("has another's status"))?;
+    let status = answer
+        .status
+        .filter(|status| status.id == id)
+        .ok_or_else(|| unfit("has another's status"))?;
     if status.state() != PodSandboxState::SandboxReady {
         return Err(unfit("is not ready"));
     }
-    let information = answer.info.get("info").ok_or_else(|| unfit("has no verbose information"))?;
+    let information = answer
+        .info
+        .get("info")
+        .ok_or_else(|| unfit("has no verbose information"))?;
     let information: Information =
         serde_json::from_str(information).map_err(|_| unfit("has unreadable verbose information"))?;
     if information.pid <= 1 {
@@ -232,7 +236,9 @@ pub(super) async fn marked(containerd: &Containerd, mark: &Mark) -> Result<Vec<(
     let request = ListPodSandboxRequest { filter: Some(filter) };
     let mut runtime = containerd.runtime();
     let list = tokio::time::timeout(STATUS_LIMIT, runtime.list_pod_sandbox(request)).await;
-    let list = list.map_err(|_| tonic::Status::deadline_exceeded("no answer"))??.into_inner();
+    let list = list
+        .map_err(|_| tonic::Status::deadline_exceeded("no answer"))??
+        .into_inner();
     let items = list.items.into_iter().map(|item| {
         let ready = item.state() == PodSandboxState::SandboxReady;
         let name = item.metadata.unwrap_or_default().name;

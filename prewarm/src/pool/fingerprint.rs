@@ -67,9 +67,15 @@ impl Stamp {
 pub(super) fn directory_paths(directory: &Path) -> Vec<PathBuf> {
     let mut paths = vec![directory.to_owned()];
     if let Ok(entries) = std::fs::read_dir(directory) {
-        let entries = entries.take(cni::MAX_FILES).filter_map(Result::ok).map(|entry| entry.path());
+        let entries = entries
+            .take(cni::MAX_FILES)
+            .filter_map(Result::ok)
+            .map(|entry| entry.path());
         let mut files: Vec<_> = entries
-            .filter(|path| path.file_name().is_some_and(|name| cni::is_configuration(Path::new(name))))
+            .filter(|path| {
+                path.file_name()
+                    .is_some_and(|name| cni::is_configuration(Path::new(name)))
+            })
             .collect();
         // The first ones are those that containerd uses.
         files.sort();

@@ -9,7 +9,11 @@ pub(super) const SAMPLES: usize = 8;
 
 /// Bytes of one hull, averaged over those with these pause processes; `None` if none could be measured.
 pub(super) fn per_hull(pauses: &[i32]) -> Option<u64> {
-    let measured: Vec<u64> = pauses.iter().take(SAMPLES).filter_map(|pid| of_hull(*pid).ok()).collect();
+    let measured: Vec<u64> = pauses
+        .iter()
+        .take(SAMPLES)
+        .filter_map(|pid| of_hull(*pid).ok())
+        .collect();
     measured.iter().sum::<u64>().checked_div(measured.len() as u64)
 }
 
@@ -32,7 +36,8 @@ fn proportional(pid: i32) -> io::Result<u64> {
     let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps_rollup"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
     let kib: Option<u64> = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
-    kib.map(|kib| kib << 10).ok_or_else(|| io::Error::other("no Pss in smaps_rollup"))
+    kib.map(|kib| kib << 10)
+        .ok_or_else(|| io::Error::other("no Pss in smaps_rollup"))
 }
 
 #[cfg(test)]

@@ -48,7 +48,10 @@ pub(super) fn objection(places: &Places) -> Option<Off> {
     } else {
         return None;
     };
-    Some(Off::new("nri", format!("NRI plugins would see hulls instead of pods: {found}")))
+    Some(Off::new(
+        "nri",
+        format!("NRI plugins would see hulls instead of pods: {found}"),
+    ))
 }
 
 fn has_entries(directory: &Path) -> bool {

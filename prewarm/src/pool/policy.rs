@@ -59,7 +59,11 @@ impl Demand {
     }
 
     fn forget(&mut self, step: u64) {
-        while self.counts.front().is_some_and(|(at, _)| step.saturating_sub(*at) >= self.window) {
+        while self
+            .counts
+            .front()
+            .is_some_and(|(at, _)| step.saturating_sub(*at) >= self.window)
+        {
             self.counts.pop_front();
         }
     }
@@ -69,7 +73,9 @@ impl Demand {
     fn burst(&self, step: u64) -> usize {
         let bursts = self.counts.iter().enumerate().map(|(first, (at, _))| {
             let steps = self.counts.iter().skip(first);
-            let counts = steps.take_while(|(later, _)| later - at < BURST_STEPS).map(|(_, count)| u64::from(*count));
+            let counts = steps
+                .take_while(|(later, _)| later - at < BURST_STEPS)
+                .map(|(_, count)| u64::from(*count));
             let total: u64 = counts.sum();
             let left = self.window.saturating_sub(step.saturating_sub(*at));
             (total * (2 * left).min(self.window)).div_ceil(self.window)
@@ -79,7 +85,11 @@ impl Demand {
 
     /// How many are asked for within `time`, at the rate of late.
     fn within(&self, time: Duration, step: u64) -> usize {
-        let recent = self.counts.iter().rev().take_while(|(at, _)| step.saturating_sub(*at) < RATE_STEPS);
+        let recent = self
+            .counts
+            .iter()
+            .rev()
+            .take_while(|(at, _)| step.saturating_sub(*at) < RATE_STEPS);
         let total: u64 = recent.map(|(_, count)| u64::from(*count)).sum();
         let steps = RATE_STEPS * STEP.as_secs();
         let expected = u128::from(total) * time.as_millis() / 1000;
@@ -143,7 +153,9 @@ impl Limits {
         let Some(free) = self.free_addresses else {
             return usize::MAX;
         };
-        let available = (self.held as u64).saturating_add(free).saturating_sub(self.address_headroom);
+        let available = (self.held as u64)
+            .saturating_add(free)
+            .saturating_sub(self.address_headroom);
         usize::try_from(available).unwrap_or(usize::MAX)
     }
 

@@ -135,7 +135,11 @@ fn subnet(text: &str) -> Option<Range> {
     if host_bits < 2 {
         return None;
     }
-    let mask = if host_bits == 128 { u128::MAX } else { (1 << host_bits) - 1 };
+    let mask = if host_bits == 128 {
+        u128::MAX
+    } else {
+        (1 << host_bits) - 1
+    };
     let network = address & !mask;
     Some(Range {
         v4,
@@ -169,7 +173,10 @@ pub(in super::super) fn free<'a>(networks: impl Iterator<Item = &'a Network>) ->
 }
 
 fn free_in(set: &AddressSet) -> Option<u64> {
-    let size = set.ranges.iter().fold(0u128, |sum, range| sum.saturating_add(range.size()));
+    let size = set
+        .ranges
+        .iter()
+        .fold(0u128, |sum, range| sum.saturating_add(range.size()));
     let mut allocated: u128 = 0;
     match std::fs::read_dir(&set.directory) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -75,7 +75,9 @@ pub(super) enum FilesError {
 pub(in super::super) fn is_configuration(name: &Path) -> bool {
     let extension = name.extension().and_then(|extension| extension.to_str());
     // Go's idea of an extension counts a name that is nothing else.
-    let bare = name.to_str().is_some_and(|name| matches!(name, ".conf" | ".conflist" | ".json"));
+    let bare = name
+        .to_str()
+        .is_some_and(|name| matches!(name, ".conf" | ".conflist" | ".json"));
     bare || matches!(extension, Some("conf" | "conflist" | "json"))
 }
 
@@ -165,7 +167,9 @@ fn network(path: &Path) -> Result<Network, FilesError> {
 /// is checked all the same.
 fn of_directory(path: &Path, name: &str) -> Result<Vec<Map<String, Value>>, FilesError> {
     let directory = path.parent().unwrap_or(Path::new("/")).join(name);
-    let mut paths = listing(&directory, |file| file.extension().is_some_and(|extension| extension == "conf"))?;
+    let mut paths = listing(&directory, |file| {
+        file.extension().is_some_and(|extension| extension == "conf")
+    })?;
     paths.sort();
     paths.iter().map(|path| read(path)).collect()
 }

@@ -10,7 +10,17 @@ use super::Network;
 
 /// Types that look at the container's id, its namespace and their own configuration, at nothing else.
 const AGNOSTIC: [&str; 11] = [
-    "bridge", "ptp", "flannel", "macvlan", "ipvlan", "loopback", "portmap", "bandwidth", "firewall", "tuning", "sbr",
+    "bridge",
+    "ptp",
+    "flannel",
+    "macvlan",
+    "ipvlan",
+    "loopback",
+    "portmap",
+    "bandwidth",
+    "firewall",
+    "tuning",
+    "sbr",
 ];
 
 /// What flannel's plugin may delegate to.
@@ -39,7 +49,15 @@ const IDENTITY_AWARE: [&str; 14] = [
 ];
 
 /// Keys of a plugin that decide here. Go reads them whatever their case, so no other spelling may be there.
-const KEYS: [&str; 7] = ["type", "ipam", "capabilities", "delegate", "addresses", "subnetFile", "plugins"];
+const KEYS: [&str; 7] = [
+    "type",
+    "ipam",
+    "capabilities",
+    "delegate",
+    "addresses",
+    "subnetFile",
+    "plugins",
+];
 
 /// Where flannel's daemon writes the node's subnet.
 pub(super) const FLANNEL_SUBNET_FILE: &str = "/run/flannel/subnet.env";
@@ -54,7 +72,10 @@ pub(super) fn check(network: &Network, permissions: &CniPermissions) -> Result<(
 
 /// Files that the network's plugins read.
 pub(super) fn inputs(network: &Network) -> Vec<PathBuf> {
-    let flannel = network.plugins.iter().filter(|plugin| text(plugin, "type") == "flannel");
+    let flannel = network
+        .plugins
+        .iter()
+        .filter(|plugin| text(plugin, "type") == "flannel");
     flannel.map(flannel_subnet_file).collect()
 }
 
@@ -103,7 +124,10 @@ fn check_plugin(network: &str, plugin: &Map<String, Value>, permissions: &CniPer
 /// No key may mean one thing to us and another to a reader that does not mind its case.
 fn check_keys(network: &str, map: &Map<String, Value>) -> Result<(), Off> {
     let strange = |key: &&String| {
-        !key.is_ascii() || KEYS.iter().any(|known| key.eq_ignore_ascii_case(known) && key.as_str() != *known)
+        !key.is_ascii()
+            || KEYS
+                .iter()
+                .any(|known| key.eq_ignore_ascii_case(known) && key.as_str() != *known)
     };
     match map.keys().find(strange) {
         None => Ok(()),
