@@ -87,7 +87,12 @@ mod tests {
     fn what_is_unknown_is_left_out_and_what_is_wrong_is_refused() {
         let config = decode(r#"{"hostname":"h","future":{"a":[1]}}"#).unwrap();
         assert_eq!(config.hostname, "h");
-        for wrong in [r#"{"hostname":1}"#, r#"{"metadata":{"attempt":-1}}"#, "[", r#"{"labels":[]}"#] {
+        for wrong in [
+            r#"{"hostname":1}"#,
+            r#"{"metadata":{"attempt":-1}}"#,
+            "[",
+            r#"{"labels":[]}"#,
+        ] {
             assert!(decode(wrong).is_err(), "{wrong}");
         }
     }

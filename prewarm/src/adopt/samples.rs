@@ -11,15 +11,15 @@ use proptest::collection::{hash_map, vec};
 use proptest::option::of;
 use proptest::prelude::*;
 
-fn text() -> impl Strategy<Value = String> {
+fn text() -> BoxedStrategy<String> {
     prop_oneof![Just(String::new()), "[a-z0-9.]{1,12}", "\\PC{0,6}"]
 }
 
-fn map() -> impl Strategy<Value = HashMap<String, String>> {
+fn map() -> BoxedStrategy<HashMap<String, String>> {
     hash_map(text(), text(), 0..3)
 }
 
-fn metadata() -> impl Strategy<Value = PodSandboxMetadata> {
+fn metadata() -> BoxedStrategy<PodSandboxMetadata> {
     (text(), text(), text(), any::<u32>()).prop_map(|(name, uid, namespace, attempt)| PodSandboxMetadata {
         name,
         uid,
@@ -28,7 +28,7 @@ fn metadata() -> impl Strategy<Value = PodSandboxMetadata> {
     })
 }
 
-fn dns() -> impl Strategy<Value = DnsConfig> {
+fn dns() -> BoxedStrategy<DnsConfig> {
     (vec(text(), 0..3), vec(text(), 0..3), vec(text(), 0..3)).prop_map(|(servers, searches, options)| DnsConfig {
         servers,
         searches,
@@ -36,7 +36,7 @@ fn dns() -> impl Strategy<Value = DnsConfig> {
     })
 }
 
-fn port() -> impl Strategy<Value = PortMapping> {
+fn port() -> BoxedStrategy<PortMapping> {
     (0..3, any::<i32>(), any::<i32>(), text()).prop_map(|(protocol, container_port, host_port, host_ip)| PortMapping {
         protocol,
         container_port,
@@ -45,7 +45,7 @@ fn port() -> impl Strategy<Value = PortMapping> {
     })
 }
 
-fn mapping() -> impl Strategy<Value = IdMapping> {
+fn mapping() -> BoxedStrategy<IdMapping> {
     any::<[u32; 3]>().prop_map(|[host_id, container_id, length]| IdMapping {
         host_id,
         container_id,
@@ -53,7 +53,7 @@ fn mapping() -> impl Strategy<Value = IdMapping> {
     })
 }
 
-fn namespaces() -> impl Strategy<Value = NamespaceOption> {
+fn namespaces() -> BoxedStrategy<NamespaceOption> {
     let users = (0..4, vec(mapping(), 0..2), vec(mapping(), 0..2));
     let users = users.prop_map(|(mode, uids, gids)| UserNamespace { mode, uids, gids });
     (0..4, 0..4, 0..4, text(), of(users)).prop_map(|(network, pid, ipc, target_id, userns_options)| NamespaceOption {
@@ -65,18 +65,18 @@ fn namespaces() -> impl Strategy<Value = NamespaceOption> {
     })
 }
 
-fn integer() -> impl Strategy<Value = Int64Value> {
+fn integer() -> BoxedStrategy<Int64Value> {
     any::<i64>().prop_map(|value| Int64Value { value })
 }
 
-fn profile() -> impl Strategy<Value = SecurityProfile> {
+fn profile() -> BoxedStrategy<SecurityProfile> {
     (0..3, text()).prop_map(|(profile_type, localhost_ref)| SecurityProfile {
         profile_type,
         localhost_ref,
     })
 }
 
-fn security() -> impl Strategy<Value = LinuxSandboxSecurityContext> {
+fn security() -> BoxedStrategy<LinuxSandboxSecurityContext> {
     let selinux = any::<[bool; 2]>().prop_map(|[user, level]| SeLinuxOption {
         user: if user { "u".into() } else { String::new() },
         level: if level { "s0".into() } else { String::new() },
@@ -103,7 +103,7 @@ fn security() -> impl Strategy<Value = LinuxSandboxSecurityContext> {
     )
 }
 
-fn resources() -> impl Strategy<Value = LinuxContainerResources> {
+fn resources() -> BoxedStrategy<LinuxContainerResources> {
     let pages = (text(), any::<u64>()).prop_map(|(page_size, limit)| HugepageLimit { page_size, limit });
     (any::<[i64; 6]>(), text(), text(), vec(pages, 0..2), map()).prop_map(
         |(numbers, cpuset_cpus, cpuset_mems, hugepage_limits, unified)| LinuxContainerResources {
@@ -121,7 +121,7 @@ fn resources() -> impl Strategy<Value = LinuxContainerResources> {
     )
 }
 
-fn linux() -> impl Strategy<Value = LinuxPodSandboxConfig> {
+fn linux() -> BoxedStrategy<LinuxPodSandboxConfig> {
     let limits = (of(resources()), of(resources()));
     (text(), of(security()), map(), limits).prop_map(|(cgroup_parent, security_context, sysctls, limits)| {
         LinuxPodSandboxConfig {
@@ -135,7 +135,7 @@ fn linux() -> impl Strategy<Value = LinuxPodSandboxConfig> {
 }
 
 /// Any configuration.
-pub(super) fn any_config() -> impl Strategy<Value = PodSandboxConfig> {
+pub(super) fn any_config() -> BoxedStrategy<PodSandboxConfig> {
     let names = (of(metadata()), text(), text());
     let net = (of(dns()), vec(port(), 0..3));
     (names, net, map(), map(), of(linux()), any::<bool>()).prop_map(
@@ -154,7 +154,7 @@ pub(super) fn any_config() -> impl Strategy<Value = PodSandboxConfig> {
 }
 
 /// Any request.
-pub(super) fn any_request() -> impl Strategy<Value = RunPodSandboxRequest> {
+pub(super) fn any_request() -> BoxedStrategy<RunPodSandboxRequest> {
     (of(any_config()), text()).prop_map(|(config, runtime_handler)| RunPodSandboxRequest {
         config,
         runtime_handler,
