@@ -15,6 +15,7 @@ use hullspeed_tests::network::Network;
 use hullspeed_tests::probe;
 use hullspeed_tests::proxy::Proxy;
 use hullspeed_tests::registry::Registry;
+use hullspeed_tests::release::Release;
 use hullspeed_tests::run::{RunDir, remove_tree};
 use hullspeed_tests::snapshotter::Snapshotter;
 use hullspeed_tests::{demo_image, sweep};
@@ -103,6 +104,7 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
         name: CONTAINERD.into(),
         snapshotter: choice,
         pause_image: stage.pause.clone(),
+        release: Release::default(),
     };
     let containerd = Containerd::start(stage.run, &stage.network, &options).await?;
     let mut cri = containerd.cri().await?;

@@ -31,9 +31,9 @@ mod question;
 mod samples;
 mod starts;
 mod stats;
-mod usage;
 #[cfg(test)]
 mod tests;
+mod usage;
 
 pub use events::Events;
 
@@ -140,5 +140,7 @@ fn malformed_request(error: &WireError) -> Failure {
 
 /// An answer of containerd's that cannot be read, and so cannot be shown.
 fn malformed_answer(method: &str, error: &WireError) -> Failure {
-    Failure::Ours(Status::internal(format!("hullspeed: containerd's answer to {method} cannot be read: {error}")))
+    Failure::Ours(Status::internal(format!(
+        "hullspeed: containerd's answer to {method} cannot be read: {error}"
+    )))
 }

@@ -4,16 +4,14 @@
 //!
 //! - [`snapshot`] is the snapshots service as an ordinary library, [`grpc`] its translation to containerd's API;
 //! - [`layer`] mounts eStargz layers; `snapshot` sees it only through [`layer::LayerMounts`];
-//! - [`config`], [`telemetry`], [`metrics`] and [`http`] are the daemon's frame.
+//! - [`config`], [`cli`] and [`metrics`] are the daemon's frame, on top of `hullspeed_daemon`.
 //!
 //! No module keeps state in a global: what a part needs is handed to it by [`run`].
 
 pub mod cli;
 pub mod config;
 pub mod grpc;
-pub mod http;
 pub mod layer;
 pub mod metrics;
 pub mod run;
 pub mod snapshot;
-pub mod telemetry;

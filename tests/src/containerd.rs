@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use crate::cri::Cri;
-use crate::network::{CNI_PLUGINS, Network};
+use crate::network::Network;
 use crate::process::Process;
+use crate::release::Release;
 use crate::run::RunDir;
+
+mod config;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
@@ -52,6 +55,8 @@ pub struct ContainerdOptions {
     pub snapshotter: SnapshotterChoice,
     /// CRI's `sandbox_image`.
     pub pause_image: String,
+    /// Which containerd.
+    pub release: Release,
 }
 
 /// A running containerd.
@@ -59,6 +64,7 @@ pub struct Containerd {
     process: Process,
     directory: PathBuf,
     snapshotter: String,
+    release: Release,
 }
 
 impl Containerd {
@@ -66,16 +72,13 @@ impl Containerd {
     pub async fn start(run: &RunDir, network: &Network, options: &ContainerdOptions) -> Result<Self> {
         let directory = run.directory(&options.name)?;
         let config = directory.join("config.toml");
-        fs::write(&config, config_text(run, network, &directory, options)?)
+        fs::write(&config, config::text(run, network, &directory, options)?)
             .with_context(|| format!("cannot write {}", config.display()))?;
-        let mut command = Command::new("containerd");
-        // Without it containerd asks systemd, which may not be there, for nothing.
-        command.arg("--config").arg(&config).env_remove("NOTIFY_SOCKET");
-        let process = run.spawn(&options.name, command)?;
         let mut containerd = Self {
-            process,
+            process: spawn(run, &directory, options.release)?,
             directory,
             snapshotter: options.snapshotter.name().into(),
+            release: options.release,
         };
         containerd.wait_ready().await?;
         Ok(containerd)
@@ -84,18 +87,12 @@ impl Containerd {
     /// Stops it and starts it again on the same directories.
     pub async fn restart(&mut self, run: &RunDir) -> Result<()> {
         self.process.stop()?;
-        let name = self
-            .directory
-            .file_name()
-            .context("a containerd without a directory")?
-            .to_string_lossy()
-            .into_owned();
-        let mut command = Command::new("containerd");
-        command
-            .arg("--config")
-            .arg(self.directory.join("config.toml"))
-            .env_remove("NOTIFY_SOCKET");
-        self.process = run.spawn(&name, command)?;
+        self.start_again(run).await
+    }
+
+    /// Starts it again, after it was stopped or killed, on the same directories.
+    pub async fn start_again(&mut self, run: &RunDir) -> Result<()> {
+        self.process = spawn(run, &self.directory, self.release)?;
         self.wait_ready().await
     }
 
@@ -130,6 +127,18 @@ impl Containerd {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.directory.join("containerd.sock")
+    }
+
+    /// Which containerd it is.
+    #[must_use]
+    pub fn release(&self) -> Release {
+        self.release
+    }
+
+    /// Everything of it: configuration, root, state, socket.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Its persistent directory.
@@ -174,74 +183,16 @@ impl Containerd {
     }
 }
 
-/// A TOML basic string: the escapes of JSON are a subset of TOML's.
-fn quoted(value: impl AsRef<Path>) -> String {
-    serde_json::Value::from(value.as_ref().to_string_lossy()).to_string()
-}
-
-fn config_text(run: &RunDir, network: &Network, directory: &Path, options: &ContainerdOptions) -> Result<String> {
-    let at = |name: &str| quoted(directory.join(name));
-    let certificates = run.directory("certs.d")?;
-    let proxy = match &options.snapshotter {
-        SnapshotterChoice::Overlayfs => String::new(),
-        SnapshotterChoice::Proxy { name, address, root } => format!(
-            "\n[proxy_plugins.{name}]\n  type = \"snapshot\"\n  address = {}\n  [proxy_plugins.{name}.exports]\n    root = {}\n",
-            quoted(address),
-            quoted(root),
-        ),
-    };
-    Ok(format!(
-        r#"version = 2
-root = {root}
-state = {state}
-disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing"]
-
-[grpc]
-  address = {socket}
-
-[ttrpc]
-  address = {ttrpc}
-
-[plugins."io.containerd.internal.v1.opt"]
-  path = {opt}
-
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{pause}"
-  # The development machines lack CAP_SYS_RESOURCE, so no process may lower its OOM score.
-  restrict_oom_score_adj = true
-  netns_mounts_under_state_dir = true
-  disable_tcp_service = true
-
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = {plugins}
-    conf_dir = {conf_dir}
-
-  [plugins."io.containerd.grpc.v1.cri".registry]
-    config_path = {certificates}
-
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "{snapshotter}"
-    disable_snapshot_annotations = false
-    default_runtime_name = "runc"
-
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-
-      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-        Root = {runc}
-{proxy}"#,
-        root = at("root"),
-        state = at("state"),
-        socket = at("containerd.sock"),
-        ttrpc = at("containerd.sock.ttrpc"),
-        opt = at("opt"),
-        runc = at("runc"),
-        pause = options.pause_image,
-        plugins = quoted(CNI_PLUGINS),
-        conf_dir = quoted(network.conf_dir()),
-        certificates = quoted(certificates),
-        snapshotter = options.snapshotter.name(),
-    ))
+/// Starts the program on the configuration file in `directory`.
+fn spawn(run: &RunDir, directory: &Path, release: Release) -> Result<Process> {
+    let name = directory.file_name().context("a containerd without a directory")?;
+    let (program, path) = release.program()?;
+    let mut command = Command::new(program);
+    command
+        .arg("--config")
+        .arg(directory.join("config.toml"))
+        .env("PATH", path);
+    // Without it containerd asks systemd, which may not be there, for nothing.
+    command.env_remove("NOTIFY_SOCKET");
+    run.spawn(&name.to_string_lossy(), command)
 }

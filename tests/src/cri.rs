@@ -1,32 +1,33 @@
 //! The kubelet's side of CRI: just what it takes to run a pod, with a limit on every call.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
 use hullspeed_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use hullspeed_proto::cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest,
-    ExecSyncRequest, ExecSyncResponse, Image, ImageFsInfoRequest, ImageFsInfoResponse, ImageSpec, ImageStatusRequest,
-    LinuxPodSandboxConfig, ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxMetadata, PodSandboxStatusRequest, PullImageRequest, RemoveContainerRequest, RemoveImageRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
-    StopPodSandboxRequest, VersionRequest,
+    Image, ImageFsInfoRequest, ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ListContainersRequest,
+    ListImagesRequest, PodSandboxFilter, PullImageRequest, RemoveImageRequest, StatusRequest, VersionRequest,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+
+mod containers;
+mod pod;
+mod sandboxes;
+
+pub use containers::container_config;
+pub use pod::{Pod, Security};
 
 /// No call of the experiments may take longer; a real pull over the shaped link takes seconds.
 const CALL_LIMIT: Duration = Duration::from_secs(300);
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Seconds between SIGTERM and SIGKILL when a container is stopped.
-const STOP_SECONDS: i64 = 1;
+/// The longest message that is read: what containerd itself sends at most.
+const MAX_MESSAGE: usize = 16 << 20;
 
 /// Connects to a gRPC server on a Unix socket.
 pub async fn connect(socket: &Path) -> Result<Channel> {
@@ -43,43 +44,6 @@ pub async fn connect(socket: &Path) -> Result<Channel> {
         .connect_with_connector(connector)
         .await
         .with_context(|| format!("cannot connect to {}", socket.display()))
-}
-
-/// A pod to run.
-#[derive(Debug, Clone)]
-pub struct Pod {
-    config: PodSandboxConfig,
-}
-
-impl Pod {
-    /// A pod named `name`, logging below `logs`, in the run's cgroup. CRI wants names unique among live pods.
-    #[must_use]
-    pub fn new(name: &str, logs: &Path, cgroup: &str) -> Self {
-        let metadata = PodSandboxMetadata {
-            name: name.into(),
-            uid: name.into(),
-            namespace: "hullspeed".into(),
-            attempt: 0,
-        };
-        let linux = LinuxPodSandboxConfig {
-            cgroup_parent: format!("/{cgroup}"),
-            ..Default::default()
-        };
-        let config = PodSandboxConfig {
-            metadata: Some(metadata),
-            hostname: name.into(),
-            log_directory: logs.to_string_lossy().into_owned(),
-            linux: Some(linux),
-            ..Default::default()
-        };
-        Self { config }
-    }
-
-    /// Where the container's output goes.
-    #[must_use]
-    pub fn log(&self, container: &str) -> PathBuf {
-        Path::new(&self.config.log_directory).join(format!("{container}.log"))
-    }
 }
 
 fn spec(image: &str) -> Option<ImageSpec> {
@@ -101,9 +65,14 @@ impl Cri {
     pub async fn connect(socket: &Path) -> Result<Self> {
         let channel = connect(socket).await?;
         Ok(Self {
-            runtime: RuntimeServiceClient::new(channel.clone()),
-            images: ImageServiceClient::new(channel),
+            runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
+            images: ImageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE),
         })
+    }
+
+    /// Every call of the runtime service, with the status that it answers.
+    pub fn runtime(&mut self) -> &mut RuntimeServiceClient<Channel> {
+        &mut self.runtime
     }
 
     /// The runtime's name and version.
@@ -190,160 +159,6 @@ impl Cri {
             .into_inner())
     }
 
-    /// Runs a pod's sandbox; returns its id.
-    pub async fn run_sandbox(&mut self, pod: &Pod) -> Result<String> {
-        let request = RunPodSandboxRequest {
-            config: Some(pod.config.clone()),
-            runtime_handler: String::new(),
-        };
-        Ok(self
-            .runtime
-            .run_pod_sandbox(request)
-            .await
-            .context("CRI RunPodSandbox")?
-            .into_inner()
-            .pod_sandbox_id)
-    }
-
-    /// A sandbox's IP address.
-    pub async fn sandbox_ip(&mut self, sandbox: &str) -> Result<IpAddr> {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: sandbox.into(),
-            verbose: false,
-        };
-        let status = self
-            .runtime
-            .pod_sandbox_status(request)
-            .await
-            .context("CRI PodSandboxStatus")?
-            .into_inner()
-            .status;
-        let ip = status
-            .and_then(|status| status.network)
-            .map(|network| network.ip)
-            .unwrap_or_default();
-        ip.parse()
-            .with_context(|| format!("sandbox {sandbox} has no IP address ({ip:?})"))
-    }
-
-    /// Creates a container of `image` in a sandbox, run as the image says; returns its id.
-    pub async fn create_container(&mut self, sandbox: &str, pod: &Pod, name: &str, image: &str) -> Result<String> {
-        self.create_container_with(sandbox, pod, name, image, &[]).await
-    }
-
-    /// As [`Self::create_container`], with another command unless `command` is empty.
-    pub async fn create_container_with(
-        &mut self,
-        sandbox: &str,
-        pod: &Pod,
-        name: &str,
-        image: &str,
-        command: &[&str],
-    ) -> Result<String> {
-        let config = ContainerConfig {
-            metadata: Some(ContainerMetadata {
-                name: name.into(),
-                attempt: 0,
-            }),
-            image: spec(image),
-            command: command.iter().map(ToString::to_string).collect(),
-            log_path: format!("{name}.log"),
-            labels: HashMap::from([("io.kubernetes.container.name".to_string(), name.to_string())]),
-            ..Default::default()
-        };
-        let request = CreateContainerRequest {
-            pod_sandbox_id: sandbox.into(),
-            config: Some(config),
-            sandbox_config: Some(pod.config.clone()),
-        };
-        Ok(self
-            .runtime
-            .create_container(request)
-            .await
-            .context("CRI CreateContainer")?
-            .into_inner()
-            .container_id)
-    }
-
-    /// Starts a container.
-    pub async fn start_container(&mut self, container: &str) -> Result<()> {
-        let request = StartContainerRequest {
-            container_id: container.into(),
-        };
-        self.runtime
-            .start_container(request)
-            .await
-            .context("CRI StartContainer")?;
-        Ok(())
-    }
-
-    /// A container's state, with the runtime's own details.
-    pub async fn container(&mut self, container: &str) -> Result<ContainerStatusResponse> {
-        let request = ContainerStatusRequest {
-            container_id: container.into(),
-            verbose: true,
-        };
-        Ok(self
-            .runtime
-            .container_status(request)
-            .await
-            .context("CRI ContainerStatus")?
-            .into_inner())
-    }
-
-    /// Runs a command in a container to its end.
-    pub async fn exec(&mut self, container: &str, command: &[&str]) -> Result<ExecSyncResponse> {
-        let seconds = i64::try_from(CALL_LIMIT.as_secs()).context("a limit beyond i64")?;
-        let cmd = command.iter().map(ToString::to_string).collect();
-        let request = ExecSyncRequest {
-            container_id: container.into(),
-            cmd,
-            timeout: seconds,
-        };
-        Ok(self
-            .runtime
-            .exec_sync(request)
-            .await
-            .context("CRI ExecSync")?
-            .into_inner())
-    }
-
-    /// Stops and removes a container.
-    pub async fn remove_container(&mut self, container: &str) -> Result<()> {
-        let stop = StopContainerRequest {
-            container_id: container.into(),
-            timeout: STOP_SECONDS,
-        };
-        self.runtime.stop_container(stop).await.context("CRI StopContainer")?;
-        let remove = RemoveContainerRequest {
-            container_id: container.into(),
-        };
-        self.runtime
-            .remove_container(remove)
-            .await
-            .context("CRI RemoveContainer")?;
-        Ok(())
-    }
-
-    /// Stops and removes a sandbox with its containers.
-    pub async fn remove_sandbox(&mut self, sandbox: &str) -> Result<()> {
-        let stop = StopPodSandboxRequest {
-            pod_sandbox_id: sandbox.into(),
-        };
-        self.runtime
-            .stop_pod_sandbox(stop)
-            .await
-            .context("CRI StopPodSandbox")?;
-        let remove = RemovePodSandboxRequest {
-            pod_sandbox_id: sandbox.into(),
-        };
-        self.runtime
-            .remove_pod_sandbox(remove)
-            .await
-            .context("CRI RemovePodSandbox")?;
-        Ok(())
-    }
-
     /// Removes every container and sandbox, then every image, and checks that nothing is left.
     pub async fn remove_everything(&mut self) -> Result<()> {
         let containers = self
@@ -354,12 +169,7 @@ impl Cri {
         for container in containers.into_inner().containers {
             self.remove_container(&container.id).await?;
         }
-        let sandboxes = self
-            .runtime
-            .list_pod_sandbox(ListPodSandboxRequest::default())
-            .await
-            .context("CRI ListPodSandbox")?;
-        for sandbox in sandboxes.into_inner().items {
+        for sandbox in self.sandboxes(PodSandboxFilter::default()).await? {
             self.remove_sandbox(&sandbox.id).await?;
         }
         for image in self.images().await? {

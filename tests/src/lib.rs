@@ -21,6 +21,7 @@ pub mod process;
 pub mod programs;
 pub mod proxy;
 pub mod registry;
+pub mod release;
 pub mod requirements;
 pub mod run;
 pub mod scenario;

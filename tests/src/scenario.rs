@@ -14,6 +14,7 @@ use crate::layout::{LayoutImage, blob_path};
 use crate::network::Network;
 use crate::proxy::{LinkOptions, Proxy};
 use crate::registry::Registry;
+use crate::release::Release;
 use crate::run::RunDir;
 use crate::snapshots::{Snapshots, View, chain_id};
 use crate::snapshotter::Snapshotter;
@@ -115,6 +116,7 @@ impl Scenario {
     /// Starts a containerd in the directory `name`.
     pub async fn containerd(&self, name: &str, snapshotter: SnapshotterChoice) -> Result<Containerd> {
         let pause_image = format!("{}/pause:latest", self.registry.address());
+        let release = Release::default();
         Containerd::start(
             &self.run,
             &self.network,
@@ -122,6 +124,7 @@ impl Scenario {
                 name: name.into(),
                 snapshotter,
                 pause_image,
+                release,
             },
         )
         .await

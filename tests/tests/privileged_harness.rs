@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use hullspeed_tests::cri::Pod;
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
 use hullspeed_tests::proxy::{LinkOptions, Proxy};
+use hullspeed_tests::release::Release;
 use hullspeed_tests::run::RunDir;
 use hullspeed_tests::sweep::{RunNames, mounts_below};
 use hullspeed_tests::{fixture, layout, pause, registry, requirements, sweep};
@@ -168,6 +169,15 @@ fn a_run_leaves_nothing_behind_and_a_killed_one_is_swept() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_runs_on_overlayfs_and_goes_without_trace() {
+    a_pod_runs(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_runs_on_containerd_2_and_goes_without_trace() {
+    a_pod_runs(Release::Two).await;
+}
+
+async fn a_pod_runs(release: Release) {
     requirements::check().unwrap();
     let run = RunDir::temporary().unwrap();
     let registry = registry::Registry::start(&run, &run.directory("storage").unwrap()).unwrap();
@@ -181,12 +191,19 @@ async fn a_pod_runs_on_overlayfs_and_goes_without_trace() {
         name: "containerd".into(),
         snapshotter: hullspeed_tests::containerd::SnapshotterChoice::Overlayfs,
         pause_image: format!("{}/pause:latest", registry.address()),
+        release,
     };
     let mut containerd = hullspeed_tests::containerd::Containerd::start(&run, &network, &options)
         .await
         .unwrap();
     let mut cri = containerd.cri().await.unwrap();
-    assert!(cri.version().await.unwrap().starts_with("containerd"));
+    let version = cri.version().await.unwrap();
+    let number = match release {
+        Release::One => "1.6.",
+        Release::Two => "2.",
+    };
+    let said = version.strip_prefix("containerd ").unwrap().trim_start_matches('v');
+    assert!(said.starts_with(number), "{version}");
     cri.pull(&options.pause_image).await.unwrap();
     let pod = Pod::new("first", &run.directory("pods").unwrap(), &run.names().cgroup);
     let sandbox = cri.run_sandbox(&pod).await.unwrap();

@@ -228,10 +228,7 @@ fn metrics_items(answer: &[u8], identities: &Identities, hulls: &HashSet<String>
 }
 
 /// Pieces of a list, each as `see` makes it.
-fn pieces_of(
-    pieces: Messages,
-    mut see: impl FnMut(&[u8]) -> Result<Vec<u8>, Failure> + Send + 'static,
-) -> Messages {
+fn pieces_of(pieces: Messages, mut see: impl FnMut(&[u8]) -> Result<Vec<u8>, Failure> + Send + 'static) -> Messages {
     pieces
         .map(move |piece| see(&piece?).map(Bytes::from))
         .filter(has_items)

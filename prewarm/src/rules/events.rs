@@ -133,8 +133,11 @@ impl Hub {
         let made = announced.pair.get_or_init(|| async {
             let adoption = &announced.adoption;
             let status = self.pod_status(adoption).await;
-            [ContainerEventType::ContainerCreatedEvent, ContainerEventType::ContainerStartedEvent]
-                .map(|kind| event(&adoption.sandbox_id, kind, announced.at, status.as_deref(), &[]))
+            [
+                ContainerEventType::ContainerCreatedEvent,
+                ContainerEventType::ContainerStartedEvent,
+            ]
+            .map(|kind| event(&adoption.sandbox_id, kind, announced.at, status.as_deref(), &[]))
         });
         made.await.clone()
     }

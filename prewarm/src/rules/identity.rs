@@ -72,7 +72,9 @@ impl Identities {
 
     /// Remembers who a sandbox was; call it before the ledger forgets.
     pub(crate) fn depart(&self, id: &str) {
-        let Some(adoption) = self.ledger.adoption(id) else { return };
+        let Some(adoption) = self.ledger.adoption(id) else {
+            return;
+        };
         let mut departed = self.departed.lock().unwrap_or_else(PoisonError::into_inner);
         departed.push_back((Instant::now(), adoption));
         while departed.len() > MAX_DEPARTED || departed.front().is_some_and(|(when, _)| when.elapsed() > LINGER) {

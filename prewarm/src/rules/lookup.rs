@@ -57,8 +57,8 @@ pub(crate) async fn full_id(id: &str, identities: &Identities, containerd: &Cont
 
 async fn beginning_with(id: &str, identities: &Identities, containerd: &Containerd) -> Result<Vec<String>, Failure> {
     let list = question::sandboxes(containerd, "").await?;
-    let mut seen = listing::visible(&list, identities)
-        .map_err(|error| super::malformed_answer("ListPodSandbox", &error))?;
+    let mut seen =
+        listing::visible(&list, identities).map_err(|error| super::malformed_answer("ListPodSandbox", &error))?;
     seen.retain(|full| full.starts_with(id));
     Ok(seen)
 }

@@ -110,8 +110,12 @@ fn namespace_options(adoption: &Adoption, era: Era) -> Option<Vec<u8>> {
 /// A `PodSandboxStatus`.
 pub(crate) fn status(message: &[u8], adoption: &Adoption, era: Era) -> Result<Vec<u8>, WireError> {
     let out = dress(message, &STATUS, adoption)?;
-    let Some(linux) = inner(&out, LINUX)? else { return Ok(out) };
-    let Some(namespaces) = inner(&linux, NAMESPACES)? else { return Ok(out) };
+    let Some(linux) = inner(&out, LINUX)? else {
+        return Ok(out);
+    };
+    let Some(namespaces) = inner(&linux, NAMESPACES)? else {
+        return Ok(out);
+    };
     let namespaces = match namespace_options(adoption, era) {
         Some(options) => with_inner(&namespaces, OPTIONS, &options)?,
         None => without(&namespaces, &[OPTIONS])?,

@@ -26,7 +26,9 @@ fn full_id(n: u8) -> String {
 }
 
 fn pairs(of: &[(&str, &str)]) -> HashMap<String, String> {
-    of.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    of.iter()
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect()
 }
 
 fn marked() -> HashMap<String, String> {

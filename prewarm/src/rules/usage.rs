@@ -34,7 +34,9 @@ impl CriRules {
             Sight::Hidden => unknown(call, &asked).await,
             Sight::Adopted(adoption) => {
                 let reading = read(&adoption).await?.map_err(|error| {
-                    let what = format!("failed to decode pod sandbox metrics {asked}: failed getting metrics for sandbox {id}: {error}");
+                    let what = format!(
+                        "failed to decode pod sandbox metrics {asked}: failed getting metrics for sandbox {id}: {error}"
+                    );
                     Failure::Ours(Status::unknown(what))
                 })?;
                 let item = stats::dressed(&item, &adoption, &reading, &self.rates).map_err(wrong)?;

@@ -157,7 +157,10 @@ pub(super) async fn seen(hub: &Hub, message: &Bytes) -> Result<Option<Bytes>, Fa
         Sight::Adopted(adoption) => adoption,
     };
     let kind = number(message, 2).map_err(wrong)?.unwrap_or_default();
-    let begins = [ContainerEventType::ContainerCreatedEvent, ContainerEventType::ContainerStartedEvent];
+    let begins = [
+        ContainerEventType::ContainerCreatedEvent,
+        ContainerEventType::ContainerStartedEvent,
+    ];
     if id == adoption.sandbox_id && begins.iter().any(|begin| *begin as u64 == kind) {
         // The hull's beginning, maybe told again from containerd's queue. The pod's is announced by its adoption.
         return Ok(None);
@@ -166,7 +169,9 @@ pub(super) async fn seen(hub: &Hub, message: &Bytes) -> Result<Option<Bytes>, Fa
         return Ok(Some(message.clone()));
     };
     let Some(status) = hub.dress(&status, &adoption).await else {
-        return Err(Failure::Ours(Status::internal("hullspeed: the status in an event cannot be read")));
+        return Err(Failure::Ours(Status::internal(
+            "hullspeed: the status in an event cannot be read",
+        )));
     };
     Ok(Some(with_inner(message, 4, &status).map_err(wrong)?.into()))
 }

@@ -35,7 +35,12 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_secs(1);
 
 /// What of containerd's events is of interest.
-const TOPICS: [&str; 4] = ["/containers/create", "/tasks/start", "/tasks/exit", "/containers/delete"];
+const TOPICS: [&str; 4] = [
+    "/containers/create",
+    "/tasks/start",
+    "/tasks/exit",
+    "/containers/delete",
+];
 
 /// Supplied events from now on. The first subscriber starts the supply, which ends after the last.
 pub(super) fn join(hub: &Arc<Hub>) -> Messages {

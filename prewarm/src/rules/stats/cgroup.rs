@@ -126,12 +126,19 @@ fn read_below(root: &Path, unified: bool, parent: &str) -> Result<Reading, Cgrou
 }
 
 fn read_classic(root: &Path, parent: &str) -> Result<Reading, CgroupError> {
-    let (cpu, memory) = (below(&root.join("cpuacct"), parent), below(&root.join("memory"), parent));
+    let (cpu, memory) = (
+        below(&root.join("cpuacct"), parent),
+        below(&root.join("memory"), parent),
+    );
     if !cpu.exists() && !memory.exists() {
         return Err(CgroupError::Deleted(parent.to_owned()));
     }
     let file = File { parent };
-    let used = if cpu.exists() { file.number(&cpu.join("cpuacct.usage"))? } else { 0 };
+    let used = if cpu.exists() {
+        file.number(&cpu.join("cpuacct.usage"))?
+    } else {
+        0
+    };
     let memory = if memory.exists() {
         let of = file.pairs(&memory.join("memory.stat"))?;
         let of = |key: &str| of.get(key).copied().unwrap_or_default();
@@ -178,7 +185,11 @@ fn read_unified(path: &Path, parent: &str) -> Result<Reading, CgroupError> {
             of("anon"),
             [of("pgfault"), of("pgmajfault")],
         )),
-        pressure: [pressure("cpu.pressure"), pressure("memory.pressure"), pressure("io.pressure")],
+        pressure: [
+            pressure("cpu.pressure"),
+            pressure("memory.pressure"),
+            pressure("io.pressure"),
+        ],
     })
 }
 
@@ -313,7 +324,10 @@ mod tests {
             root.path(),
             &[
                 ("pods/a/cpu.stat", "usage_usec 12\nuser_usec 5\n"),
-                ("pods/a/memory.stat", "anon 300\ninactive_file 2000\npgfault 7\npgmajfault 2\n"),
+                (
+                    "pods/a/memory.stat",
+                    "anon 300\ninactive_file 2000\npgfault 7\npgmajfault 2\n",
+                ),
                 ("pods/a/memory.current", "1000\n"),
                 ("pods/a/memory.max", "max\n"),
                 (

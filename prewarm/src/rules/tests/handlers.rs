@@ -43,9 +43,14 @@ fn containerd(all: Vec<(String, HashMap<String, String>)>) -> impl Fn(&str, &[u8
         let found: Vec<_> = all.iter().filter(|(full, _)| full.starts_with(&id)).collect();
         match method {
             "ListPodSandbox" => {
-                let filter = ListPodSandboxRequest::decode(message).unwrap().filter.unwrap_or_default();
+                let filter = ListPodSandboxRequest::decode(message)
+                    .unwrap()
+                    .filter
+                    .unwrap_or_default();
                 assert_eq!(filter.label_selector, HashMap::new());
-                let kept = all.iter().filter(|(full, _)| filter.id.is_empty() || *full == filter.id);
+                let kept = all
+                    .iter()
+                    .filter(|(full, _)| filter.id.is_empty() || *full == filter.id);
                 Ok(listed(&kept.cloned().collect::<Vec<_>>()))
             }
             _ if id.is_empty() => Err(Status::unknown("prefix can't be empty")),
@@ -53,7 +58,9 @@ fn containerd(all: Vec<(String, HashMap<String, String>)>) -> impl Fn(&str, &[u8
             _ if found.is_empty() => Err(Status::not_found(format!(
                 "an error occurred when try to find sandbox {id:?}: not found"
             ))),
-            _ if found.len() > 1 => Err(Status::unknown(format!("Multiple IDs found with provided prefix: {id}"))),
+            _ if found.len() > 1 => Err(Status::unknown(format!(
+                "Multiple IDs found with provided prefix: {id}"
+            ))),
             "PodSandboxStatus" => {
                 let status = PodSandboxStatus {
                     id: found[0].0.clone(),
@@ -88,7 +95,10 @@ const BY_ID: [Method; 6] = [
 async fn a_hull_is_a_stranger_by_id_and_by_beginning() {
     let hull = format!("ab{}", "0".repeat(62));
     let native = format!("ac{}", "0".repeat(62));
-    let world = World::new(containerd(vec![(hull.clone(), marked()), (native.clone(), HashMap::new())]));
+    let world = World::new(containerd(vec![
+        (hull.clone(), marked()),
+        (native.clone(), HashMap::new()),
+    ]));
     world.ledger.add_hull(&hull);
     for method in BY_ID {
         for id in [hull.as_str(), "ab", "ab0"] {
@@ -122,7 +132,10 @@ async fn a_hull_that_the_ledger_does_not_know_yet_is_a_stranger_too() {
 #[tokio::test]
 async fn a_list_by_id_finds_no_hull_and_tells_beginnings_apart() {
     let (hull, native) = (format!("ab{}", "0".repeat(62)), format!("ac{}", "0".repeat(62)));
-    let world = World::new(containerd(vec![(hull.clone(), marked()), (native.clone(), HashMap::new())]));
+    let world = World::new(containerd(vec![
+        (hull.clone(), marked()),
+        (native.clone(), HashMap::new()),
+    ]));
     world.ledger.add_hull(&hull);
     let ids = async |id: &str| {
         let filter = PodSandboxFilter {
@@ -130,7 +143,10 @@ async fn a_list_by_id_finds_no_hull_and_tells_beginnings_apart() {
             ..Default::default()
         };
         let request = ListPodSandboxRequest { filter: Some(filter) };
-        let answer = world.answer(Method::ListPodSandbox, request.encode_to_vec()).await.unwrap();
+        let answer = world
+            .answer(Method::ListPodSandbox, request.encode_to_vec())
+            .await
+            .unwrap();
         let items = ListPodSandboxResponse::decode(answer).unwrap().items;
         items.into_iter().map(|item| item.id).collect::<Vec<_>>()
     };
@@ -187,21 +203,35 @@ async fn the_pool_hears_of_starts_and_of_changes_and_the_warmer_of_credentials()
     let _ = world.answer(Method::PullImage, pull.clone()).await;
     assert_eq!(world.last_sent(), pull);
     let told = world.told.lock().unwrap().clone();
-    let expected = [format!("started {id}"), "flush runtime_config".into(), "credentials registry/image me".into()];
+    let expected = [
+        format!("started {id}"),
+        "flush runtime_config".into(),
+        "credentials registry/image me".into(),
+    ];
     assert_eq!(told, expected);
 }
 
 #[tokio::test]
 async fn garbage_is_refused_and_garbage_from_containerd_is_not_relayed() {
     let world = World::new(|_, _| Ok(vec![0x0b, 0xff]));
-    for method in [Method::ListPodSandbox, Method::PodSandboxStatus, Method::ListPodSandboxStats] {
+    for method in [
+        Method::ListPodSandbox,
+        Method::PodSandboxStatus,
+        Method::ListPodSandboxStats,
+    ] {
         let status = world.answer(method, vec![0x0a, 9, 1]).await.unwrap_err();
         assert_eq!(status.code(), Code::Internal);
-        assert!(status.message().starts_with("grpc: error unmarshalling request: "), "{status:?}");
+        assert!(
+            status.message().starts_with("grpc: error unmarshalling request: "),
+            "{status:?}"
+        );
         let status = world.answer(method, Vec::new()).await.unwrap_err();
         assert_eq!(status.code(), Code::Internal);
         let text = status.message();
-        assert!(text.contains(&format!("{method:?}")) && text.contains("byte 0 is a group"), "{text}");
+        assert!(
+            text.contains(&format!("{method:?}")) && text.contains("byte 0 is a group"),
+            "{text}"
+        );
     }
 }
 
@@ -282,7 +312,10 @@ fn event(id: &str, sandbox: &str, kind: ContainerEventType, with_status: bool) -
 }
 
 async fn subscribed(world: &World, items: Messages) -> Messages {
-    match world.call_with(Method::GetContainerEvents, Vec::new(), Some(items)).await {
+    match world
+        .call_with(Method::GetContainerEvents, Vec::new(), Some(items))
+        .await
+    {
         Reply::Stream(messages) => messages,
         _ => panic!("not a stream"),
     }
@@ -325,7 +358,10 @@ async fn events_tell_of_pods_and_not_of_hulls() {
     ];
     let seen = events_of(&world, items.into_iter().map(Ok).collect()).await;
     let seen: Vec<_> = seen.into_iter().map(Result::unwrap).collect();
-    let told: Vec<_> = seen.iter().map(|event| (event.container_id.as_str(), event.container_event_type())).collect();
+    let told: Vec<_> = seen
+        .iter()
+        .map(|event| (event.container_id.as_str(), event.container_event_type()))
+        .collect();
     let pod = pod.as_str();
     let expected = [
         (pod, Created),
@@ -388,7 +424,9 @@ async fn a_subscriber_that_does_not_read_is_cut_off() {
     let waiting = tokio::time::timeout(std::time::Duration::from_millis(50), slow.next());
     assert!(waiting.await.is_err());
     for n in 0..2000 {
-        world.events.adopted(&Arc::new(adoption(&format!("{n}"), "pod", HashMap::new())));
+        world
+            .events
+            .adopted(&Arc::new(adoption(&format!("{n}"), "pod", HashMap::new())));
     }
     let failed = slow.next().await.unwrap().unwrap_err();
     assert_eq!(failed.status().code(), Code::ResourceExhausted);

@@ -5,9 +5,9 @@ use hullspeed_proto::cri::v1::{
     Metric, Namespace, NetworkUsage, PodSandbox, PodSandboxAttributes, PodSandboxFilter, PodSandboxMetrics,
     PodSandboxStateValue, PodSandboxStats, PodSandboxStatus, UInt64Value,
 };
-use prost::Message;
 use proptest::collection::{hash_map, vec};
 use proptest::prelude::*;
+use prost::Message;
 
 use super::*;
 use crate::rules::identity::Identities;
@@ -21,26 +21,27 @@ use crate::wire::{fields, put_bytes};
 
 /// Fields that no version of CRI has, of every wire type, as a newer peer may send them.
 fn unknown() -> impl Strategy<Value = Vec<u8>> {
-    let one = (1000_u32..2000, 0..4_u8, any::<u64>(), vec(any::<u8>(), 0..12)).prop_map(|(field, kind, value, bytes)| {
-        let mut out = Vec::new();
-        let tag = |wire: u64, out: &mut Vec<u8>| prost::encoding::encode_varint(u64::from(field) << 3 | wire, out);
-        match kind {
-            0 => {
-                tag(0, &mut out);
-                prost::encoding::encode_varint(value, &mut out);
+    let one =
+        (1000_u32..2000, 0..4_u8, any::<u64>(), vec(any::<u8>(), 0..12)).prop_map(|(field, kind, value, bytes)| {
+            let mut out = Vec::new();
+            let tag = |wire: u64, out: &mut Vec<u8>| prost::encoding::encode_varint(u64::from(field) << 3 | wire, out);
+            match kind {
+                0 => {
+                    tag(0, &mut out);
+                    prost::encoding::encode_varint(value, &mut out);
+                }
+                1 => {
+                    tag(1, &mut out);
+                    out.extend_from_slice(&value.to_le_bytes());
+                }
+                2 => put_bytes(&mut out, field, &bytes),
+                _ => {
+                    tag(5, &mut out);
+                    out.extend_from_slice(&value.to_le_bytes()[..4]);
+                }
             }
-            1 => {
-                tag(1, &mut out);
-                out.extend_from_slice(&value.to_le_bytes());
-            }
-            2 => put_bytes(&mut out, field, &bytes),
-            _ => {
-                tag(5, &mut out);
-                out.extend_from_slice(&value.to_le_bytes()[..4]);
-            }
-        }
-        out
-    });
+            out
+        });
     vec(one, 0..3).prop_map(|fields| fields.concat())
 }
 
@@ -100,7 +101,11 @@ fn world(all: &[Made]) -> (Vec<u8>, Identities, Vec<PodSandbox>) {
             metadata: Some(metadata("native")),
             created_at: 17,
             state: i32::from(!one.ready),
-            labels: if one.kind == Kind::Native { one.own.clone() } else { marked() },
+            labels: if one.kind == Kind::Native {
+                one.own.clone()
+            } else {
+                marked()
+            },
             ..Default::default()
         };
         let mut item = native.encode_to_vec();
@@ -127,7 +132,11 @@ fn world(all: &[Made]) -> (Vec<u8>, Identities, Vec<PodSandbox>) {
 
 /// containerd's label filter.
 fn natively(list: Vec<PodSandbox>, selector: &HashMap<String, String>) -> Vec<PodSandbox> {
-    let selected = |sandbox: &PodSandbox| selector.iter().all(|(key, value)| sandbox.labels.get(key) == Some(value));
+    let selected = |sandbox: &PodSandbox| {
+        selector
+            .iter()
+            .all(|(key, value)| sandbox.labels.get(key) == Some(value))
+    };
     list.into_iter().filter(selected).collect()
 }
 
@@ -329,13 +338,22 @@ fn stats_get_the_pod_and_its_usage_but_no_field_that_containerd_leaves_out() {
     };
     let seen = dressed(&hull, 1_000, 500);
     let attributes = seen.attributes.unwrap();
-    assert_eq!((attributes.id.as_str(), attributes.metadata), ("abc", pod.config.metadata.clone()));
+    assert_eq!(
+        (attributes.id.as_str(), attributes.metadata),
+        ("abc", pod.config.metadata.clone())
+    );
     assert_eq!(attributes.labels, pod.config.labels);
     let linux = seen.linux.unwrap();
     let cpu = linux.cpu.unwrap();
-    assert_eq!((cpu.timestamp, cpu.usage_core_nano_seconds, cpu.usage_nano_cores), (1_000, boxed(500), None));
+    assert_eq!(
+        (cpu.timestamp, cpu.usage_core_nano_seconds, cpu.usage_nano_cores),
+        (1_000, boxed(500), None)
+    );
     let memory = linux.memory.unwrap();
-    assert_eq!((memory.working_set_bytes, memory.available_bytes), (boxed(10), boxed(20)));
+    assert_eq!(
+        (memory.working_set_bytes, memory.available_bytes),
+        (boxed(10), boxed(20))
+    );
     assert_eq!((memory.page_faults, memory.major_page_faults), (boxed(50), None));
     assert_eq!(linux.network.unwrap().timestamp, 77);
 
@@ -365,7 +383,10 @@ fn metrics_get_the_pods_name_and_namespace() {
     let seen = samples::dressed(&item.encode_to_vec(), &adoption("abc", "pod", HashMap::new())).unwrap();
     let seen = PodSandboxMetrics::decode(seen.as_slice()).unwrap();
     assert_eq!(seen.metrics[0].label_values, ["pod", "shop", "", "abc"]);
-    assert_eq!(seen.container_metrics[0].metrics[0].label_values, ["pod", "shop", "web", "c"]);
+    assert_eq!(
+        seen.container_metrics[0].metrics[0].label_values,
+        ["pod", "shop", "web", "c"]
+    );
 }
 
 #[test]

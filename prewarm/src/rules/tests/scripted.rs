@@ -107,7 +107,12 @@ impl Upstream for Scripted {
 
     async fn stream(&self, message: Bytes) -> Result<Messages, Failure> {
         self.sent.lock().unwrap().push(message);
-        Ok(self.items.lock().unwrap().take().unwrap_or_else(|| stream::pending().boxed()))
+        Ok(self
+            .items
+            .lock()
+            .unwrap()
+            .take()
+            .unwrap_or_else(|| stream::pending().boxed()))
     }
 }
 
@@ -119,7 +124,11 @@ impl World {
         let socket = directory.path().join("containerd.sock");
         let service = Service(Arc::clone(&answers));
         let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
-        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming),
+        );
         let (ledger, containerd) = (ledger(), Containerd::at(&socket));
         let told = Shared::default();
         let around = Arc::new(Around(ledger.clone(), Arc::clone(&told)));

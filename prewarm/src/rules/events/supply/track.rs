@@ -226,7 +226,9 @@ impl Tracks {
         let without = steps.contains(&Step::Deleted).then_some(id);
         let containers = self.containers(sandbox, without).await.unwrap_or_default();
         let status = self.statuses.get(sandbox).map(Vec::as_slice);
-        let told = steps.iter().map(|step| event(id, step.event(), now(), status, &containers));
+        let told = steps
+            .iter()
+            .map(|step| event(id, step.event(), now(), status, &containers));
         told.collect()
     }
 
@@ -312,7 +314,10 @@ mod tests {
     fn steps_since() {
         let steps = |to: Step, told| to.since(told).collect::<Vec<_>>();
         assert_eq!(steps(Step::Started, None), [Step::Created, Step::Started]);
-        assert_eq!(steps(Step::Stopped, Some(Step::Created)), [Step::Started, Step::Stopped]);
+        assert_eq!(
+            steps(Step::Stopped, Some(Step::Created)),
+            [Step::Started, Step::Stopped]
+        );
         assert_eq!(steps(Step::Started, Some(Step::Stopped)), []);
         assert_eq!(steps(Step::Deleted, Some(Step::Stopped)), [Step::Deleted]);
     }

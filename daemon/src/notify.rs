@@ -5,7 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Tells the service manager `state`; without one, nothing happens. A failure is no reason to stop.
-pub(super) fn send(state: &str) {
+pub fn send(state: &str) {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else {
         return;
     };

@@ -14,6 +14,8 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::MetricsConfig;
+
 /// Media type of the text format of OpenMetrics.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -23,17 +25,39 @@ struct Shared {
     stopping: CancellationToken,
 }
 
+/// The address that the configuration asks for cannot be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on metrics.address = \"{address}\"; choose another address, or \"\" for none")]
+pub struct BindError {
+    address: SocketAddr,
+    #[source]
+    source: io::Error,
+}
+
 /// A bound address that is not served yet.
+#[derive(Debug)]
 pub struct Endpoint {
     listener: TcpListener,
 }
 
 impl Endpoint {
-    /// Binds `address`.
-    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
-        Ok(Self {
-            listener: TcpListener::bind(address).await?,
-        })
+    /// Binds the address, if there is one. A default one that is taken is done without.
+    pub async fn bind(config: &MetricsConfig) -> Result<Option<Self>, BindError> {
+        let Some(address) = config.address else {
+            return Ok(None);
+        };
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                let bound = listener.local_addr().unwrap_or(address);
+                tracing::info!(address = %bound, "metrics are at /metrics");
+                Ok(Some(Self { listener }))
+            }
+            Err(source) if config.explicit => Err(BindError { address, source }),
+            Err(error) => {
+                tracing::warn!(%address, %error, "no metrics: the default address cannot be bound; set metrics.address");
+                Ok(None)
+            }
+        }
     }
 
     /// The address with the port that it got.

@@ -1,5 +1,6 @@
-//! The Unix socket: made under a temporary name with its mode set, then moved into place, so that nobody ever meets
-//! one that is open to others; removed at the end if it is still ours.
+//! A Unix socket: made under a temporary name with its mode set, then moved into place, so that nobody ever meets
+//! one that is open to others; removed at the end if it is still ours. One that the service manager made is served in
+//! place, and its file stays.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -8,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixStream};
 
+use crate::activation::Inherited;
+
 const SOCKET_MODE: u32 = 0o600;
 const DIRECTORY_MODE: u32 = 0o700;
 
@@ -15,13 +18,13 @@ const DIRECTORY_MODE: u32 = 0o700;
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Another process answers on it.
-    #[error("another process serves {}; stop it, or choose another socket with --socket or key socket", path.display())]
+    #[error("another process serves {}; stop it, or choose another socket in the configuration", path.display())]
     InUse {
         /// The socket.
         path: PathBuf,
     },
     /// Something that is not a socket is in its place.
-    #[error("{} exists and is not a socket; remove it, or choose another socket with --socket or key socket", path.display())]
+    #[error("{} exists and is not a socket; remove it, or choose another socket in the configuration", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
@@ -46,15 +49,45 @@ impl SocketError {
 
 /// A listening socket in the file system.
 #[derive(Debug)]
-pub(super) struct Socket {
-    path: PathBuf,
-    identity: (u64, u64),
+pub struct Socket {
+    /// The file, if it is ours to remove.
+    _made: Option<Made>,
     listener: Option<UnixListener>,
 }
 
+/// A socket's file that was made here.
+#[derive(Debug)]
+struct Made {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
 impl Socket {
+    /// Takes over what the service manager left under `name`, or makes the socket at `path`.
+    pub async fn open(inherited: &mut Inherited, name: &str, path: &Path) -> Result<Self, SocketError> {
+        let Some(listener) = inherited.listener(name) else {
+            return Self::bind(path).await;
+        };
+        let found = listener.local_addr().ok();
+        let found = found.as_ref().and_then(|address| address.as_pathname());
+        if found == Some(path) {
+            tracing::info!(socket = %path.display(), "the socket is the service manager's");
+        } else {
+            tracing::warn!(configured = %path.display(), served = ?found,
+                "the service manager's socket is not the one of the configuration; it is served nevertheless");
+        }
+        let listener = UnixListener::from_std(listener).map_err(|source| SocketError::Unusable {
+            path: found.unwrap_or(path).to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            _made: None,
+            listener: Some(listener),
+        })
+    }
+
     /// Makes the socket; one that a dead process left is replaced.
-    pub(super) async fn bind(path: &Path) -> Result<Self, SocketError> {
+    pub async fn bind(path: &Path) -> Result<Self, SocketError> {
         let unusable = |source| SocketError::Unusable {
             path: path.to_owned(),
             source,
@@ -98,19 +131,24 @@ impl Socket {
         let identity = identity(temporary)?;
         fs::rename(temporary, path)?;
         Ok(Self {
-            path: path.to_owned(),
-            identity,
+            _made: Some(Made {
+                path: path.to_owned(),
+                identity,
+            }),
             listener: Some(listener),
         })
     }
 
     /// The listener, once.
-    pub(super) fn take_listener(&mut self) -> UnixListener {
+    ///
+    /// # Panics
+    /// When it is taken a second time, which is a defect of the caller.
+    pub fn take_listener(&mut self) -> UnixListener {
         self.listener.take().expect("the one caller takes it once")
     }
 }
 
-impl Drop for Socket {
+impl Drop for Made {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|found| found == self.identity)
             && let Err(error) = fs::remove_file(&self.path)
@@ -145,6 +183,27 @@ mod tests {
         drop(next);
         assert!(!path.exists());
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_service_managers_socket_is_served_and_never_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("s.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let mut inherited = Inherited::from_listeners([("cri".to_owned(), listener)]);
+        let mut socket = Socket::open(&mut inherited, "cri", &path).await.unwrap();
+        let listener = socket.take_listener();
+        let _client = UnixStream::connect(&path).await.unwrap();
+        listener.accept().await.unwrap();
+        drop((socket, listener));
+        assert!(path.exists());
+        // Nothing is left to inherit, so the next one is made.
+        let made = Socket::open(&mut inherited, "cri", &place.path().join("t.sock"))
+            .await
+            .unwrap();
+        drop(made);
+        assert!(!place.path().join("t.sock").exists());
     }
 
     #[tokio::test]

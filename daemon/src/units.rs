@@ -1,6 +1,6 @@
 //! Quantities as people write them: `512KiB`, `1.5s`.
 //!
-//! Pure; used by [`super`] for values of the configuration file.
+//! Pure; used by [`crate::config`] for values of configuration files.
 
 use std::fmt;
 use std::str::FromStr;

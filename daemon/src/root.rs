@@ -24,7 +24,7 @@ pub enum RootError {
     },
     /// Another daemon has it.
     #[error(
-        "another hullspeed-snapshotter (process {process}) uses {}; stop it, or give this one another root and socket",
+        "another daemon (process {process}) uses {}; stop it, or give this one another root and socket",
         path.display()
     )]
     Running {
@@ -44,7 +44,7 @@ impl RootError {
 
 /// A locked root; dropping it gives it up. One that was made here is removed then, unless it was [kept](Self::keep).
 #[derive(Debug)]
-pub(super) struct Root {
+pub struct Root {
     // Removed while the lock is held, so that no other daemon has begun to use it.
     made: Made,
     _lock: File,
@@ -97,7 +97,7 @@ impl Drop for Made {
 
 impl Root {
     /// Makes the directory where it is missing and locks it.
-    pub(super) fn lock(root: &Path) -> Result<Self, RootError> {
+    pub fn lock(root: &Path) -> Result<Self, RootError> {
         let unusable = |path: &Path| {
             let path = path.to_owned();
             move |source| RootError::Unusable { path, source }
@@ -137,7 +137,7 @@ impl Root {
     }
 
     /// The start has succeeded: the root stays.
-    pub(super) fn keep(&mut self) {
+    pub fn keep(&mut self) {
         self.made.directories.clear();
     }
 }
