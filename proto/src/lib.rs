@@ -94,9 +94,7 @@ mod redacted {
 
     impl fmt::Debug for SetCredentialsRequest {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.debug_struct("SetCredentialsRequest")
-                .field("place", &self.place)
-                .finish_non_exhaustive()
+            f.write_str("SetCredentialsRequest(redacted)")
         }
     }
 }
