@@ -127,7 +127,7 @@ where
     F: Future<Output = Result<Arc<dyn LayerMounts>, Cause>>,
 {
     let config = Arc::new(config);
-    let mut root = Root::lock(&config.root)?;
+    let mut root = Root::lock(&config.root, "root", "lock")?;
     if config.layers.lazy {
         check_fuse()?;
     }
