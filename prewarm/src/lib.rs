@@ -8,10 +8,14 @@
 //! - [`rules`] hides hulls and shows adopted sandboxes as what they are in every call.
 
 pub mod adopt;
+pub mod client;
+pub mod config;
 pub mod containerd;
+pub mod control;
 pub mod ledger;
 pub mod metrics;
 pub mod pool;
 pub mod relay;
+pub mod requests;
 pub mod rules;
 pub mod wire;

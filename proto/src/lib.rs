@@ -70,6 +70,13 @@ pub mod hullspeed {
             tonic::include_proto!("hullspeed.control.v1");
         }
     }
+    /// What may be asked of the relay besides CRI.
+    pub mod prewarm {
+        /// Version 1.
+        pub mod v1 {
+            tonic::include_proto!("hullspeed.prewarm.v1");
+        }
+    }
 }
 
 /// Messages with secrets, which no log line may show.
