@@ -9,15 +9,20 @@
 mod adopter;
 pub mod eligibility;
 pub mod fault;
+mod glob;
 pub mod gojson;
 pub mod hull;
 pub mod journal;
 pub mod patch;
 pub mod rebrand;
 mod recovery;
+#[cfg(test)]
+mod samples;
 pub mod schema;
 mod source;
+#[cfg(test)]
+mod testing;
 
-pub use adopter::{Adopter, AdopterError, Observer, Options, Outcome};
+pub use adopter::{Adopter, AdopterError, Options};
 pub use recovery::{IdleHull, Recovered, RecoveryError};
 pub use source::{HullSource, Miss};
