@@ -12,7 +12,7 @@ use hullspeed_tests::containerd::{Containerd, ContainerdOptions, SnapshotterChoi
 use hullspeed_tests::cri::{Cri, Pod};
 use hullspeed_tests::layout::LayoutImage;
 use hullspeed_tests::network::Network;
-use hullspeed_tests::prewarm::Prewarm;
+use hullspeed_tests::prewarm::{Prewarm, PrewarmOptions};
 use hullspeed_tests::probe;
 use hullspeed_tests::proxy::Proxy;
 use hullspeed_tests::registry::Registry;
@@ -31,8 +31,8 @@ const CONTAINERD: &str = "containerd";
 const SNAPSHOTTER: &str = "snapshotter";
 const PREWARM: &str = "prewarm";
 
-/// How long the pool may take to have its hulls.
-const FILL_LIMIT: Duration = Duration::from_secs(30);
+/// Hulls in the pool when the pod comes.
+const HULLS: u32 = 2;
 
 /// What all rounds share.
 pub struct Stage<'a> {
@@ -90,7 +90,7 @@ pub async fn measure(stage: &Stage<'_>, subject: &Subject, round: u32) -> Result
     let fallbacks = fallbacks(&node).await? - fallbacks_before;
     check_honest(&node, subject, &sample, fallbacks).await?;
     if let Some(prewarm) = &mut node.prewarm {
-        prewarm.drain(stage.run).await?;
+        prewarm.control(&["drain", "--wait"])?;
     }
     node.cri.remove_everything().await?;
     if let Some(prewarm) = &mut node.prewarm {
@@ -130,8 +130,14 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
     let prewarm = match mode {
         Mode::Overlayfs | Mode::Hullspeed => None,
         Mode::Hulls => {
-            let prewarm = Prewarm::start(stage.run, PREWARM, &containerd.socket(), "").await?;
-            prewarm.wait_hulls(1, FILL_LIMIT).await?;
+            let options = PrewarmOptions {
+                name: PREWARM.into(),
+                containerd: containerd.socket(),
+                hulls: HULLS,
+                extra: String::new(),
+            };
+            let mut prewarm = Prewarm::start(stage.run, &options)?;
+            prewarm.wait_for_hulls(HULLS).await?;
             cri = prewarm.cri().await?;
             Some(prewarm)
         }
@@ -238,10 +244,8 @@ async fn check_honest(node: &Node, subject: &Subject, sample: &Sample, fallbacks
         }
     }
     if let Some(prewarm) = &node.prewarm {
-        let hits = prewarm
-            .metric("hullspeed_sandbox_requests_total", &["result=\"hit\""])
-            .await?;
-        ensure!(hits == 1.0, "not a hull: {hits} pods got one");
+        let hits = prewarm.requests("hit").await?;
+        ensure!(hits == 1, "not a hull: {hits} pods got one");
     }
     Ok(())
 }

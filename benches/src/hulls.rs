@@ -11,7 +11,7 @@ use hullspeed_tests::containerd::{Containerd, ContainerdOptions, SnapshotterChoi
 use hullspeed_tests::cri::{Cri, Pod};
 use hullspeed_tests::network::Network;
 use hullspeed_tests::pause;
-use hullspeed_tests::prewarm::Prewarm;
+use hullspeed_tests::prewarm::{Prewarm, PrewarmOptions};
 use hullspeed_tests::registry::Registry;
 use hullspeed_tests::release::Release;
 use hullspeed_tests::run::RunDir;
@@ -25,10 +25,7 @@ mod memory;
 mod overhead;
 
 /// Hulls that the pool is brought to before a batch of pods.
-pub const BATCH: usize = 25;
-
-/// How long the pool may take to reach its level: a hull is created in a fifth of a second.
-const FILL_LIMIT: Duration = Duration::from_secs(60);
+pub const BATCH: u32 = 25;
 
 /// Time for daemons and kernel to come to rest.
 const REST: Duration = Duration::from_secs(3);
@@ -43,7 +40,7 @@ pub struct Amounts {
     /// Pass-through calls of each kind.
     pub calls: usize,
     /// Hulls weighed.
-    pub hulls: usize,
+    pub hulls: u32,
     /// Pods that come and go before leaks are counted.
     pub cycles: usize,
 }
@@ -73,8 +70,8 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Starts everything; the pool keeps between `min` and `max` hulls.
-    pub async fn start(run: RunDir, release: Release, min: usize, max: usize) -> Result<Self> {
+    /// Starts everything; the pool keeps `hulls` hulls.
+    pub async fn start(run: RunDir, release: Release, hulls: u32) -> Result<Self> {
         let registry = Registry::start(&run, &run.directory("storage")?)?;
         let layout = run.path().join("pause");
         pause::build(&layout, run.path())?;
@@ -91,7 +88,7 @@ impl Bench {
         let mut native = containerd.cri().await?;
         let version = native.version().await?;
         native.pull(&image).await?;
-        let prewarm = Prewarm::start(&run, "prewarm", &containerd.socket(), &pool(min, max)).await?;
+        let prewarm = Prewarm::start(&run, &relay(&containerd, hulls))?;
         let relay = prewarm.cri().await?;
         let logs = run.directory("pods")?;
         Ok(Self {
@@ -114,22 +111,20 @@ impl Bench {
     }
 
     /// Waits until at least `count` hulls are ready.
-    pub async fn filled(&self, count: usize) -> Result<()> {
-        self.prewarm.wait_hulls(count, FILL_LIMIT).await
+    pub async fn filled(&mut self, count: u32) -> Result<()> {
+        self.prewarm.wait_for_hulls(count).await
     }
 
     /// Waits until the pool is at its level and nothing is under way.
-    pub async fn settle(&self) -> Result<()> {
+    pub async fn settle(&mut self) -> Result<()> {
         self.filled(BATCH).await?;
         tokio::time::sleep(REST).await;
         Ok(())
     }
 
     /// Adoptions so far.
-    pub async fn adoptions(&self) -> Result<f64> {
-        self.prewarm
-            .metric("hullspeed_sandbox_requests_total", &["result=\"hit\""])
-            .await
+    pub async fn adoptions(&self) -> Result<u64> {
+        self.prewarm.requests("hit").await
     }
 
     /// A figure of this containerd.
@@ -153,9 +148,14 @@ impl Bench {
     }
 }
 
-/// The pool's part of the daemon's configuration.
-pub fn pool(min: usize, max: usize) -> String {
-    format!("\n[pool]\nmin = {min}\nmax = {max}\n")
+/// Our daemon in front of `containerd`, with this many hulls.
+fn relay(containerd: &Containerd, hulls: u32) -> PrewarmOptions {
+    PrewarmOptions {
+        name: "prewarm".into(),
+        containerd: containerd.socket(),
+        hulls,
+        extra: String::new(),
+    }
 }
 
 /// Measures everything on one containerd; `report` gets each figure as soon as it is there.
@@ -165,7 +165,7 @@ pub async fn measure(
     amounts: &Amounts,
     mut report: impl FnMut(Figure) -> Result<()>,
 ) -> Result<()> {
-    let mut bench = Bench::start(open_run()?, release, BATCH, BATCH).await?;
+    let mut bench = Bench::start(open_run()?, release, BATCH).await?;
     let version = bench.version.clone();
     let said = |part: &str| format!("{part} on {version}");
     for figure in hits::measure(&mut bench, amounts.hits).await.with_context(|| said("hits"))? {
@@ -173,9 +173,7 @@ pub async fn measure(
     }
     report(burst::measure(&mut bench, amounts.bursts).await.with_context(|| said("bursts"))?)?;
     report(overhead::measure(&mut bench, amounts.calls).await.with_context(|| said("overhead"))?)?;
-    for figure in leaks::measure(&mut bench, amounts.cycles).await.with_context(|| said("leaks"))? {
-        report(figure)?;
-    }
+    report(leaks::measure(&mut bench, amounts.cycles).await.with_context(|| said("leaks"))?)?;
     drop(bench);
     report(memory::measure(open_run()?, release, amounts.hulls).await.with_context(|| said("memory"))?)
 }

@@ -34,8 +34,8 @@ struct Cli {
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = at_least_one)]
     calls: usize,
     /// Hulls weighed.
-    #[arg(long, value_name = "N", default_value_t = 40, value_parser = at_least_one)]
-    hulls: usize,
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=200))]
+    hulls: u32,
     /// Pods that come and go before leaks are counted.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = at_least_one)]
     cycles: usize,

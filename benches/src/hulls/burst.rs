@@ -22,7 +22,7 @@ pub async fn measure(bench: &mut Bench, rounds: usize) -> Result<Figure> {
         let before = bench.adoptions().await?;
         adopted.push(burst(bench, &bench.relay.clone(), &format!("burst-hull-{round}")).await?);
         let made = bench.adoptions().await? - before;
-        ensure!(made == PODS as f64, "{made} of {PODS} pods of a burst got a hull");
+        ensure!(made == PODS as u64, "{made} of {PODS} pods of a burst got a hull");
     }
     let (ours, theirs) = (adopted.median()?, native.median()?);
     let said = format!("last of {PODS} containers started after {ours:.0} ms, native {theirs:.0} ms");

@@ -18,7 +18,7 @@ pub async fn measure(bench: &mut Bench, hits: usize) -> Result<Vec<Figure>> {
     while adopted.len() < hits {
         bench.filled(BATCH).await?;
         let mut sandboxes = Vec::new();
-        for _ in 0..BATCH.min(hits - adopted.len()) {
+        for _ in 0..hits.saturating_sub(adopted.len()).min(BATCH as usize) {
             number += 1;
             let pod = bench.pod(&format!("hit-{number}"));
             let begin = Instant::now();
@@ -39,7 +39,7 @@ pub async fn measure(bench: &mut Bench, hits: usize) -> Result<Vec<Figure>> {
         }
     }
     let made = bench.adoptions().await? - before;
-    ensure!(made == hits as f64, "{made} of {hits} pods got a hull");
+    ensure!(made == hits as u64, "{made} of {hits} pods got a hull");
     let (middle, native_middle) = (adopted.median()?, native.median()?);
     let said = format!("native median {native_middle:.1} ms of {} in the same run", native.len());
     Ok(vec![

@@ -3,24 +3,32 @@
 use std::fs;
 
 use anyhow::{Context as _, Result};
+use hullspeed_tests::prewarm::Prewarm;
 use hullspeed_tests::release::Release;
 use hullspeed_tests::run::RunDir;
 
-use super::{Bench, REST, pool};
+use super::{Bench, REST, relay};
 use crate::figure::Figure;
 
 /// Weighs `hulls` hulls.
-pub async fn measure(run: RunDir, release: Release, hulls: usize) -> Result<Figure> {
-    let mut bench = Bench::start(run, release, 1, 1).await?;
+pub async fn measure(run: RunDir, release: Release, hulls: u32) -> Result<Figure> {
+    let mut bench = Bench::start(run, release, 1).await?;
     // The first one brings programs and caches into memory that all share.
     bench.filled(1).await?;
     let before = available().await?;
-    bench.prewarm.reconfigure(&bench.run, &pool(hulls + 1, hulls + 1)).await?;
+    bench.prewarm.process().stop()?;
+    bench.prewarm = Prewarm::start(&bench.run, &relay(&bench.containerd, hulls + 1))?;
     bench.filled(hulls + 1).await?;
     let after = available().await?;
-    let each = (before - after) / hulls as f64;
+    let each = (before - after) / f64::from(hulls);
     let said = "fall of MemAvailable, page cache dropped before each reading";
-    Ok(bench.figure(("hulls.memory_mib_per_hull", "MiB"), each, Some(6.0), said, hulls))
+    Ok(bench.figure(
+        ("hulls.memory_mib_per_hull", "MiB"),
+        each,
+        Some(6.0),
+        said,
+        hulls as usize,
+    ))
 }
 
 /// MemAvailable in MiB, at rest and without page cache that could go.
