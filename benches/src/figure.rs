@@ -69,7 +69,11 @@ impl Times {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
         let rank = (part * sorted.len() as f64).ceil().max(1.0);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small positive rank")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a small positive rank"
+        )]
         let index = (rank as usize).min(sorted.len()) - 1;
         Ok(sorted[index])
     }
@@ -116,7 +120,10 @@ mod tests {
         print(&mut out, &figure).unwrap();
         let line = String::from_utf8(out).unwrap();
         assert_eq!(line.lines().count(), 1);
-        assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap()["figure"], "hulls.leaks");
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&line).unwrap()["figure"],
+            "hulls.leaks"
+        );
         assert!(figure.holds());
         figure.value = 1.0;
         assert!(!figure.holds());

@@ -168,12 +168,31 @@ pub async fn measure(
     let mut bench = Bench::start(open_run()?, release, BATCH).await?;
     let version = bench.version.clone();
     let said = |part: &str| format!("{part} on {version}");
-    for figure in hits::measure(&mut bench, amounts.hits).await.with_context(|| said("hits"))? {
+    for figure in hits::measure(&mut bench, amounts.hits)
+        .await
+        .with_context(|| said("hits"))?
+    {
         report(figure)?;
     }
-    report(burst::measure(&mut bench, amounts.bursts).await.with_context(|| said("bursts"))?)?;
-    report(overhead::measure(&mut bench, amounts.calls).await.with_context(|| said("overhead"))?)?;
-    report(leaks::measure(&mut bench, amounts.cycles).await.with_context(|| said("leaks"))?)?;
+    report(
+        burst::measure(&mut bench, amounts.bursts)
+            .await
+            .with_context(|| said("bursts"))?,
+    )?;
+    report(
+        overhead::measure(&mut bench, amounts.calls)
+            .await
+            .with_context(|| said("overhead"))?,
+    )?;
+    report(
+        leaks::measure(&mut bench, amounts.cycles)
+            .await
+            .with_context(|| said("leaks"))?,
+    )?;
     drop(bench);
-    report(memory::measure(open_run()?, release, amounts.hulls).await.with_context(|| said("memory"))?)
+    report(
+        memory::measure(open_run()?, release, amounts.hulls)
+            .await
+            .with_context(|| said("memory"))?,
+    )
 }

@@ -216,7 +216,10 @@ pub fn table(columns: &[(Mode, Medians)]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     let names = columns.iter().map(|(mode, _)| mode.name().to_string());
-    let ratios = columns.iter().skip(1).map(|(mode, _)| format!("{}, ratio", mode.name()));
+    let ratios = columns
+        .iter()
+        .skip(1)
+        .map(|(mode, _)| format!("{}, ratio", mode.name()));
     table.set_header(["median".to_string()].into_iter().chain(names).chain(ratios));
     let rows: [Row; 8] = [
         ("pull, ms", |medians| medians.pull_ms, 1),

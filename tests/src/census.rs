@@ -27,9 +27,15 @@ pub fn take(run: &RunDir, cgroups: &[&str]) -> Result<Census> {
         ("addresses", as_count(addresses(run)?.len())),
         ("network namespaces", count(&is_netns)),
         ("other mounts", count(&|path| !is_netns(path))),
-        ("bridge ports", as_count(children(&Path::new("/sys/class/net").join(bridge).join("brif")).len())),
+        (
+            "bridge ports",
+            as_count(children(&Path::new("/sys/class/net").join(bridge).join("brif")).len()),
+        ),
         ("CNI results", as_count(results_of(bridge))),
-        ("cgroups", as_count(cgroups.iter().map(|name| cgroup_directories(name)).sum())),
+        (
+            "cgroups",
+            as_count(cgroups.iter().map(|name| cgroup_directories(name)).sum()),
+        ),
         ("shims", as_count(shims)),
     ]))
 }
@@ -37,7 +43,9 @@ pub fn take(run: &RunDir, cgroups: &[&str]) -> Result<Census> {
 /// Addresses that host-local has given away.
 pub fn addresses(run: &RunDir) -> Result<Vec<String>> {
     let directory = run.directory("cni/ipam")?.join(&run.names().bridge);
-    let names = children(&directory).into_iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_string()));
+    let names = children(&directory)
+        .into_iter()
+        .filter_map(|path| Some(path.file_name()?.to_str()?.to_string()));
     Ok(names.filter(|name| name.starts_with("10.")).collect())
 }
 
@@ -67,14 +75,21 @@ fn children(directory: &Path) -> Vec<PathBuf> {
 
 fn results_of(bridge: &str) -> usize {
     let names = children(Path::new(CNI_RESULTS)).into_iter();
-    names.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(bridge))).count()
+    names
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(bridge))
+        })
+        .count()
 }
 
 /// Directories of a top-level cgroup in every hierarchy.
 fn cgroup_directories(name: &str) -> usize {
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = children(root).into_iter().filter(|path| !path.is_symlink());
-    let tops = hierarchies.chain([root.to_path_buf()]).map(|hierarchy| hierarchy.join(name));
+    let tops = hierarchies
+        .chain([root.to_path_buf()])
+        .map(|hierarchy| hierarchy.join(name));
     tops.map(|top| directories(&top)).sum()
 }
 
@@ -98,9 +113,12 @@ pub fn pids(run: &Path, name: &str) -> Vec<u32> {
         let environment = fs::read(directory.join("environ")).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|variable| variable == mark)
     };
-    let named = |directory: &PathBuf| {
-        fs::read_to_string(directory.join("comm")).is_ok_and(|comm| comm.starts_with(name))
-    };
-    let found = children(Path::new("/proc")).into_iter().filter(|path| named(path) && of_run(path));
-    found.filter_map(|path| path.file_name()?.to_str()?.parse().ok()).collect()
+    let named =
+        |directory: &PathBuf| fs::read_to_string(directory.join("comm")).is_ok_and(|comm| comm.starts_with(name));
+    let found = children(Path::new("/proc"))
+        .into_iter()
+        .filter(|path| named(path) && of_run(path));
+    found
+        .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
+        .collect()
 }

@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result};
 use hullspeed_proto::cri::v1::{
     ContainerStatsRequest, ContainerStatusRequest, CreateContainerRequest, LinuxContainerConfig,
     LinuxContainerSecurityContext, ListContainerStatsRequest, ListContainersRequest, PodSandboxStatus,
-    PodSandboxStatusRequest, PortForwardRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdatePodSandboxResourcesRequest,
+    PodSandboxStatusRequest, PortForwardRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest, UpdatePodSandboxResourcesRequest,
 };
 use prost::Message as _;
 use serde_json::{Map, Value, json};
@@ -121,10 +121,14 @@ impl<'a> Observer<'a> {
             self.streams(sandbox, main, side).await;
             self.see("stop main", "StopContainer", &stop_container(main)).await;
         }
-        self.see("update", "UpdatePodSandboxResources", &UpdatePodSandboxResourcesRequest {
-            pod_sandbox_id: sandbox.into(),
-            ..Default::default()
-        })
+        self.see(
+            "update",
+            "UpdatePodSandboxResources",
+            &UpdatePodSandboxResourcesRequest {
+                pod_sandbox_id: sandbox.into(),
+                ..Default::default()
+            },
+        )
         .await;
         self.log(pod)
     }
@@ -160,7 +164,11 @@ impl<'a> Observer<'a> {
     /// Creates and starts a container as a kubelet would; `None` if it cannot be.
     async fn container(&mut self, sandbox: &str, pod: &Pod, name: &str, script: &str) -> Result<Option<String>> {
         let mut config = container_config(name, &self.node.image, &["sh", "-c", script]);
-        let context = pod.config().linux.as_ref().and_then(|linux| linux.security_context.clone());
+        let context = pod
+            .config()
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.clone());
         let context = context.unwrap_or_default();
         config.linux = Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext {
@@ -190,7 +198,8 @@ impl<'a> Observer<'a> {
                 return Ok(None);
             }
         };
-        self.names.push((id.clone(), if name == "main" { "<main>" } else { "<side>" }));
+        self.names
+            .push((id.clone(), if name == "main" { "<main>" } else { "<side>" }));
         let start = StartContainerRequest {
             container_id: id.clone(),
         };
@@ -231,13 +240,26 @@ impl<'a> Observer<'a> {
             port: vec![PORT],
         };
         self.see("stop", "StopPodSandbox", &stop).await;
-        self.see("status when stopped", "PodSandboxStatus", &status_request(sandbox, true)).await;
-        self.see("containers when stopped", "ListContainers", &ListContainersRequest::default()).await;
+        self.see(
+            "status when stopped",
+            "PodSandboxStatus",
+            &status_request(sandbox, true),
+        )
+        .await;
+        self.see(
+            "containers when stopped",
+            "ListContainers",
+            &ListContainersRequest::default(),
+        )
+        .await;
         self.lists_by_id("stopped", sandbox).await;
         self.see("forward when stopped", "PortForward", &forward).await;
         self.see("stop again", "StopPodSandbox", &stop).await;
         self.see("remove", "RemovePodSandbox", &remove).await;
-        for (what, id) in [("status when gone", sandbox), ("status by prefix when gone", &sandbox[..16])] {
+        for (what, id) in [
+            ("status when gone", sandbox),
+            ("status by prefix when gone", &sandbox[..16]),
+        ] {
             self.see(what, "PodSandboxStatus", &status_request(id, false)).await;
         }
         self.lists_by_id("gone", sandbox).await;
@@ -250,12 +272,14 @@ impl<'a> Observer<'a> {
             sandbox_config: Some(Pod::new("late", std::path::Path::new("/"), "none").config().clone()),
         };
         self.see("create when gone", "CreateContainer", &create).await;
-        let stats = ContainerStatsRequest {
-            container_id: id(),
-        };
+        let stats = ContainerStatsRequest { container_id: id() };
         self.see("container stats of a sandbox", "ContainerStats", &stats).await;
-        self.see("all container stats when gone", "ListContainerStats", &ListContainerStatsRequest::default())
-            .await;
+        self.see(
+            "all container stats when gone",
+            "ListContainerStats",
+            &ListContainerStatsRequest::default(),
+        )
+        .await;
         Ok(())
     }
 }

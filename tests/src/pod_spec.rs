@@ -72,17 +72,34 @@ const HARMLESS: &[(&str, Change)] = &[
     ("no hostname", |c| c.hostname.clear()),
     ("long hostname", |c| c.hostname = "h".repeat(63)),
     ("dotted hostname", |c| c.hostname = "web-0.web.default.svc".into()),
-    ("dns", |c| dns(c, &["10.96.0.10"], &["a.svc.cluster.local", "cluster.local"], &["ndots:5"])),
-    ("many name servers", |c| dns(c, &["1.1.1.1", "fd00::53", "8.8.8.8", "9.9.9.9"], &[], &[])),
+    ("dns", |c| {
+        dns(
+            c,
+            &["10.96.0.10"],
+            &["a.svc.cluster.local", "cluster.local"],
+            &["ndots:5"],
+        )
+    }),
+    ("many name servers", |c| {
+        dns(c, &["1.1.1.1", "fd00::53", "8.8.8.8", "9.9.9.9"], &[], &[])
+    }),
     ("empty dns", |c| dns(c, &[], &[], &[])),
-    ("searches only", |c| dns(c, &[], &["example.org"], &["timeout:1", "attempts:2"])),
-    ("seven searches", |c| dns(c, &["10.0.0.1"], &["a", "b", "c", "d", "e", "f", "g"], &[])),
+    ("searches only", |c| {
+        dns(c, &[], &["example.org"], &["timeout:1", "attempts:2"])
+    }),
+    ("seven searches", |c| {
+        dns(c, &["10.0.0.1"], &["a", "b", "c", "d", "e", "f", "g"], &[])
+    }),
     ("labels", labels),
     ("annotations", annotations),
     ("attempt", |c| c.metadata.get_or_insert_default().attempt = 7),
-    ("last attempt", |c| c.metadata.get_or_insert_default().attempt = u32::MAX),
+    ("last attempt", |c| {
+        c.metadata.get_or_insert_default().attempt = u32::MAX
+    }),
     ("container ports", |c| c.port_mappings = ports(0)),
-    ("seccomp by the runtime", |c| seccomp(c, ProfileType::RuntimeDefault, "")),
+    ("seccomp by the runtime", |c| {
+        seccomp(c, ProfileType::RuntimeDefault, "")
+    }),
     ("user", |c| security(c).run_as_user = Some(Int64Value { value: 1000 })),
     ("user and group", |c| {
         security(c).run_as_user = Some(Int64Value { value: 1000 });
@@ -90,8 +107,12 @@ const HARMLESS: &[(&str, Change)] = &[
     }),
     ("groups", |c| security(c).supplemental_groups = vec![3000, 4000]),
     ("read-only root", |c| security(c).readonly_rootfs = true),
-    ("port range", |c| sysctl(c, "net.ipv4.ip_local_port_range", "20000 30000")),
-    ("unprivileged ports", |c| sysctl(c, "net.ipv4.ip_unprivileged_port_start", "1024")),
+    ("port range", |c| {
+        sysctl(c, "net.ipv4.ip_local_port_range", "20000 30000")
+    }),
+    ("unprivileged ports", |c| {
+        sysctl(c, "net.ipv4.ip_unprivileged_port_start", "1024")
+    }),
     ("ping groups", |c| sysctl(c, "net.ipv4.ping_group_range", "0 1000")),
     ("syncookies", |c| sysctl(c, "net.ipv4.tcp_syncookies", "0")),
     ("shared memory", |c| sysctl(c, "kernel.shm_rmid_forced", "1")),
@@ -105,22 +126,35 @@ const HARMLESS: &[(&str, Change)] = &[
         c.linux.get_or_insert_default().resources = Some(resources);
         c.linux.get_or_insert_default().overhead = Some(LinuxContainerResources::default());
     }),
-    ("pid namespace by container", |c| namespaces(c, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod)),
+    ("pid namespace by container", |c| {
+        namespaces(c, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod)
+    }),
     ("no log directory", |c| c.log_directory.clear()),
-    ("unreadable name", |c| c.metadata.get_or_insert_default().name += "_with_underscores.and ünïcode"),
+    ("unreadable name", |c| {
+        c.metadata.get_or_insert_default().name += "_with_underscores.and ünïcode"
+    }),
 ];
 
 /// Changes that a hull cannot follow.
 const FOREIGN: &[(&str, Change)] = &[
-    ("host network", |c| namespaces(c, NamespaceMode::Node, NamespaceMode::Container, NamespaceMode::Pod)),
-    ("host ipc", |c| namespaces(c, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Node)),
-    ("host pid", |c| namespaces(c, NamespaceMode::Pod, NamespaceMode::Node, NamespaceMode::Pod)),
+    ("host network", |c| {
+        namespaces(c, NamespaceMode::Node, NamespaceMode::Container, NamespaceMode::Pod)
+    }),
+    ("host ipc", |c| {
+        namespaces(c, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Node)
+    }),
+    ("host pid", |c| {
+        namespaces(c, NamespaceMode::Pod, NamespaceMode::Node, NamespaceMode::Pod)
+    }),
     ("host port", |c| c.port_mappings = ports(18_080)),
     ("bandwidth", |c| {
-        c.annotations.insert("kubernetes.io/egress-bandwidth".into(), "10M".into());
+        c.annotations
+            .insert("kubernetes.io/egress-bandwidth".into(), "10M".into());
     }),
     ("unconfined", |c| seccomp(c, ProfileType::Unconfined, "")),
-    ("a seccomp profile that is not there", |c| seccomp(c, ProfileType::Localhost, "/not/there.json")),
+    ("a seccomp profile that is not there", |c| {
+        seccomp(c, ProfileType::Localhost, "/not/there.json")
+    }),
     ("windows", |c| c.windows = Some(WindowsPodSandboxConfig {})),
     ("shared pid namespace with a user", |c| {
         namespaces(c, NamespaceMode::Pod, NamespaceMode::Pod, NamespaceMode::Pod);
@@ -145,10 +179,18 @@ const STRANGE: &[(&str, Change)] = &[
     ("a sysctl that is not there", |c| sysctl(c, "net.ipv4.not_there", "1")),
     ("a sysctl of the host", |c| sysctl(c, "vm.swappiness", "10")),
     ("a sysctl that is a path", |c| sysctl(c, "net/../kernel.sem", "1")),
-    ("a sysctl with a bad value", |c| sysctl(c, "net.ipv4.tcp_syncookies", "no number")),
-    ("dns with a line break", |c| dns(c, &["1.1.1.1\nsearch evil"], &["a b"], &["x\ny"])),
-    ("group without user", |c| security(c).run_as_group = Some(Int64Value { value: 2000 })),
-    ("negative user", |c| security(c).run_as_user = Some(Int64Value { value: -5 })),
+    ("a sysctl with a bad value", |c| {
+        sysctl(c, "net.ipv4.tcp_syncookies", "no number")
+    }),
+    ("dns with a line break", |c| {
+        dns(c, &["1.1.1.1\nsearch evil"], &["a b"], &["x\ny"])
+    }),
+    ("group without user", |c| {
+        security(c).run_as_group = Some(Int64Value { value: 2000 })
+    }),
+    ("negative user", |c| {
+        security(c).run_as_user = Some(Int64Value { value: -5 })
+    }),
     ("privileged", |c| security(c).privileged = true),
     ("selinux", |c| {
         security(c).selinux_options = Some(SeLinuxOption {
@@ -167,9 +209,12 @@ const STRANGE: &[(&str, Change)] = &[
     ("a namespace mode that is none", |c| {
         security(c).namespace_options.get_or_insert_default().network = 77;
     }),
-    ("target namespace", |c| namespaces(c, NamespaceMode::Pod, NamespaceMode::Target, NamespaceMode::Pod)),
+    ("target namespace", |c| {
+        namespaces(c, NamespaceMode::Pod, NamespaceMode::Target, NamespaceMode::Pod)
+    }),
     ("untrusted workload", |c| {
-        c.annotations.insert("io.kubernetes.cri.untrusted-workload".into(), "true".into());
+        c.annotations
+            .insert("io.kubernetes.cri.untrusted-workload".into(), "true".into());
     }),
     ("the mark of a hull, guessed", |c| {
         c.labels.insert("io.hullspeed.hull".into(), "guess".into());
@@ -180,8 +225,12 @@ const STRANGE: &[(&str, Change)] = &[
             ..Default::default()
         });
     }),
-    ("shared pid namespace", |c| namespaces(c, NamespaceMode::Pod, NamespaceMode::Pod, NamespaceMode::Pod)),
-    ("old seccomp field", |c| security(c).seccomp_profile_path = "runtime/default".into()),
+    ("shared pid namespace", |c| {
+        namespaces(c, NamespaceMode::Pod, NamespaceMode::Pod, NamespaceMode::Pod)
+    }),
+    ("old seccomp field", |c| {
+        security(c).seccomp_profile_path = "runtime/default".into()
+    }),
 ];
 
 fn security(config: &mut PodSandboxConfig) -> &mut crate::cri::Security {
@@ -257,7 +306,11 @@ pub fn all(seed: u64, random: usize, base: impl Fn(&str) -> Pod) -> Vec<PodSpec>
         fate: Fate::Adopted,
         note: "plain".into(),
     }];
-    let kinds = [(HARMLESS, Fate::Adopted), (FOREIGN, Fate::Ordinary), (STRANGE, Fate::Either)];
+    let kinds = [
+        (HARMLESS, Fate::Adopted),
+        (FOREIGN, Fate::Ordinary),
+        (STRANGE, Fate::Either),
+    ];
     for (changes, fate) in kinds {
         for (note, change) in changes {
             let pod = base(&format!("pod-{}", specs.len())).with(change);

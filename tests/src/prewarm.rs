@@ -175,7 +175,10 @@ pub fn hull_cgroup(run: &RunDir) -> String {
 fn command(config: &Path, fault: Option<&str>) -> Result<Command> {
     let mut command = Command::new(programs::find(PROGRAM)?);
     command.arg("serve").arg("--config").arg(config);
-    command.env_remove("NOTIFY_SOCKET").env_remove("LISTEN_FDS").env_remove("RUST_LOG");
+    command
+        .env_remove("NOTIFY_SOCKET")
+        .env_remove("LISTEN_FDS")
+        .env_remove("RUST_LOG");
     match fault {
         Some(point) => command.env(FAULT_VARIABLE, point),
         None => command.env_remove(FAULT_VARIABLE),

@@ -93,7 +93,9 @@ impl RawClient {
         // A server that forgets the deadline should not stop the test.
         match tokio::time::timeout(CALL_LIMIT + CALL_LIMIT / 4, answer).await {
             Ok(answer) => Ok(answer?.into_inner()),
-            Err(_) => Err(Status::deadline_exceeded("no answer, not even an error, at the deadline")),
+            Err(_) => Err(Status::deadline_exceeded(
+                "no answer, not even an error, at the deadline",
+            )),
         }
     }
 
@@ -170,14 +172,20 @@ fn sort_entries(values: &mut Value) {
 
 fn bytes_value(bytes: &[u8], depth: usize) -> Value {
     if let Ok(text) = std::str::from_utf8(bytes)
-        && !text.chars().any(|c| c.is_control() && c != '\t' && (c != '\n' || text.len() < 16))
+        && !text
+            .chars()
+            .any(|c| c.is_control() && c != '\t' && (c != '\n' || text.len() < 16))
     {
         return match serde_json::from_str::<Value>(text) {
             Ok(json) if json.is_object() => json!({ "json": json }),
             _ => Value::from(text),
         };
     }
-    let message = if depth < MAX_DEPTH { fields(bytes, depth + 1) } else { None };
+    let message = if depth < MAX_DEPTH {
+        fields(bytes, depth + 1)
+    } else {
+        None
+    };
     message.unwrap_or_else(|| Value::from(hex::encode(bytes)))
 }
 

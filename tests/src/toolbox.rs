@@ -30,7 +30,10 @@ pub fn build(layout: &Path, scratch: &Path) -> Result<()> {
     for name in NAMES {
         symlink("busybox", root.join("bin").join(name)).with_context(|| format!("cannot link {name}"))?;
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\nsomeone:x:1000:1000::/:/bin/sh\n")?;
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0:root:/:/bin/sh\nsomeone:x:1000:1000::/:/bin/sh\n",
+    )?;
     fs::write(root.join("etc/group"), "root:x:0:\nsomeone:x:1000:\n")?;
     fs::write(root.join("www/index.html"), "hello from the toolbox\n")?;
     layer_tar::clamp_times(&root, 0, 0)?;

@@ -54,7 +54,11 @@ impl WebSocket {
             answer.push(stream.read_u8().await?);
         }
         let answer = String::from_utf8_lossy(&answer).into_owned();
-        ensure!(answer.starts_with("HTTP/1.1 101"), "the answer is {:?}", answer.lines().next());
+        ensure!(
+            answer.starts_with("HTTP/1.1 101"),
+            "the answer is {:?}",
+            answer.lines().next()
+        );
         Ok(Self { stream })
     }
 
@@ -110,6 +114,8 @@ impl WebSocket {
             Err(_) => bail!("no end within {LIMIT:?}; so far: {found:?}"),
         }
         let texts = found.into_iter();
-        Ok(texts.map(|(channel, bytes)| (channel, String::from_utf8_lossy(&bytes).into_owned())).collect())
+        Ok(texts
+            .map(|(channel, bytes)| (channel, String::from_utf8_lossy(&bytes).into_owned()))
+            .collect())
     }
 }

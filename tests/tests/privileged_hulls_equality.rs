@@ -21,9 +21,16 @@ fn allowed(_path: &str, _native: &Value, _relayed: &Value) -> bool {
 }
 
 async fn pods_are_equal(release: Release) {
-    let seed = std::env::var("HULLSPEED_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let seed = std::env::var("HULLSPEED_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(1);
     let relay = std::env::var_os("HULLSPEED_NO_RELAY").is_none();
-    let mut node = if relay { PodNode::with_hulls(release, HULLS).await.unwrap() } else { PodNode::start(release).await.unwrap() };
+    let mut node = if relay {
+        PodNode::with_hulls(release, HULLS).await.unwrap()
+    } else {
+        PodNode::start(release).await.unwrap()
+    };
     let specs = pod_spec::all(seed, RANDOM, |name| node.pod(name));
     let mut faults = Vec::new();
     for spec in &specs {
@@ -47,15 +54,26 @@ async fn pods_are_equal(release: Release) {
         eprintln!("{}: {took:?} {:?}", spec.note, start.elapsed());
         match (native, relayed) {
             (Ok(native), Ok(relayed)) => {
-                if std::env::var_os("HULLSPEED_SHOW").is_some() { eprintln!("{native:#}"); }
+                if std::env::var_os("HULLSPEED_SHOW").is_some() {
+                    eprintln!("{native:#}");
+                }
                 let found = raw::differences(&native, &relayed);
-                let found = found.iter().filter(|(path, native, relayed)| !allowed(path, native, relayed));
-                faults.extend(found.map(|(path, native, relayed)| format!("{}: {path}: {native} != {relayed}", spec.note)));
+                let found = found
+                    .iter()
+                    .filter(|(path, native, relayed)| !allowed(path, native, relayed));
+                faults.extend(
+                    found.map(|(path, native, relayed)| format!("{}: {path}: {native} != {relayed}", spec.note)),
+                );
             }
             (native, relayed) => faults.push(format!("{}: {native:?} != {relayed:?}", spec.note)),
         }
     }
-    assert!(faults.is_empty(), "seed {seed}, {} differences:\n{}", faults.len(), faults.join("\n"));
+    assert!(
+        faults.is_empty(),
+        "seed {seed}, {} differences:\n{}",
+        faults.len(),
+        faults.join("\n")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use crate::figure::{Figure, Times};
 const PODS: usize = 10;
 
 /// Runs `rounds` bursts of each kind, in turn.
-pub async fn measure(bench: &mut Bench, rounds: usize) -> Result<Figure> {
+pub(super) async fn measure(bench: &mut Bench, rounds: usize) -> Result<Figure> {
     let (mut native, mut adopted) = (Times::default(), Times::default());
     for round in 0..rounds {
         bench.filled(BATCH).await?;
@@ -26,7 +26,13 @@ pub async fn measure(bench: &mut Bench, rounds: usize) -> Result<Figure> {
     }
     let (ours, theirs) = (adopted.median()?, native.median()?);
     let said = format!("last of {PODS} containers started after {ours:.0} ms, native {theirs:.0} ms");
-    Ok(bench.figure(("hulls.burst10_last_started_ratio", "ratio"), ours / theirs, Some(0.55), &said, rounds))
+    Ok(bench.figure(
+        ("hulls.burst10_last_started_ratio", "ratio"),
+        ours / theirs,
+        Some(0.55),
+        &said,
+        rounds,
+    ))
 }
 
 async fn burst(bench: &Bench, cri: &Cri, name: &str) -> Result<Duration> {

@@ -11,7 +11,7 @@ use crate::figure::{Figure, Times};
 const NATIVE_PER_BATCH: usize = 3;
 
 /// Times `hits` adoptions in batches of [`BATCH`], and native calls in between.
-pub async fn measure(bench: &mut Bench, hits: usize) -> Result<Vec<Figure>> {
+pub(super) async fn measure(bench: &mut Bench, hits: usize) -> Result<Vec<Figure>> {
     let (mut adopted, mut native) = (Times::default(), Times::default());
     let before = bench.adoptions().await?;
     let mut number = 0;
@@ -41,10 +41,25 @@ pub async fn measure(bench: &mut Bench, hits: usize) -> Result<Vec<Figure>> {
     let made = bench.adoptions().await? - before;
     ensure!(made == hits as u64, "{made} of {hits} pods got a hull");
     let (middle, native_middle) = (adopted.median()?, native.median()?);
-    let said = format!("native median {native_middle:.1} ms of {} in the same run", native.len());
+    let said = format!(
+        "native median {native_middle:.1} ms of {} in the same run",
+        native.len()
+    );
     Ok(vec![
         bench.figure(("hulls.run_pod_sandbox_ms_p50", "ms"), middle, Some(2.0), &said, hits),
-        bench.figure(("hulls.run_pod_sandbox_ms_p99", "ms"), adopted.quantile(0.99)?, Some(5.0), &said, hits),
-        bench.figure(("hulls.run_pod_sandbox_ratio", "ratio"), middle / native_middle, Some(0.02), &said, hits),
+        bench.figure(
+            ("hulls.run_pod_sandbox_ms_p99", "ms"),
+            adopted.quantile(0.99)?,
+            Some(5.0),
+            &said,
+            hits,
+        ),
+        bench.figure(
+            ("hulls.run_pod_sandbox_ratio", "ratio"),
+            middle / native_middle,
+            Some(0.02),
+            &said,
+            hits,
+        ),
     ])
 }

@@ -15,7 +15,7 @@ const ROUND: u32 = 20;
 const SLACK: [(&str, u64); 2] = [("resident KiB", 4096), ("threads", 4)];
 
 /// Runs `cycles` pods through the relay; a leak is anything there is more of afterwards.
-pub async fn measure(bench: &mut Bench, cycles: usize) -> Result<Figure> {
+pub(super) async fn measure(bench: &mut Bench, cycles: usize) -> Result<Figure> {
     // Warm caches, pools of threads and connections are no leak.
     for number in 0..3 {
         round(bench, number).await?;

@@ -11,7 +11,7 @@ use super::{Bench, REST, relay};
 use crate::figure::Figure;
 
 /// Weighs `hulls` hulls.
-pub async fn measure(run: RunDir, release: Release, hulls: u32) -> Result<Figure> {
+pub(super) async fn measure(run: RunDir, release: Release, hulls: u32) -> Result<Figure> {
     let mut bench = Bench::start(run, release, 1).await?;
     // The first one brings programs and caches into memory that all share.
     bench.filled(1).await?;
@@ -42,6 +42,11 @@ async fn available() -> Result<f64> {
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .context("/proc/meminfo has no MemAvailable")?;
-    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse().context("MemAvailable is no number")?;
+    let kib: f64 = line
+        .trim()
+        .trim_end_matches("kB")
+        .trim()
+        .parse()
+        .context("MemAvailable is no number")?;
     Ok(kib / 1024.0)
 }

@@ -8,7 +8,7 @@ use super::Bench;
 use crate::figure::{Figure, Times};
 
 /// Times `calls` Version calls of each kind, in turn.
-pub async fn measure(bench: &mut Bench, calls: usize) -> Result<Figure> {
+pub(super) async fn measure(bench: &mut Bench, calls: usize) -> Result<Figure> {
     let (mut native, mut relayed) = (Times::default(), Times::default());
     for _ in 0..calls {
         let begin = Instant::now();
@@ -20,5 +20,11 @@ pub async fn measure(bench: &mut Bench, calls: usize) -> Result<Figure> {
     }
     let (ours, theirs) = (relayed.median()?, native.median()?);
     let said = format!("Version through the relay {ours:.3} ms, at containerd {theirs:.3} ms, medians");
-    Ok(bench.figure(("hulls.relay_overhead_ms_p50", "ms"), ours - theirs, Some(1.0), &said, calls))
+    Ok(bench.figure(
+        ("hulls.relay_overhead_ms_p50", "ms"),
+        ours - theirs,
+        Some(1.0),
+        &said,
+        calls,
+    ))
 }

@@ -47,9 +47,16 @@ const KINDS: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
 pub(super) fn links(pid: u64) -> Value {
     let link = |kind: &str| {
         let target = std::fs::read_link(format!("/proc/{pid}/ns/{kind}"));
-        target.map_or_else(|error| format!("({error})"), |target| target.to_string_lossy().into_owned())
+        target.map_or_else(
+            |error| format!("({error})"),
+            |target| target.to_string_lossy().into_owned(),
+        )
     };
-    KINDS.iter().map(|kind| ((*kind).to_owned(), Value::from(link(kind)))).collect::<Map<_, _>>().into()
+    KINDS
+        .iter()
+        .map(|kind| ((*kind).to_owned(), Value::from(link(kind))))
+        .collect::<Map<_, _>>()
+        .into()
 }
 
 impl Observer<'_> {
@@ -62,7 +69,8 @@ impl Observer<'_> {
                 if section == "processes" && host_pid {
                     continue;
                 }
-                self.seen.insert(format!("{name}: {section}"), self.lines(&section, lines));
+                self.seen
+                    .insert(format!("{name}: {section}"), self.lines(&section, lines));
             }
             self.seen.insert(format!("{name}: exit code"), answer.exit_code.into());
         }
@@ -96,10 +104,16 @@ impl Observer<'_> {
         let mut found = Map::new();
         for kind in KINDS {
             for (one, other) in [("main", "pause"), ("main", "side")] {
-                found.insert(format!("{kind} of {one} is that of {other}"), (of[one][kind] == of[other][kind]).into());
+                found.insert(
+                    format!("{kind} of {one} is that of {other}"),
+                    (of[one][kind] == of[other][kind]).into(),
+                );
             }
             for (name, links) in &of {
-                found.insert(format!("{kind} of {name} is the host's"), (links[kind] == host[kind]).into());
+                found.insert(
+                    format!("{kind} of {name} is the host's"),
+                    (links[kind] == host[kind]).into(),
+                );
             }
         }
         self.seen.remove("namespaces of pause");
@@ -119,7 +133,10 @@ impl Observer<'_> {
     }
 
     async fn exec(&mut self, container: &str) -> Result<Value> {
-        let url = self.cri.exec_url(container, &["sh", "-c", "echo on $(hostname)"]).await?;
+        let url = self
+            .cri
+            .exec_url(container, &["sh", "-c", "echo on $(hostname)"])
+            .await?;
         let mut socket = WebSocket::open(&url, "").await?;
         Ok(json!([kind(&url), socket.read("").await?]))
     }
@@ -128,7 +145,10 @@ impl Observer<'_> {
         let url = self.cri.attach_url(container).await?;
         let mut socket = WebSocket::open(&url, "").await?;
         let said = socket.read("tick").await?;
-        Ok(json!([kind(&url), said.get(&1).is_some_and(|text| text.contains("tick"))]))
+        Ok(json!([
+            kind(&url),
+            said.get(&1).is_some_and(|text| text.contains("tick"))
+        ]))
     }
 
     async fn forward(&mut self, sandbox: &str) -> Result<Value> {
@@ -159,9 +179,15 @@ fn pid(info: &std::collections::HashMap<String, String>) -> Result<u64> {
 }
 
 fn mode(pod: &Pod, of: impl Fn(&hullspeed_proto::cri::v1::NamespaceOption) -> i32) -> NamespaceMode {
-    let context = pod.config().linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let context = pod
+        .config()
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref());
     let options = context.and_then(|context| context.namespace_options.as_ref());
-    options.and_then(|options| of(options).try_into().ok()).unwrap_or_default()
+    options
+        .and_then(|options| of(options).try_into().ok())
+        .unwrap_or_default()
 }
 
 fn sections(text: &str) -> Vec<(String, Vec<String>)> {

@@ -27,10 +27,17 @@ impl Observer<'_> {
     pub(super) async fn lists(&mut self, when: &str, sandbox: &str, pod: &Pod) {
         self.lists_by_id(when, sandbox).await;
         let labels = pod.config().labels.clone();
-        let (key, value) = labels.iter().min().map_or(("none", ""), |(key, value)| (key.as_str(), value.as_str()));
+        let (key, value) = labels
+            .iter()
+            .min()
+            .map_or(("none", ""), |(key, value)| (key.as_str(), value.as_str()));
         let one = HashMap::from([(key.to_owned(), value.to_owned())]);
         let wrong = HashMap::from([(key.to_owned(), "another".to_owned())]);
-        let both = labels.clone().into_iter().chain([("absent".to_owned(), String::new())]).collect();
+        let both = labels
+            .clone()
+            .into_iter()
+            .chain([("absent".to_owned(), String::new())])
+            .collect();
         for (name, label_selector) in [
             ("all labels", labels.clone()),
             ("one label", one.clone()),
@@ -47,7 +54,8 @@ impl Observer<'_> {
                 state: state(PodSandboxState::SandboxReady),
                 label_selector,
             };
-            self.list(format!("{when}: list by id, state and {name}"), Some(filter)).await;
+            self.list(format!("{when}: list by id, state and {name}"), Some(filter))
+                .await;
         }
     }
 
@@ -60,7 +68,10 @@ impl Observer<'_> {
                 ..Default::default()
             })
         };
-        let (ready, not) = (state(PodSandboxState::SandboxReady), state(PodSandboxState::SandboxNotready));
+        let (ready, not) = (
+            state(PodSandboxState::SandboxReady),
+            state(PodSandboxState::SandboxNotready),
+        );
         let none = Some(PodSandboxStateValue { state: 9 });
         for (name, filter) in [
             ("nothing", None),
@@ -78,7 +89,8 @@ impl Observer<'_> {
             self.list(format!("{when}: list by {name}"), filter).await;
         }
         let stream = StreamPodSandboxesRequest::default();
-        self.see(&format!("{when}: stream"), "StreamPodSandboxes", &stream).await;
+        self.see(&format!("{when}: stream"), "StreamPodSandboxes", &stream)
+            .await;
     }
 
     /// After a pod that could not be run.
@@ -104,7 +116,9 @@ fn without_hulls(answer: &mut Value) {
             .filter(|label| label["1"][0] == HULL_LABEL)
             .any(|label| label["2"][0] != "guess")
     };
-    let Some(items) = answer.get_mut("1").and_then(Value::as_array_mut) else { return };
+    let Some(items) = answer.get_mut("1").and_then(Value::as_array_mut) else {
+        return;
+    };
     items.retain(|item| !is_hull(item));
     if items.is_empty()
         && let Some(answer) = answer.as_object_mut()

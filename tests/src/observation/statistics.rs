@@ -27,7 +27,8 @@ impl Observer<'_> {
         if let Ok(answer) = stats
             && let Some(stats) = answer.into_inner().stats
         {
-            self.seen.insert("stats are the pod's".into(), plausible(&stats, &before, &cgroup(pod)));
+            self.seen
+                .insert("stats are the pod's".into(), plausible(&stats, &before, &cgroup(pod)));
         }
         let answer = self.raw.observe("PodSandboxStats", &one).await;
         self.seen.insert("stats".into(), shape(answer));
@@ -51,19 +52,32 @@ impl Observer<'_> {
             self.seen.insert(format!("stats by {name}"), shape(answer));
         }
         if !self.native {
-            let answer = self.cri.runtime().list_pod_sandbox_stats(ListPodSandboxStatsRequest::default()).await;
-            let ids = answer.map_or_else(|status| vec![status.to_string()], |answer| {
-                let stats = answer.into_inner().stats.into_iter();
-                stats.map(|stats| stats.attributes.unwrap_or_default().id).collect()
-            });
-            anyhow::ensure!(ids == [sandbox], "the list of all stats holds {ids:?}, not {sandbox} alone");
+            let answer = self
+                .cri
+                .runtime()
+                .list_pod_sandbox_stats(ListPodSandboxStatsRequest::default())
+                .await;
+            let ids = answer.map_or_else(
+                |status| vec![status.to_string()],
+                |answer| {
+                    let stats = answer.into_inner().stats.into_iter();
+                    stats.map(|stats| stats.attributes.unwrap_or_default().id).collect()
+                },
+            );
+            anyhow::ensure!(
+                ids == [sandbox],
+                "the list of all stats holds {ids:?}, not {sandbox} alone"
+            );
         }
         let request = ContainerStatsRequest {
             container_id: main.into(),
         };
         let answer = self.raw.observe("ContainerStats", &request).await;
         self.seen.insert("stats of main".into(), shape(answer));
-        let answer = self.raw.observe("ListPodSandboxMetrics", &ListPodSandboxMetricsRequest {}).await;
+        let answer = self
+            .raw
+            .observe("ListPodSandboxMetrics", &ListPodSandboxMetricsRequest {})
+            .await;
         self.seen.insert("metrics".into(), shape(answer));
         Ok(())
     }
@@ -76,7 +90,11 @@ struct Usage {
 }
 
 fn cgroup(pod: &Pod) -> Usage {
-    let parent = pod.config().linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
+    let parent = pod
+        .config()
+        .linux
+        .as_ref()
+        .map_or("", |linux| linux.cgroup_parent.as_str());
     let read = |path: &str| {
         let path = Path::new("/sys/fs/cgroup").join(path);
         let name = parent.trim_start_matches('/');
@@ -85,7 +103,11 @@ fn cgroup(pod: &Pod) -> Usage {
     let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
     let stat = || {
         let text = read("cpu.stat")?;
-        let microseconds: u64 = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?.parse().ok()?;
+        let microseconds: u64 = text
+            .lines()
+            .find_map(|line| line.strip_prefix("usage_usec "))?
+            .parse()
+            .ok()?;
         Some(microseconds * 1000)
     };
     Usage {
@@ -97,11 +119,21 @@ fn cgroup(pod: &Pod) -> Usage {
 /// Whether what was told lies between what the cgroup said before and after.
 fn plausible(stats: &PodSandboxStats, before: &Usage, after: &Usage) -> Value {
     let linux = stats.linux.clone().unwrap_or_default();
-    let cpu = linux.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).map(|value| value.value);
-    let memory = linux.memory.and_then(|memory| memory.usage_bytes).map(|value| value.value);
+    let cpu = linux
+        .cpu
+        .and_then(|cpu| cpu.usage_core_nano_seconds)
+        .map(|value| value.value);
+    let memory = linux
+        .memory
+        .and_then(|memory| memory.usage_bytes)
+        .map(|value| value.value);
     let within = |told: Option<u64>, before: Option<u64>, after: Option<u64>, slack: u64| {
-        let (Some(before), Some(after)) = (before, after) else { return Value::from("no cgroup") };
-        let Some(told) = told else { return Value::from("not told") };
+        let (Some(before), Some(after)) = (before, after) else {
+            return Value::from("no cgroup");
+        };
+        let Some(told) = told else {
+            return Value::from("not told");
+        };
         let (low, high) = (before.min(after), before.max(after));
         if low.saturating_sub(slack) <= told && told <= high.saturating_add(slack) {
             Value::from(true)
