@@ -1,46 +1,30 @@
 //! Turning a hull into a pod's sandbox.
+//!
+//! [`Adopter`] answers RunPodSandbox. A pod that [`schema`] and [`eligibility`] let through gets a hull from the
+//! [`HullSource`]: the adoption is written to the [`journal`], the hull's hostname, files and sysctls become the pod's
+//! ([`patch`]), the ledger says whose it is, and the kubelet has its answer. containerd's own record follows in the
+//! background ([`rebrand`]), so that containerd alone knows the pod after its next restart. Every other pod goes to
+//! containerd as it came.
 
+mod adopter;
+pub mod eligibility;
+pub mod fault;
+mod glob;
+pub mod gojson;
 pub mod hull;
+pub mod journal;
+mod observer;
+pub mod patch;
+pub mod rebrand;
+mod recovery;
+#[cfg(test)]
+mod samples;
+pub mod schema;
+mod source;
+#[cfg(test)]
+mod testing;
 
-use hull::Hull;
-
-/// Where hulls come from; implemented by the pool.
-pub trait HullSource: Send + Sync + 'static {
-    /// A live hull for pods of this handler, at once or not at all. It is the caller's alone from now on.
-    fn take(&self, runtime_handler: &str) -> Result<Hull, Miss>;
-
-    /// A hull that was taken and cannot be used: it is destroyed in the background.
-    fn discard(&self, hull: Hull, why: &'static str);
-
-    /// A pod of this sandbox begins its start; refill waits until it has ended or some seconds have passed.
-    fn start_begins(&self, sandbox_id: &str);
-
-    /// The pod's container runs (or will not).
-    fn start_ended(&self, sandbox_id: &str);
-}
-
-/// Why there is no hull. Labels of a metric: [`Miss::reason`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Miss {
-    /// The pool is empty.
-    Empty,
-    /// The pool is off: configuration, CNI, drained.
-    Off,
-    /// There is no pool for this handler.
-    Handler,
-    /// What hulls were made with has changed; they are being flushed.
-    Stale,
-}
-
-impl Miss {
-    /// A short, stable name.
-    #[must_use]
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Empty => "empty",
-            Self::Off => "pool_off",
-            Self::Handler => "no_pool_for_handler",
-            Self::Stale => "stale",
-        }
-    }
-}
+pub use adopter::{Adopter, AdopterError, Options};
+pub use observer::{Observer, Outcome};
+pub use recovery::{IdleHull, Recovered, RecoveryError};
+pub use source::{HullSource, Miss};

@@ -4,10 +4,20 @@
 //! - [`relay`] passes gRPC calls from the kubelet to containerd as raw bytes and hands a few methods to rules;
 //! - [`wire`] edits protobuf messages without decoding them; [`ledger`] knows which sandboxes are hulls, which adopted;
 //! - [`containerd`] is the daemon's own, typed connection; [`adopt`] turns a hull into a pod's sandbox, from a
-//!   [`adopt::HullSource`].
+//!   [`adopt::HullSource`];
+//! - [`rules`] hides hulls and shows adopted sandboxes as what they are in every call.
 
 pub mod adopt;
+pub mod client;
+pub mod config;
 pub mod containerd;
+pub mod control;
 pub mod ledger;
+pub mod mark;
+pub mod metrics;
+pub mod pool;
 pub mod relay;
+pub mod requests;
+pub mod rules;
+pub mod run;
 pub mod wire;

@@ -36,6 +36,13 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.events.v1");
             }
         }
+        /// The store of sandboxes, beside their containers' records since containerd 1.7.
+        pub mod sandbox {
+            /// Version 1, the only one.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.sandbox.v1");
+            }
+        }
         /// The snapshots service, which `hullspeed-snapshotter` implements.
         pub mod snapshots {
             /// Version 1, the only one.
@@ -52,4 +59,47 @@ pub mod cri {
     pub mod v1 {
         tonic::include_proto!("runtime.v1");
     }
+}
+
+/// Our own APIs.
+pub mod hullspeed {
+    /// What may be asked of the snapshotter besides snapshots.
+    pub mod control {
+        /// Version 1.
+        pub mod v1 {
+            tonic::include_proto!("hullspeed.control.v1");
+        }
+    }
+    /// What may be asked of the relay besides CRI.
+    pub mod prewarm {
+        /// Version 1.
+        pub mod v1 {
+            tonic::include_proto!("hullspeed.prewarm.v1");
+        }
+    }
+}
+
+/// Messages with secrets, which no log line may show.
+mod redacted {
+    use std::fmt;
+
+    use super::cri::v1::AuthConfig;
+    use super::hullspeed::control::v1::SetCredentialsRequest;
+
+    impl fmt::Debug for AuthConfig {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("AuthConfig(redacted)")
+        }
+    }
+
+    impl fmt::Debug for SetCredentialsRequest {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("SetCredentialsRequest(redacted)")
+        }
+    }
+}
+
+/// Whether a field is at its zero value, which Go's `omitempty` leaves out; an empty message that is there is not.
+fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }

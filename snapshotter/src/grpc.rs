@@ -1,6 +1,7 @@
 //! containerd's gRPC API in front of [`crate::snapshot::Service`]: translation, timing, and the table of statuses.
 //! Nothing is decided here.
 
+use hullspeed_daemon::error::chain;
 use std::pin::Pin;
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ use crate::metrics::Metrics;
 use crate::metrics::defs::{OpErrorLabels, OpLabels};
 use crate::snapshot::mounts::Mount;
 use crate::snapshot::service::List;
-use crate::snapshot::{Error, Info, Kind, Labels, Service, chain};
+use crate::snapshot::{Error, Info, Kind, Labels, Service};
 
 /// The server for tonic.
 pub struct Snapshots {

@@ -4,33 +4,31 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use hullspeed_snapshotter::cli::{self, Cli, Command};
-use hullspeed_snapshotter::config::{self, Config, Loaded};
+use hullspeed_daemon::cli::{EX_USAGE, mistake};
+use hullspeed_daemon::error::chain;
+use hullspeed_daemon::{signal, telemetry};
+use hullspeed_snapshotter::cli::{Cli, Command};
+use hullspeed_snapshotter::config::{self, Config};
 use hullspeed_snapshotter::run::{self, RunError};
-use hullspeed_snapshotter::telemetry;
 
-/// Wrong flags or configuration, as sysexits.h has it.
-const EX_USAGE: u8 = 64;
+const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) if error.use_stderr() => return fail(&cli::mistake(&error), EX_USAGE),
+        Err(error) if error.use_stderr() => return fail(&mistake(PROGRAM, &error), EX_USAGE),
         Err(help) => {
             // Nothing can be said if the terminal is gone.
             let _ = help.print();
             return ExitCode::SUCCESS;
         }
     };
-    let Loaded { config, unknown } = match config::load(&cli.options.sources()) {
+    let loaded = match config::load(&cli.options.sources()) {
         Ok(loaded) => loaded,
-        Err(error) => return fail(&run::describe(&error), EX_USAGE),
+        Err(error) => return fail(&chain(&error), EX_USAGE),
     };
     if cli.command() == Command::CheckConfig {
-        let lines = unknown
-            .iter()
-            .map(|key| format!("# warning: {key} is unknown and ignored\n"));
-        let text = lines.collect::<String>() + &config.to_toml();
+        let text = loaded.checked(&loaded.config.to_toml());
         let printed = std::io::stdout().write_all(text.as_bytes());
         return if printed.is_ok() {
             ExitCode::SUCCESS
@@ -38,15 +36,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         };
     }
-    if let Err(error) = telemetry::start(&config.log) {
-        return fail(&run::describe(&error), EX_USAGE);
+    if let Err(error) = telemetry::start(&loaded.config.log) {
+        return fail(&chain(&error), EX_USAGE);
     }
-    for key in unknown {
-        tracing::warn!(key, "unknown key in the configuration is ignored");
-    }
-    match serve(config) {
+    loaded.warn();
+    match serve(loaded.config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&run::describe(&error), error.exit_code()),
+        Err(error) => fail(&chain(&error), error.exit_code()),
     }
 }
 
@@ -56,13 +52,13 @@ fn serve(config: Config) -> Result<(), RunError> {
         .build()
         .map_err(RunError::Process)?;
     runtime.block_on(async {
-        let stop = run::stop_signal()?;
+        let stop = signal::stop().map_err(RunError::Process)?;
         run::run(config, run::layers, stop).await
     })
 }
 
 fn fail(message: &str, code: u8) -> ExitCode {
     // Nothing can be said if the terminal is gone.
-    let _ = writeln!(std::io::stderr(), "hullspeed-snapshotter: {message}");
+    let _ = writeln!(std::io::stderr(), "{PROGRAM}: {message}");
     code.into()
 }

@@ -9,27 +9,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hullspeed_daemon::http::{BindError, Endpoint};
+use hullspeed_daemon::notify;
+use hullspeed_daemon::root::{Root, RootError};
+use hullspeed_daemon::socket::{Socket, SocketError};
 use hullspeed_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use hullspeed_proto::hullspeed::control::v1::snapshotter_control_server::SnapshotterControlServer;
 use prometheus_client::registry::Registry;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::control::Control;
 use crate::grpc::Snapshots;
-use crate::http::Endpoint;
 use crate::layer::layers::Layers;
 use crate::layer::{Cause, LayerMounts};
 use crate::metrics::Metrics;
 use crate::snapshot::no_layers::NoLayers;
 use crate::snapshot::store::StoreError;
-use crate::snapshot::{self, Service, ServiceOptions, chain};
-use root::Root;
-use socket::Socket;
-
-mod notify;
-mod root;
-mod socket;
+use crate::snapshot::{self, Service, ServiceOptions};
 
 /// Requests of one connection under way at once; containerd has one connection.
 const MAX_REQUESTS: usize = 256;
@@ -39,10 +37,10 @@ const MAX_REQUESTS: usize = 256;
 pub enum RunError {
     /// The root cannot be used.
     #[error(transparent)]
-    Root(#[from] root::RootError),
+    Root(#[from] RootError),
     /// The socket cannot be used.
     #[error(transparent)]
-    Socket(#[from] socket::SocketError),
+    Socket(#[from] SocketError),
     /// The kernel offers no FUSE.
     #[error(
         "cannot open {}; load the fuse module and run as root, or set layers.lazy = false to unpack every layer",
@@ -62,14 +60,8 @@ pub enum RunError {
     #[error("cannot start lazy layers")]
     Layers(#[source] Cause),
     /// The address of the metrics cannot be bound.
-    #[error("cannot listen on metrics.address = \"{address}\"; choose another address, or \"\" for none")]
-    Metrics {
-        /// The address.
-        address: std::net::SocketAddr,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Metrics(#[from] BindError),
     /// The gRPC server failed.
     #[error("the server failed")]
     Server(#[source] tonic::transport::Error),
@@ -86,7 +78,7 @@ impl RunError {
             Self::Socket(error) if error.is_running() => 75,
             Self::Root(_) | Self::Socket(_) => 73,
             Self::Snapshots(error) => snapshots_exit_code(error),
-            Self::Fuse { .. } | Self::Layers(_) | Self::Metrics { .. } => 69,
+            Self::Fuse { .. } | Self::Layers(_) | Self::Metrics(_) => 69,
             Self::Server(_) | Self::Process(_) => 70,
         }
     }
@@ -137,18 +129,19 @@ where
     F: Future<Output = Result<Arc<dyn LayerMounts>, Cause>>,
 {
     let config = Arc::new(config);
-    let mut root = Root::lock(&config.root)?;
+    let mut root = Root::lock(&config.root, "root", "lock")?;
     if config.layers.lazy {
         check_fuse()?;
     }
     // Before anything is mounted, so that an address or a socket in use leaves no trace.
     let socket = Socket::bind(&config.socket).await?;
-    let endpoint = bind_metrics(&config).await?;
+    let endpoint = Endpoint::bind(&config.metrics).await?;
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let layers = layers(Arc::clone(&config), metrics.clone())
         .await
         .map_err(RunError::Layers)?;
+    let warmer = layers.warmer();
     let service = match open_service(&config, Arc::clone(&layers), metrics.clone()) {
         Ok(service) => service,
         Err(error) => {
@@ -172,6 +165,7 @@ where
     let served = serve(
         socket,
         Snapshots::new(service.clone(), metrics),
+        Control::new(warmer, stopping.clone()),
         stop,
         &stopping,
         config.stop_timeout,
@@ -220,28 +214,11 @@ fn check_fuse() -> Result<(), RunError> {
     opened.map(drop).map_err(|source| RunError::Fuse { path, source })
 }
 
-async fn bind_metrics(config: &Config) -> Result<Option<Endpoint>, RunError> {
-    let Some(address) = config.metrics.address else {
-        return Ok(None);
-    };
-    match Endpoint::bind(address).await {
-        Ok(endpoint) => {
-            let bound = endpoint.address().map_err(RunError::Process)?;
-            tracing::info!(address = %bound, "metrics are at /metrics");
-            Ok(Some(endpoint))
-        }
-        Err(source) if config.metrics.explicit => Err(RunError::Metrics { address, source }),
-        Err(error) => {
-            tracing::warn!(%address, %error, "no metrics: the default address cannot be bound; set metrics.address");
-            Ok(None)
-        }
-    }
-}
-
 /// Answers requests until `stop`, then waits at most `drain` for those under way.
 async fn serve(
     mut socket: Socket,
     snapshots: Snapshots,
+    control: Control,
     stop: impl Future<Output = ()>,
     stopping: &CancellationToken,
     drain: Duration,
@@ -250,6 +227,7 @@ async fn serve(
     let server = tonic::transport::Server::builder()
         .concurrency_limit_per_connection(MAX_REQUESTS)
         .add_service(SnapshotsServer::new(snapshots))
+        .add_service(SnapshotterControlServer::new(control))
         .serve_with_incoming_shutdown(incoming, stopping.clone().cancelled_owned());
     tokio::pin!(server);
     tokio::select! {
@@ -266,23 +244,6 @@ async fn serve(
             Ok(())
         }
     }
-}
-
-/// Resolves when the process is asked to stop.
-pub fn stop_signal() -> Result<impl Future<Output = ()>, RunError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Process)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Process)?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
-}
-
-/// One line for a person: the error with its causes.
-pub fn describe(error: &(dyn std::error::Error + 'static)) -> String {
-    chain(error)
 }
 
 #[cfg(test)]

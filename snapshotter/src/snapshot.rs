@@ -217,15 +217,3 @@ impl Error {
         move |source| Self::Directory { action, path, source }
     }
 }
-
-/// An error's message with those of its sources, in one line.
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}

@@ -2,27 +2,10 @@
 //!
 //! [`super::validate`] gives the values their types, so that a wrong one is one fault among others and not the end.
 
-use std::collections::BTreeMap;
-
+use hullspeed_daemon::config::{LogFile, MetricsFile, Section, Unknown};
+use hullspeed_daemon::section;
 use serde::Deserialize;
 use toml::Value;
-
-/// Keys that nobody asked for.
-pub(super) type Unknown = BTreeMap<String, Value>;
-
-/// A section, or something else under its name.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-pub(super) enum Section<T> {
-    Table(T),
-    Other(Value),
-}
-
-impl<T: Default> Default for Section<T> {
-    fn default() -> Self {
-        Self::Table(T::default())
-    }
-}
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -42,55 +25,26 @@ pub(super) struct ConfigFile {
     pub(super) unknown: Unknown,
 }
 
-/// Declares the struct of a section.
-macro_rules! section {
-    ($name:ident { $($key:ident),* }) => {
-        #[derive(Debug, Default, Deserialize)]
-        #[serde(default)]
-        pub(super) struct $name {
-            $(pub(super) $key: Option<Value>,)*
-            #[serde(flatten)]
-            pub(super) unknown: Unknown,
-        }
-    };
-}
-
-section!(LogFile { level, format });
-section!(MetricsFile { address });
-section!(LayersFile {
+section!(pub(super) LayersFile {
     lazy,
     mount_timeout,
     restore_parallelism
 });
-section!(RegistryFile {
+section!(pub(super) RegistryFile {
     plain_http,
     ca_file,
     connect_timeout,
     stall_timeout
 });
-section!(FetchFile {
+section!(pub(super) FetchFile {
     max_requests,
     read_around,
     max_range,
     prefetch
 });
-section!(CacheFile { checkpoint_interval });
-section!(FuseFile {
+section!(pub(super) CacheFile { checkpoint_interval });
+section!(pub(super) FuseFile {
     workers,
     max_background,
     read_ahead
 });
-
-impl ConfigFile {
-    /// Replaces a value. A section that is not one keeps its fault.
-    pub(super) fn set(&mut self, key: super::Override, value: Value) {
-        use super::Override;
-        match (key, &mut self.log) {
-            (Override::Root, _) => self.root = Some(value),
-            (Override::Socket, _) => self.socket = Some(value),
-            (Override::LogLevel, Section::Table(log)) => log.level = Some(value),
-            (Override::LogFormat, Section::Table(log)) => log.format = Some(value),
-            (Override::LogLevel | Override::LogFormat, Section::Other(_)) => {}
-        }
-    }
-}

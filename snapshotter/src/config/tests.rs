@@ -2,12 +2,19 @@
 
 use std::collections::BTreeSet;
 
+use hullspeed_daemon::config::{LogFormat, Override};
+use toml::Value;
+
 use super::*;
+
+fn parse(path: &Path, text: &str, sources: &Sources) -> Result<Loaded<Config>, ConfigError> {
+    hullspeed_daemon::config::parse::<ConfigFile>(path, text, sources)
+}
 
 /// A file that can be `registry.ca_file`.
 const CA_FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/ca.pem");
 
-fn parsed(text: &str) -> Result<Loaded, ConfigError> {
+fn parsed(text: &str) -> Result<Loaded<Config>, ConfigError> {
     parse(Path::new("test.toml"), text, &Sources::default())
 }
 
@@ -204,27 +211,6 @@ fn a_file_of_authorities_that_cannot_be_used_is_a_fault_among_the_others() {
 }
 
 #[test]
-fn a_syntax_error_is_one_line_with_its_place() {
-    for (text, start) in [
-        ("root = \n", "test.toml:1:8: "),
-        ("root = \"/r\"\n[log\nlevel = 1", "test.toml:2:5: "),
-        ("# é\n\nrööt = 1", "test.toml:3:2: "),
-        ("root = 1\nroot = 2", "test.toml:2:1: "),
-        ("root = \"", "test.toml:1:9: "),
-    ] {
-        let said = crate::snapshot::chain(&parsed(text).unwrap_err());
-        assert!(said.starts_with(start) && said.lines().count() == 1, "{text:?}: {said}");
-        assert!(said.len() > start.len() + 10, "{said}");
-    }
-}
-
-#[test]
-fn a_fault_is_one_line_whatever_the_value() {
-    let said = parsed("root = \"\"\"a\nb\nc\"\"\"\n").unwrap_err().to_string();
-    assert_eq!(said.lines().count(), 1, "{said}");
-}
-
-#[test]
 fn unknown_keys_are_named_and_refused_only_when_strict() {
     let text = "rot = 1\n[fuse]\nworker = 2\n[fuze]\nx = 1\n";
     assert_eq!(parsed(text).unwrap().unknown, ["fuze", "rot", "fuse.worker"]);
@@ -265,23 +251,6 @@ fn the_command_line_overrides_the_file_and_is_checked_alike() {
         parse(Path::new("t"), "", &sources),
         Err(ConfigError::Faults { .. })
     ));
-}
-
-#[test]
-fn a_missing_file_matters_only_if_it_was_named() {
-    let place = tempfile::tempdir().unwrap();
-    let file = place.path().join("none.toml");
-    let sources = Sources {
-        file: Some(file.clone()),
-        ..Sources::default()
-    };
-    assert!(matches!(load(&sources), Err(ConfigError::Read { .. })));
-    std::fs::write(&file, "root = ").unwrap();
-    assert!(matches!(load(&sources), Err(ConfigError::Syntax { .. })));
-    std::fs::write(&file, " ".repeat((1 << 20) + 1)).unwrap();
-    assert!(matches!(load(&sources), Err(ConfigError::TooLong { .. })));
-    std::fs::write(&file, "root = \"/x\"").unwrap();
-    assert_eq!(load(&sources).unwrap().config.root, Path::new("/x"));
 }
 
 #[test]

@@ -3,13 +3,14 @@
 //! The service answers while this runs; a request that needs a layer mounts it itself. Nothing here is fatal: what
 //! cannot be mounted now is tried again when a snapshot of it is used.
 
+use hullspeed_daemon::error::chain;
 use std::collections::HashMap;
 
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
 
 use super::service::Service;
-use super::{Error, Kind, chain};
+use super::{Error, Kind};
 use crate::layer::{LayerMount, LayerOrigin, NotLazy};
 use crate::metrics::defs::ResultLabels;
 

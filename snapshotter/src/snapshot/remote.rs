@@ -4,13 +4,14 @@
 //! mounted lazily, its snapshot is committed under the target's name at once and the answer is "already exists": then
 //! containerd neither pulls nor unpacks it. Otherwise the `Prepare` goes on as an ordinary one.
 
+use hullspeed_daemon::error::chain;
 use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
 use super::labels;
 use super::service::Service;
-use super::{Error, Labels, chain};
+use super::{Error, Labels};
 use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
 use crate::metrics::defs::{PrepareLabels, PrepareResult};
 

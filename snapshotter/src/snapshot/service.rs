@@ -3,6 +3,7 @@
 //! An operation that changes something runs in a task of its own to its end, so a client that hangs up leaves nothing
 //! half done. Blocking work goes through [`Service::blocking`], which bounds how much of it there is at once.
 
+use hullspeed_daemon::error::chain as error_chain;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,6 @@ use super::usage::disk_usage;
 use super::{Error, Info, Kind, Labels};
 use crate::layer::{LayerMounts, LayerOrigin, Usage};
 use crate::metrics::Metrics;
-use crate::snapshot::chain as error_chain;
 
 /// Calls to the store and to directories under way at once; further ones wait.
 const BLOCKING_CALLS: usize = 16;

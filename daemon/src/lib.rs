@@ -1,0 +1,19 @@
+//! What Hullspeed's daemons have in common: the frame around what each of them is for.
+//!
+//! - [`config`] reads a TOML file into a checked configuration, with [`units`]; [`cli`] is the flags that all take;
+//! - [`telemetry`] writes log lines, [`http`] serves `/metrics` and `/healthz`;
+//! - [`root`] keeps a directory for one daemon, [`socket`] makes Unix sockets, [`activation`] takes over those that the
+//!   service manager made, [`notify`] and [`signal`] are the rest of the talk with it;
+//! - [`error`] writes an error with its causes in one line.
+
+pub mod activation;
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod http;
+pub mod notify;
+pub mod root;
+pub mod signal;
+pub mod socket;
+pub mod telemetry;
+pub mod units;

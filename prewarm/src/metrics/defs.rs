@@ -1,0 +1,218 @@
+//! Every metric family: name, unit, labels, help. `docs/prewarm-metrics.md` lists the same; a test compares them.
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// A RunPodSandbox call.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// What became of it: [`crate::adopt::Outcome::result`].
+    pub result: &'static str,
+    /// Why, from a fixed set; empty for a hit.
+    pub reason: &'static str,
+}
+
+/// What a hull of a pool is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[expect(non_camel_case_types, reason = "the names are the label values")]
+pub enum HullState {
+    /// Can be handed out.
+    ready,
+    /// Is being made by containerd.
+    creating,
+    /// Is being taken down.
+    destroying,
+}
+
+/// Hulls of a handler in one state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HullLabels {
+    /// containerd's runtime handler.
+    pub handler: String,
+    /// What they are doing.
+    pub state: HullState,
+}
+
+/// A pool.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HandlerLabels {
+    /// containerd's runtime handler.
+    pub handler: String,
+}
+
+/// Success or the reason of a failure.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ResultLabels {
+    /// `ok`, or a reason from a fixed set.
+    pub result: &'static str,
+}
+
+/// Why something happened.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabels {
+    /// From a fixed set.
+    pub reason: &'static str,
+}
+
+/// A call through the relay.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CallLabels {
+    /// A method of CRI, or `other`.
+    pub method: &'static str,
+    /// Name of the gRPC code.
+    pub code: &'static str,
+}
+
+/// A histogram per label set.
+pub type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// Every family of the daemon.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// RunPodSandbox calls by what became of them.
+    pub sandbox_requests: Family<RequestLabels, Counter>,
+    /// Time from a RunPodSandbox call to its answer with a hull.
+    pub adoption_duration: Histogram,
+    /// Age of a hull at its adoption.
+    pub hull_age: Histogram,
+    /// Records rewritten in containerd after an adoption, by result.
+    pub rebrands: Family<ResultLabels, Counter>,
+    /// Hulls by pool and state.
+    pub pool_hulls: Family<HullLabels, Gauge>,
+    /// Hulls that a pool wants to have ready.
+    pub pool_target: Family<HandlerLabels, Gauge>,
+    /// 1 for each reason that keeps pools off now.
+    pub pool_off: Family<ReasonLabels, Gauge>,
+    /// Hulls that containerd was asked to make, by result.
+    pub hull_creations: Family<ResultLabels, Counter>,
+    /// Time that containerd took to make a hull.
+    pub hull_creation_duration: Histogram,
+    /// Hulls taken down, by reason.
+    pub hulls_destroyed: Family<ReasonLabels, Counter>,
+    /// Calls through the relay.
+    pub relay_calls: Family<CallLabels, Counter>,
+    /// Connections of clients now.
+    pub relay_connections: Gauge,
+    /// Container events made here because containerd has none.
+    pub events_supplied: Counter,
+}
+
+/// 50 µs to 1.6 s: from a call answered with a hull to one that waited.
+fn call_seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_05, 2.0, 16))
+}
+
+/// 8 ms to 33 s, for what containerd makes.
+fn creation_seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.008, 2.0, 13))
+}
+
+/// 1 s to 12 days.
+fn ages() -> Histogram {
+    Histogram::new(exponential_buckets(1.0, 4.0, 11))
+}
+
+impl Metrics {
+    /// Makes all families and registers them under the prefix `hullspeed_`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::unregistered();
+        let registry = registry.sub_registry_with_prefix("hullspeed");
+        metrics.register_adoption(registry);
+        metrics.register_pool(registry);
+        metrics.register_relay(registry);
+        metrics
+    }
+
+    /// Families that nobody reads, for tests of parts.
+    #[must_use]
+    pub fn unregistered() -> Self {
+        Self {
+            sandbox_requests: Family::default(),
+            adoption_duration: call_seconds(),
+            hull_age: ages(),
+            rebrands: Family::default(),
+            pool_hulls: Family::default(),
+            pool_target: Family::default(),
+            pool_off: Family::default(),
+            hull_creations: Family::default(),
+            hull_creation_duration: creation_seconds(),
+            hulls_destroyed: Family::default(),
+            relay_calls: Family::default(),
+            relay_connections: Gauge::default(),
+            events_supplied: Counter::default(),
+        }
+    }
+
+    fn register_adoption(&self, r: &mut Registry) {
+        r.register(
+            "sandbox_requests",
+            "RunPodSandbox calls, by what became of them",
+            self.sandbox_requests.clone(),
+        );
+        r.register_with_unit(
+            "adoption_duration",
+            "Time from a RunPodSandbox call to its answer with a hull",
+            Unit::Seconds,
+            self.adoption_duration.clone(),
+        );
+        r.register_with_unit(
+            "hull_age",
+            "Age of a hull at its adoption",
+            Unit::Seconds,
+            self.hull_age.clone(),
+        );
+        r.register(
+            "rebrands",
+            "Records rewritten in containerd after an adoption, by result",
+            self.rebrands.clone(),
+        );
+    }
+
+    fn register_pool(&self, r: &mut Registry) {
+        r.register("pool_hulls", "Hulls, by pool and state", self.pool_hulls.clone());
+        r.register(
+            "pool_target",
+            "Hulls that a pool wants to have ready",
+            self.pool_target.clone(),
+        );
+        r.register(
+            "pool_off",
+            "1 for each reason that keeps pools off now",
+            self.pool_off.clone(),
+        );
+        r.register(
+            "hull_creations",
+            "Hulls that containerd was asked to make, by result",
+            self.hull_creations.clone(),
+        );
+        r.register_with_unit(
+            "hull_creation_duration",
+            "Time that containerd took to make a hull",
+            Unit::Seconds,
+            self.hull_creation_duration.clone(),
+        );
+        r.register(
+            "hulls_destroyed",
+            "Hulls taken down, by reason",
+            self.hulls_destroyed.clone(),
+        );
+    }
+
+    fn register_relay(&self, r: &mut Registry) {
+        r.register("relay_calls", "Calls through the relay", self.relay_calls.clone());
+        r.register(
+            "relay_connections",
+            "Connections of clients now",
+            self.relay_connections.clone(),
+        );
+        r.register(
+            "events_supplied",
+            "Container events made here because containerd has none",
+            self.events_supplied.clone(),
+        );
+    }
+}

@@ -1,0 +1,55 @@
+//! The families as they are written, against the table of `docs/prewarm-metrics.md`.
+
+use std::collections::BTreeSet;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+
+use super::defs::{CallLabels, HandlerLabels, HullLabels, HullState, ReasonLabels};
+use super::defs::{RequestLabels, ResultLabels};
+use super::*;
+
+/// A family without series is not written at all.
+fn touch(metrics: &Metrics) {
+    let labels = RequestLabels {
+        result: "hit",
+        reason: "",
+    };
+    metrics.sandbox_requests.get_or_create(&labels).inc();
+    let ok = ResultLabels { result: "ok" };
+    metrics.rebrands.get_or_create(&ok).inc();
+    metrics.hull_creations.get_or_create(&ok).inc();
+    let handler = "runc".to_owned();
+    let state = HullState::ready;
+    metrics.pool_hulls.get_or_create(&HullLabels { handler, state }).set(1);
+    let handler = "runc".to_owned();
+    metrics.pool_target.get_or_create(&HandlerLabels { handler }).set(1);
+    let reason = ReasonLabels { reason: "cni" };
+    metrics.pool_off.get_or_create(&reason).set(1);
+    metrics.hulls_destroyed.get_or_create(&reason).inc();
+    let (method, code) = ("Version", "ok");
+    metrics.relay_calls.get_or_create(&CallLabels { method, code }).inc();
+}
+
+#[test]
+fn the_documented_metrics_are_the_real_ones() {
+    let mut registry = Registry::default();
+    touch(&Metrics::register(&mut registry));
+    let mut text = String::new();
+    encode(&mut text, &registry).unwrap();
+    assert!(
+        text.contains("hullspeed_sandbox_requests_total{result=\"hit\",reason=\"\"} 1"),
+        "{text}"
+    );
+    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let written: BTreeSet<_> = types.map(str::to_owned).collect();
+    let document = include_str!("../../../docs/prewarm-metrics.md");
+    let rows = document.lines().filter_map(|line| line.strip_prefix("| `hullspeed_"));
+    let documented: BTreeSet<_> = rows
+        .map(|line| {
+            let (name, rest) = line.split_once('`').unwrap();
+            format!("hullspeed_{name} {}", rest.split('|').nth(1).unwrap().trim())
+        })
+        .collect();
+    assert_eq!(documented, written);
+}

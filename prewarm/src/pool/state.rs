@@ -1,0 +1,345 @@
+//! What the pool's parts share: shelves, what is being removed, and what stands in the way. Every step under the lock is
+//! short, and nothing waits while holding it.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, watch};
+
+use crate::adopt::Miss;
+use crate::adopt::hull::Hull;
+use crate::containerd::Containerd;
+use crate::containerd::facts::Facts;
+use crate::ledger::Ledger;
+use crate::metrics::Metrics;
+
+use super::fingerprint::Current;
+use super::options::{HandlerPool, PoolOptions};
+use super::pace::{Backoff, Starts};
+use super::policy::{Demand, Steady};
+use super::snapshot::{Audit, Off};
+
+/// How long [`Shared::release_all`] keeps the pool from making hulls.
+const HOLD: Duration = Duration::from_secs(30);
+
+/// How long a hull that was handed out may be in nobody's books before the sweep takes it for lost.
+const LENT_LIMIT: Duration = Duration::from_secs(300);
+
+/// A hull on its shelf.
+#[derive(Debug)]
+pub(super) struct Idle {
+    pub(super) hull: Hull,
+    /// The pause process.
+    pub(super) pid: i32,
+    pub(super) born: Instant,
+}
+
+/// The hulls of one handler.
+#[derive(Debug)]
+pub(super) struct Shelf {
+    pub(super) config: HandlerPool,
+    /// Oldest first; that one is handed out first, so that none grows old.
+    pub(super) idle: VecDeque<Idle>,
+    pub(super) creating: usize,
+    pub(super) demand: Demand,
+    /// What demand asks for, within bounds.
+    pub(super) steady: Steady,
+    /// The same within limits on all.
+    pub(super) target: usize,
+    pub(super) off: Option<Off>,
+    /// Since when hulls have been missing.
+    pub(super) short_since: Option<Instant>,
+}
+
+/// A sandbox that has to go.
+#[derive(Debug)]
+pub(super) struct Condemned {
+    pub(super) reason: &'static str,
+    pub(super) attempts: u32,
+    pub(super) not_before: Instant,
+    pub(super) under_way: bool,
+}
+
+/// Everything that changes.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) shelves: Vec<Shelf>,
+    /// By configuration, or because of who watches.
+    pub(super) off: Option<Off>,
+    /// containerd does not answer; the hulls may well be fine.
+    pub(super) away: Option<Off>,
+    /// containerd is another than the one that the hulls were made by, and has not confirmed them yet.
+    pub(super) unchecked: bool,
+    pub(super) paused: bool,
+    pub(super) drained: bool,
+    pub(super) held_until: Option<Instant>,
+    pub(super) current: Option<Arc<Current>>,
+    pub(super) candidates: Vec<String>,
+    /// Names of hulls that containerd is making.
+    pub(super) expected: HashSet<String>,
+    /// Hulls that were handed out, until the ledger or we know what became of them.
+    pub(super) lent: HashMap<String, Instant>,
+    pub(super) condemned: HashMap<String, Condemned>,
+    pub(super) starts: Starts,
+    pub(super) backoff: Backoff,
+    pub(super) last_creation: Option<Instant>,
+    /// Of late, on average.
+    pub(super) creation_time: Duration,
+    pub(super) free_addresses: Option<u64>,
+    pub(super) bytes_per_hull: Option<u64>,
+    pub(super) audit: Audit,
+    /// The next comparison of our books with containerd's; `None` is now.
+    pub(super) sweep_at: Option<Instant>,
+}
+
+/// State and what it works on.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) options: PoolOptions,
+    pub(super) containerd: Containerd,
+    pub(super) ledger: Ledger,
+    pub(super) metrics: Metrics,
+    pub(super) facts: watch::Sender<Option<Arc<Facts>>>,
+    /// The keeper has something to do.
+    pub(super) wake: Notify,
+    /// A removal has ended.
+    pub(super) removed: Notify,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    pub(super) fn new(options: PoolOptions, containerd: Containerd, ledger: Ledger, metrics: Metrics) -> Self {
+        let shelves = options.handlers.iter().cloned().map(|config| Shelf {
+            demand: Demand::new(options.demand_window),
+            config,
+            idle: VecDeque::new(),
+            creating: 0,
+            steady: Steady::default(),
+            target: 0,
+            off: None,
+            short_since: None,
+        });
+        let state = State {
+            shelves: shelves.collect(),
+            off: None,
+            away: Some(Off::new("containerd_away", "containerd has not answered yet")),
+            unchecked: true,
+            paused: false,
+            drained: false,
+            held_until: None,
+            current: None,
+            candidates: Vec::new(),
+            expected: HashSet::new(),
+            lent: HashMap::new(),
+            condemned: HashMap::new(),
+            starts: Starts::new(options.start_limit),
+            backoff: Backoff::default(),
+            last_creation: None,
+            creation_time: Duration::ZERO,
+            free_addresses: None,
+            bytes_per_hull: None,
+            audit: Audit::default(),
+            sweep_at: None,
+        };
+        Self {
+            options,
+            containerd,
+            ledger,
+            metrics,
+            facts: watch::Sender::new(None),
+            wake: Notify::new(),
+            removed: Notify::new(),
+            state: Mutex::new(state),
+        }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock may at worst have lost a hull from the books; the sweep finds it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn take(&self, handler: &str, now: Instant) -> Result<Hull, Miss> {
+        let taken = self.take_inner(handler, now);
+        if !matches!(taken, Err(Miss::Off | Miss::Handler)) {
+            // There is room on a shelf, or something to look into.
+            self.wake.notify_one();
+        }
+        taken
+    }
+
+    fn take_inner(&self, handler: &str, now: Instant) -> Result<Hull, Miss> {
+        let mut state = self.state();
+        if !state.may_hold() || state.away.is_some() {
+            return Err(Miss::Off);
+        }
+        let unchecked = state.unchecked;
+        let Some(current) = state.current.clone() else {
+            return Err(Miss::Off);
+        };
+        let shelf = state.shelf_for(handler, &current.facts).ok_or(Miss::Handler)?;
+        if let Some(off) = &shelf.off {
+            let of_handler = off.reason.starts_with("handler");
+            return Err(if of_handler { Miss::Handler } else { Miss::Off });
+        }
+        shelf.demand.record(now);
+        if unchecked || !current.is_current() {
+            return Err(Miss::Stale);
+        }
+        let mut dead = Vec::new();
+        let found = loop {
+            match shelf.idle.pop_front() {
+                None => break Err(Miss::Empty),
+                Some(idle) if idle.hull.is_alive() => break Ok(idle.hull),
+                Some(idle) => dead.push(idle),
+            }
+        };
+        for idle in dead {
+            self.condemn(&mut state, &idle.hull.id, "dead", now);
+        }
+        if let Ok(hull) = &found {
+            state.lent.insert(hull.id.clone(), now);
+        }
+        found
+    }
+
+    pub(super) fn discard(&self, hull: Hull, why: &'static str) {
+        let mut state = self.state();
+        state.lent.remove(&hull.id);
+        self.condemn(&mut state, &hull.id, why, Instant::now());
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn start_begins(&self, sandbox: &str, now: Instant) {
+        self.state().starts.begin(sandbox, now);
+    }
+
+    pub(super) fn start_ended(&self, sandbox: &str, now: Instant) {
+        self.state().starts.end(sandbox, now);
+        self.wake.notify_one();
+    }
+
+    /// The sandbox is removed, soon. It stays hidden.
+    pub(super) fn condemn(&self, state: &mut State, id: &str, reason: &'static str, now: Instant) {
+        self.ledger.retire_hull(id);
+        state.condemned.entry(id.to_owned()).or_insert(Condemned {
+            reason,
+            attempts: 0,
+            not_before: now,
+            under_way: false,
+        });
+    }
+
+    /// Every idle hull is removed.
+    pub(super) fn condemn_idle(&self, reason: &'static str) {
+        let now = Instant::now();
+        let mut state = self.state();
+        let idle: Vec<Idle> = state
+            .shelves
+            .iter_mut()
+            .flat_map(|shelf| shelf.idle.drain(..))
+            .collect();
+        for idle in idle {
+            self.condemn(&mut state, &idle.hull.id, reason, now);
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn release_all(&self, reason: &'static str) {
+        self.state().held_until = Some(Instant::now() + HOLD);
+        self.condemn_idle(reason);
+    }
+
+    pub(super) fn resume(&self) {
+        let mut state = self.state();
+        state.paused = false;
+        state.drained = false;
+        state.held_until = None;
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    pub(super) async fn drain(&self) {
+        self.state().drained = true;
+        self.condemn_idle("drained");
+        loop {
+            let removed = self.removed.notified();
+            tokio::pin!(removed);
+            // Registered before the look, so that no end of a removal is missed between the two.
+            removed.as_mut().enable();
+            if self.state().is_empty() {
+                return;
+            }
+            removed.await;
+        }
+    }
+}
+
+impl State {
+    /// Hulls may lie on shelves.
+    pub(super) fn may_hold(&self) -> bool {
+        self.off.is_none() && !self.drained && self.current.is_some()
+    }
+
+    /// Hulls may be made.
+    pub(super) fn is_usable(&self) -> bool {
+        self.may_hold() && self.away.is_none() && !self.unchecked
+    }
+
+    /// Labels of all that keeps hulls from being there.
+    pub(super) fn off_reasons(&self) -> impl Iterator<Item = &'static str> {
+        let whole = [&self.off, &self.away].into_iter().flatten();
+        let all = whole.chain(self.shelves.iter().filter_map(|shelf| shelf.off.as_ref()));
+        let drained = self.drained.then_some("drained");
+        all.map(|off| off.reason)
+            .chain(drained)
+            .chain(self.paused.then_some("paused"))
+    }
+
+    /// The shelf for pods of this handler: its own, or that of the default handler under its other name.
+    pub(super) fn shelf_for(&mut self, handler: &str, facts: &Facts) -> Option<&mut Shelf> {
+        let other_name = if handler.is_empty() {
+            Some(facts.default_handler.as_str())
+        } else if handler == facts.default_handler {
+            Some("")
+        } else {
+            None
+        };
+        let position = |name: &str| {
+            self.shelves
+                .iter()
+                .position(|shelf| shelf.config.runtime_handler == name)
+        };
+        let found = position(handler).or_else(|| other_name.and_then(position))?;
+        self.shelves.get_mut(found)
+    }
+
+    /// No hull, in whatever stage.
+    pub(super) fn is_empty(&self) -> bool {
+        self.condemned.is_empty()
+            && self.expected.is_empty()
+            && self
+                .shelves
+                .iter()
+                .all(|shelf| shelf.idle.is_empty() && shelf.creating == 0)
+    }
+
+    /// Whether somebody here answers for this sandbox.
+    pub(super) fn knows(&self, id: &str, name: &str) -> bool {
+        self.condemned.contains_key(id)
+            || self.lent.contains_key(id)
+            || self.expected.contains(name)
+            || self
+                .shelves
+                .iter()
+                .any(|shelf| shelf.idle.iter().any(|idle| idle.hull.id == id))
+    }
+
+    /// Forgets hulls handed out whose adoption the ledger knows, and those that nobody has spoken of for too long.
+    pub(super) fn settle_lent(&mut self, ledger: &Ledger, now: Instant) {
+        self.lent
+            .retain(|id, at| ledger.adoption(id).is_none() && now.saturating_duration_since(*at) < LENT_LIMIT);
+    }
+}
