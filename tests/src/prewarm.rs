@@ -97,7 +97,7 @@ impl Prewarm {
         let end = Instant::now() + FILL_LIMIT;
         loop {
             self.process.check_running()?;
-            let ready = self.metric("hullspeed_pool_hulls", &["state=\"idle\""]).await?;
+            let ready = self.metric("hullspeed_pool_hulls", &["state=\"ready\""]).await?;
             if ready >= f64::from(count) {
                 return Ok(());
             }
@@ -190,7 +190,7 @@ fn config_text(run: &RunDir, directory: &Path, metrics: SocketAddr, options: &Pr
     let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
     let at = |name: &str| quoted(&directory.join(name));
     format!(
-        "root = {root}\nstate = {state}\nsocket = {socket}\ncontainerd = {containerd}\n\n[control]\nsocket = {control}\n\n\
+        "root = {root}\nstate = {state}\nsocket = {socket}\ncontrol_socket = {control}\n\n[containerd]\naddress = {containerd}\n\n\
          [pool]\nmin = {hulls}\nmax = {hulls}\ncgroup = \"/{cgroup}\"\n\n[metrics]\naddress = \"{metrics}\"\n\n\
          [log]\nlevel = \"info\"\nformat = \"json\"\n{extra}",
         root = at("root"),
