@@ -1,7 +1,6 @@
 //! The daemon's parts, made from its configuration.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use hullspeed_proto::cri::v1::AuthConfig;
