@@ -7,7 +7,7 @@ use hullspeed_proto::cri::v1::AuthConfig;
 use tonic::Code;
 
 use crate::adopt::eligibility::Policy;
-use crate::adopt::{self, Adopter, AdopterError};
+use crate::adopt::{self, Adopter, AdopterError, gojson};
 use crate::config::{CniVerdict, Config, RunAs, Supply};
 use crate::containerd::Containerd;
 use crate::control::Control;
@@ -39,19 +39,20 @@ impl Parts {
             ledger.clone(),
             metrics.clone(),
         );
+        let events = Events::new(EventOptions {
+            ledger: ledger.clone(),
+            containerd: containerd.clone(),
+            supply: config.events.supply == Supply::Auto,
+        });
         let adopter = Adopter::new(adopt::Options {
             containerd: containerd.clone(),
             ledger: ledger.clone(),
             hulls: Arc::new(pool.clone()),
             state: config.state.clone(),
             policy: policy(config),
+            events: events.clone(),
             observer: Arc::new(requests.clone()),
         })?;
-        let events = Events::new(EventOptions {
-            ledger: ledger.clone(),
-            containerd: containerd.clone(),
-            supply: config.events.supply == Supply::Auto,
-        });
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
@@ -60,6 +61,7 @@ impl Parts {
             hooks: Arc::new(Flushing(pool.clone())),
             credentials: Arc::new(Ignored),
             events,
+            config_json: gojson::value,
         });
         let relay = Relay::new(RelayOptions {
             containerd_socket: config.containerd.address.clone(),
