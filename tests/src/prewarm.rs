@@ -36,7 +36,7 @@ pub struct PrewarmOptions {
     pub containerd: PathBuf,
     /// Hulls to keep ready; 0 turns the pool off.
     pub hulls: u32,
-    /// Appended to the configuration file.
+    /// Appended to the configuration file, whose last section is `[pool]`.
     pub extra: String,
 }
 
@@ -165,13 +165,6 @@ impl Prewarm {
     }
 }
 
-/// The name of the cgroup that a run's hulls are under.
-#[must_use]
-pub fn hull_cgroup(run: &RunDir) -> String {
-    // Below the run's own, so that the sweep of a killed run finds them.
-    format!("{}/hulls", run.names().cgroup)
-}
-
 fn command(config: &Path, fault: Option<&str>) -> Result<Command> {
     let mut command = Command::new(programs::find(PROGRAM)?);
     command.arg("serve").arg("--config").arg(config);
@@ -190,16 +183,39 @@ fn config_text(run: &RunDir, directory: &Path, metrics: SocketAddr, options: &Pr
     let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
     let at = |name: &str| quoted(&directory.join(name));
     format!(
-        "root = {root}\nstate = {state}\nsocket = {socket}\ncontrol_socket = {control}\n\n[containerd]\naddress = {containerd}\n\n\
-         [pool]\nmin = {hulls}\nmax = {hulls}\ncgroup = \"/{cgroup}\"\n\n[metrics]\naddress = \"{metrics}\"\n\n\
-         [log]\nlevel = \"info\"\nformat = \"json\"\n{extra}",
+        r#"root = {root}
+state = {state}
+socket = {socket}
+control_socket = {control}
+
+[containerd]
+address = {containerd}
+
+[metrics]
+address = "{metrics}"
+
+[log]
+level = "info"
+format = "json"
+
+[pool]
+enabled = {enabled}
+min = {hulls}
+max = {max}
+cgroup = "{cgroup}"
+# Tests do not wait for quiet.
+refill_quiet = "0s"
+refill_interval = "0s"
+{extra}"#,
         root = at("root"),
         state = at("state"),
         socket = at("cri.sock"),
-        containerd = quoted(&options.containerd),
         control = at("prewarm.sock"),
+        containerd = quoted(&options.containerd),
+        enabled = options.hulls > 0,
         hulls = options.hulls,
-        cgroup = hull_cgroup(run),
+        max = options.hulls.max(1),
+        cgroup = run.names().hull_cgroup,
         extra = options.extra,
     )
 }
