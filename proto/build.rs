@@ -59,6 +59,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_transport(true)
         .skip_debug(["hullspeed.control.v1.SetCredentialsRequest"])
         .compile_fds(control)?;
+    let prewarm = protox::compile(["prewarm/v1/prewarm.proto"], ["hullspeed"])?;
+    tonic_prost_build::configure()
+        .build_transport(true)
+        .message_attribute(".", "#[derive(serde::Serialize)]")
+        .compile_fds(prewarm)?;
     for directory in ["containerd", "cri", "hullspeed"] {
         println!("cargo:rerun-if-changed={directory}");
     }

@@ -8,10 +8,18 @@
 //! - [`rules`] hides hulls and shows adopted sandboxes as what they are in every call.
 
 pub mod adopt;
+pub mod cli;
+pub mod client;
+pub mod config;
 pub mod containerd;
+pub mod control;
+pub mod doctor;
 pub mod ledger;
+pub mod mark;
 pub mod metrics;
 pub mod pool;
 pub mod relay;
+pub mod requests;
 pub mod rules;
+pub mod run;
 pub mod wire;

@@ -12,7 +12,7 @@
 //! `:authority` are refused with PROTOCOL_ERROR; the kubelet, crictl and containerd's own clients send `localhost`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,7 +22,19 @@ use http::HeaderMap;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
+mod budget;
+mod client;
+mod deadline;
+mod frames;
+mod gather;
 mod limits;
+mod link;
+mod pass;
+mod path;
+mod pump;
+mod server;
+mod status;
+mod upstream;
 
 pub use limits::Limits;
 
@@ -205,15 +217,32 @@ pub struct RelayOptions {
 /// The relay.
 #[derive(Clone)]
 pub struct Relay {
-    options: Arc<RelayOptions>,
+    shared: Arc<Shared>,
+}
+
+/// What all connections share.
+struct Shared {
+    options: RelayOptions,
+    /// Memory for gathered requests.
+    requests: budget::Budget,
+    /// Memory for gathered answers.
+    answers: budget::Budget,
+    /// Connections that are open.
+    open: Mutex<usize>,
 }
 
 impl Relay {
     /// A relay. Nothing is opened before [`Self::serve`].
     #[must_use]
     pub fn new(options: RelayOptions) -> Self {
+        let shared = Shared {
+            requests: budget::Budget::new(options.limits.requests),
+            answers: budget::Budget::new(options.limits.answers),
+            open: Mutex::new(0),
+            options,
+        };
         Self {
-            options: Arc::new(options),
+            shared: Arc::new(shared),
         }
     }
 
@@ -221,7 +250,11 @@ impl Relay {
     /// under way have `drain` to finish. Streams without an end are ended at once, and whatever is left after `drain`,
     /// with UNAVAILABLE, upon which clients connect again.
     pub async fn serve(&self, listener: UnixListener, stopping: CancellationToken, drain: Duration) {
-        let _ = (&self.options, listener, drain);
-        stopping.cancelled().await;
+        server::serve(Arc::clone(&self.shared), listener, stopping, drain).await;
     }
+}
+
+/// What calls are told that the relay does not wait for.
+fn stopped() -> Failure {
+    tonic::Status::unavailable("hullspeed-prewarm is stopping").into()
 }

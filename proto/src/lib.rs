@@ -70,6 +70,13 @@ pub mod hullspeed {
             tonic::include_proto!("hullspeed.control.v1");
         }
     }
+    /// What may be asked of the relay besides CRI.
+    pub mod prewarm {
+        /// Version 1.
+        pub mod v1 {
+            tonic::include_proto!("hullspeed.prewarm.v1");
+        }
+    }
 }
 
 /// Messages with secrets, which no log line may show.
@@ -87,9 +94,7 @@ mod redacted {
 
     impl fmt::Debug for SetCredentialsRequest {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.debug_struct("SetCredentialsRequest")
-                .field("place", &self.place)
-                .finish_non_exhaustive()
+            f.write_str("SetCredentialsRequest(redacted)")
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::client::Client;
 use crate::credentials::Login;
 use crate::error::Fault;
 use crate::exchange::Endpoint;
+use crate::handed_over::Stamp;
 use crate::limits::{MAX_TOKEN_BYTES, MAX_TOKENS};
 
 /// Lifetime of a token whose server names none (the value of the token specification).
@@ -24,20 +25,31 @@ const CLIENT_ID: &str = "hullspeed";
 
 /// What a request is allowed to do once authorised, in the token server's words.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Scope(Vec<String>);
+pub(crate) struct Scope {
+    /// The repository that is asked; a login may be for it alone.
+    repository: String,
+    actions: Vec<String>,
+}
 
 impl Scope {
     pub(crate) fn pull(repository: &str) -> Self {
-        Self(vec![format!("repository:{repository}:pull")])
+        Self::of(repository, "pull")
     }
 
     pub(crate) fn push(repository: &str) -> Self {
-        Self(vec![format!("repository:{repository}:pull,push")])
+        Self::of(repository, "pull,push")
+    }
+
+    fn of(repository: &str, actions: &str) -> Self {
+        Self {
+            repository: repository.to_owned(),
+            actions: vec![format!("repository:{repository}:{actions}")],
+        }
     }
 
     /// Adds reading of another repository, for mounting its blobs.
     pub(crate) fn and_pull(mut self, repository: &str) -> Self {
-        self.0.push(format!("repository:{repository}:pull"));
+        self.actions.push(format!("repository:{repository}:pull"));
         self
     }
 }
@@ -127,11 +139,14 @@ pub(crate) struct Grant {
     /// Tells renewals apart.
     pub(crate) issued: Instant,
     expires: Option<Instant>,
+    /// The login handed over that it was made with.
+    stamp: Option<Stamp>,
 }
 
 impl Grant {
-    pub(crate) fn is_fresh(&self) -> bool {
-        self.expires.is_none_or(|expires| expires > Instant::now())
+    /// Whether it can still be used, where `stamp` tells the login handed over that is to be used now.
+    pub(crate) fn is_fresh(&self, stamp: Option<Stamp>) -> bool {
+        self.stamp == stamp && self.expires.is_none_or(|expires| expires > Instant::now())
     }
 }
 
@@ -176,26 +191,41 @@ impl Client {
         scope: &Scope,
         challenge: &Challenge,
     ) -> Result<Grant, Fault> {
-        let login = self
+        let (login, stamp) = self
             .credentials()
-            .login(&endpoint.name)
+            .login_for(&endpoint.name, &scope.repository)
             .await
             .map_err(Fault::Credentials)?;
-        match challenge {
-            Challenge::Basic => match login {
-                Some(Login::Basic { username, password }) => {
-                    let authorization = Authorization::Basic { username, password };
-                    Ok(Grant {
-                        authorization,
-                        issued: Instant::now(),
-                        expires: None,
-                    })
-                }
-                Some(Login::IdentityToken(_)) => Err(self.unauthorized(Some("an identity token is of no use here"))),
-                None => Err(self.unauthorized(None)),
-            },
-            Challenge::Bearer { realm, service } => self.token(endpoint, scope, realm, service.as_deref(), login).await,
+        let grant = |authorization| Grant {
+            authorization,
+            issued: Instant::now(),
+            expires: None,
+            stamp,
+        };
+        match (challenge, login) {
+            // Made for the registry by somebody else, so there is nothing to ask a token server for.
+            (_, Some(Login::RegistryToken(token))) => Ok(grant(Authorization::Bearer(token))),
+            (Challenge::Basic, Some(Login::Basic { username, password })) => {
+                Ok(grant(Authorization::Basic { username, password }))
+            }
+            (Challenge::Basic, Some(Login::IdentityToken(_))) => {
+                Err(self.unauthorized(Some("an identity token is of no use here")))
+            }
+            (Challenge::Basic, None) => Err(self.unauthorized(None)),
+            (Challenge::Bearer { realm, service }, login) => {
+                let (token, expires, issued) = self.token(endpoint, scope, realm, service.as_deref(), login).await?;
+                Ok(Grant {
+                    issued,
+                    expires: Some(expires),
+                    ..grant(Authorization::Bearer(token))
+                })
+            }
         }
+    }
+
+    /// The stamp that a grant for `scope` has to have now.
+    pub(crate) fn stamp(&self, endpoint: &Endpoint, scope: &Scope) -> Option<Stamp> {
+        self.credentials().stamp(&endpoint.name, &scope.repository)
     }
 
     pub(crate) fn unauthorized(&self, problem: Option<&str>) -> Fault {
@@ -207,6 +237,7 @@ impl Client {
         Fault::Unauthorized { hint }
     }
 
+    /// A token, its end and its beginning.
     async fn token(
         &self,
         endpoint: &Endpoint,
@@ -214,7 +245,7 @@ impl Client {
         realm: &Url,
         service: Option<&str>,
         login: Option<Login>,
-    ) -> Result<Grant, Fault> {
+    ) -> Result<(String, Instant, Instant), Fault> {
         let realm_host = realm.host_str().unwrap_or_default().to_owned();
         let refused = |reason: String| Fault::Token {
             realm: realm_host.clone(),
@@ -256,11 +287,7 @@ impl Client {
             .map_or(DEFAULT_LIFETIME, Duration::from_secs)
             .min(Duration::from_secs(86400));
         let lifetime = lifetime.saturating_sub((lifetime / 5).min(Duration::from_secs(30)));
-        Ok(Grant {
-            authorization: Authorization::Bearer(token),
-            issued,
-            expires: Some(issued + lifetime),
-        })
+        Ok((token, issued + lifetime, issued))
     }
 
     fn token_request(
@@ -270,7 +297,7 @@ impl Client {
         scope: &Scope,
         login: Option<Login>,
     ) -> Result<RequestBuilder, Fault> {
-        let scopes = scope.0.iter().map(String::as_str);
+        let scopes = scope.actions.iter().map(String::as_str);
         if let Some(Login::IdentityToken(token)) = login {
             let mut form = url::form_urlencoded::Serializer::new(String::new());
             form.append_pair("grant_type", "refresh_token")

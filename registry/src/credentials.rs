@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::sync::Semaphore;
 
+use crate::handed_over::{HandedOver, Stamp};
 use crate::limits::{HELPER_TIMEOUT, MAX_CONFIG_BYTES, MAX_HELPERS};
 
 /// The key under which docker files Docker Hub's login.
@@ -30,6 +31,8 @@ pub enum Login {
     },
     /// OAuth2 refresh token.
     IdentityToken(String),
+    /// Bearer token, for the registry itself.
+    RegistryToken(String),
 }
 
 impl fmt::Debug for Login {
@@ -37,6 +40,7 @@ impl fmt::Debug for Login {
         f.write_str(match self {
             Self::Basic { .. } => "Login::Basic(redacted)",
             Self::IdentityToken(_) => "Login::IdentityToken(redacted)",
+            Self::RegistryToken(_) => "Login::RegistryToken(redacted)",
         })
     }
 }
@@ -44,6 +48,8 @@ impl fmt::Debug for Login {
 /// Where logins come from, asked in order; the first that knows a registry wins. Cheap to clone.
 #[derive(Clone)]
 pub struct Credentials {
+    /// Asked before the sources.
+    handed_over: Option<HandedOver>,
     sources: Arc<[Source]>,
     helpers: Helpers,
 }
@@ -161,6 +167,14 @@ impl Credentials {
         })
     }
 
+    /// Logins that come and go while the process runs, before everything else.
+    pub fn with_handed_over(self, handed_over: HandedOver) -> Self {
+        Self {
+            handed_over: Some(handed_over),
+            ..self
+        }
+    }
+
     /// The places of this process's environment: `$REGISTRY_AUTH_FILE`, `$DOCKER_AUTH_CONFIG` (JSON text), `config.json`
     /// in `$DOCKER_CONFIG` or `~/.docker`, and `$XDG_RUNTIME_DIR/containers/auth.json`.
     pub fn from_environment() -> Self {
@@ -193,6 +207,23 @@ impl Credentials {
             sources.push(Source::File { path, required: false });
         }
         Self::of(sources)
+    }
+
+    /// The login for requests to a repository, and what was handed over for it if it is that.
+    pub(crate) async fn login_for(
+        &self,
+        host: &str,
+        repository: &str,
+    ) -> Result<(Option<Login>, Option<Stamp>), CredentialError> {
+        if let Some((stamp, login)) = self.handed_over.as_ref().and_then(|held| held.find(host, repository)) {
+            return Ok((Some(login), Some(stamp)));
+        }
+        Ok((self.login(host).await?, None))
+    }
+
+    /// Which login that was handed over is for a repository now.
+    pub(crate) fn stamp(&self, host: &str, repository: &str) -> Option<Stamp> {
+        self.handed_over.as_ref()?.stamp(host, repository)
     }
 
     /// The login for `host` (as in a [`crate::Reference`]), if any source has one.
@@ -237,7 +268,8 @@ impl Credentials {
 
     /// Where logins are looked for, for error messages.
     pub(crate) fn places(&self) -> String {
-        let places: Vec<_> = self.sources.iter().map(Source::name).collect();
+        let handed_over = self.handed_over.iter().map(|_| "what was handed over".to_owned());
+        let places: Vec<_> = handed_over.chain(self.sources.iter().map(Source::name)).collect();
         if places.is_empty() {
             "no credentials configured".to_owned()
         } else {
@@ -248,12 +280,13 @@ impl Credentials {
     fn first(self, source: Source) -> Self {
         Self {
             sources: std::iter::once(source).chain(self.sources.iter().cloned()).collect(),
-            helpers: self.helpers,
+            ..self
         }
     }
 
     fn of(sources: Vec<Source>) -> Self {
         Self {
+            handed_over: None,
             sources: sources.into(),
             helpers: Helpers::new(),
         }
@@ -373,7 +406,6 @@ impl Source {
 impl Keys {
     /// The entry to ask for and the helper that would answer.
     fn choose(self, host: &str) -> Option<(String, Option<String>)> {
-        let hub = |name: &str| matches!(name, "docker.io" | "index.docker.io" | "registry-1.docker.io");
         let same = |key: &str| {
             let name = key
                 .strip_prefix("https://")
@@ -387,7 +419,7 @@ impl Keys {
                     ""
                 }
             });
-            name.eq_ignore_ascii_case(host) || (hub(name) && hub(host))
+            name.eq_ignore_ascii_case(host) || (is_hub(name) && is_hub(host))
         };
         let helpers = self.cred_helpers.unwrap_or_default();
         if let Some((key, helper)) = helpers
@@ -407,9 +439,14 @@ impl Keys {
         if let Some(key) = keys.into_iter().next() {
             return Some((key, store));
         }
-        let key = if hub(host) { DOCKER_HUB_KEY } else { host };
+        let key = if is_hub(host) { DOCKER_HUB_KEY } else { host };
         store.map(|store| (key.to_owned(), Some(store)))
     }
+}
+
+/// Whether a host is one of Docker Hub's names.
+pub(crate) fn is_hub(name: &str) -> bool {
+    matches!(name, "docker.io" | "index.docker.io" | "registry-1.docker.io")
 }
 
 fn helper_error(helper: &str, reason: &'static str) -> CredentialError {

@@ -143,7 +143,8 @@ impl Client {
     /// The grant in the slot, made anew if it has expired or if this registry is known to want one.
     async fn known_grant(&self, endpoint: &Endpoint, scope: &Scope, slot: &Slot) -> Result<Option<Grant>, Fault> {
         let mut held = slot.lock().await;
-        if let Some(grant) = held.as_ref().filter(|grant| grant.is_fresh()) {
+        let stamp = self.stamp(endpoint, scope);
+        if let Some(grant) = held.as_ref().filter(|grant| grant.is_fresh(stamp)) {
             return Ok(Some(grant.clone()));
         }
         *held = None;
@@ -163,7 +164,8 @@ impl Client {
         used: Option<&Grant>,
     ) -> Result<Grant, Fault> {
         let mut held = slot.lock().await;
-        let newer = |grant: &&Grant| grant.is_fresh() && used.is_none_or(|used| grant.issued > used.issued);
+        let stamp = self.stamp(endpoint, scope);
+        let newer = |grant: &&Grant| grant.is_fresh(stamp) && used.is_none_or(|used| grant.issued > used.issued);
         if let Some(grant) = held.as_ref().filter(newer) {
             return Ok(grant.clone());
         }

@@ -34,3 +34,9 @@ pub const HELPER_TIMEOUT: Duration = Duration::from_secs(60);
 pub const MAX_HELPERS: usize = 8;
 /// Piece size in which an upload is read from its file.
 pub const UPLOAD_CHUNK_BYTES: usize = 256 << 10;
+/// Logins kept that were handed over at run time; beyond it the oldest is dropped.
+pub const MAX_HANDED_OVER: usize = 1024;
+/// Longest part of a login that is taken; tokens of clouds have a few KiB.
+pub const MAX_SECRET_BYTES: usize = 64 << 10;
+/// Longest time that a login handed over is kept.
+pub const MAX_HELD: Duration = Duration::from_secs(24 * 3600);

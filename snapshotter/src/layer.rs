@@ -10,6 +10,7 @@ pub mod fuse;
 mod image;
 pub mod layers;
 mod open;
+pub mod platform;
 pub mod source;
 mod sys;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
+use layers::warming::Warmer;
 
 /// An error of whichever part refused to serve a layer lazily.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
@@ -189,6 +191,24 @@ impl NotLazy {
             Self::Refused { .. } => "refused",
         }
     }
+
+    /// Whether the image is the reason, so that asking again is of no use.
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::Disabled
+            | Self::NoTocDigest { .. }
+            | Self::NotEstargz { .. }
+            | Self::Unsupported { .. }
+            | Self::TocMismatch { .. }
+            | Self::TocInvalid { .. } => true,
+            Self::Registry { .. }
+            | Self::Timeout { .. }
+            | Self::CacheIo { .. }
+            | Self::NotCached { .. }
+            | Self::Mount { .. }
+            | Self::Refused { .. } => false,
+        }
+    }
 }
 
 /// Mounts of layers, shared by all snapshots that use them.
@@ -209,6 +229,11 @@ pub trait LayerMounts: Send + Sync + 'static {
 
     /// Bytes on disk and inodes of a layer; zero for one that is unknown.
     fn usage(&self, toc_digest: &Digest) -> Usage;
+
+    /// What warms images, and takes the logins that are handed over; none where no layer is lazy.
+    fn warmer(&self) -> Option<Warmer> {
+        None
+    }
 
     /// Unmounts and persists everything; called once, after the last request has been answered.
     async fn shutdown(&self);

@@ -182,6 +182,11 @@ impl Check {
         keys
     }
 
+    /// Faults from now on are outside of every section.
+    pub fn leave(&mut self) {
+        self.section = "";
+    }
+
     fn path(&self, key: &str) -> String {
         if self.section.is_empty() {
             key.to_owned()

@@ -13,7 +13,7 @@ use hullspeed_proto::cri::v1::{
 };
 
 use super::glob;
-use crate::containerd::facts::Facts;
+use crate::containerd::facts::{Facts, Handler};
 
 /// containerd's limit on a label's key and value together.
 const MAX_LABEL_BYTES: usize = 4096;
@@ -149,7 +149,7 @@ impl Ineligible {
 /// Whether this pod may have a hull of this handler.
 pub fn check(config: &PodSandboxConfig, handler: &str, facts: &Facts, policy: &Policy) -> Result<(), Ineligible> {
     check_metadata(config.metadata.as_ref())?;
-    let patterns = check_handler(handler, facts)?;
+    let handler = plain_handler(handler, facts)?;
     if config.windows.is_some() {
         return Err(Ineligible::Windows);
     }
@@ -159,12 +159,19 @@ pub fn check(config: &PodSandboxConfig, handler: &str, facts: &Facts, policy: &P
     if config.port_mappings.iter().any(|mapping| mapping.host_port > 0) {
         return Err(Ineligible::HostPort);
     }
-    check_annotations(&config.annotations, patterns)?;
+    check_annotations(&config.annotations, &handler.pod_annotations)?;
     // Together with the labels of the pause image, which is not the pod's doing; containerd checks each on its own.
-    if config.labels.iter().any(|(key, value)| key.len() + value.len() > MAX_LABEL_BYTES) {
+    if config
+        .labels
+        .iter()
+        .any(|(key, value)| key.len() + value.len() > MAX_LABEL_BYTES)
+    {
         return Err(Ineligible::Label);
     }
-    config.linux.as_ref().map_or(Ok(()), |linux| check_linux(linux, facts, policy))
+    config
+        .linux
+        .as_ref()
+        .map_or(Ok(()), |linux| check_linux(linux, handler, facts, policy))
 }
 
 /// Names reach CNI plugins as `K=V;K=V`. Those that Kubernetes allows are safe there; others may make an ADD fail.
@@ -175,15 +182,22 @@ fn check_metadata(metadata: Option<&PodSandboxMetadata>) -> Result<(), Ineligibl
         !name.is_empty() && name.bytes().all(allowed)
     };
     let names = [&metadata.name, &metadata.namespace, &metadata.uid];
-    if names.into_iter().all(|name| ordinary(name)) { Ok(()) } else { Err(Ineligible::Metadata) }
+    if names.into_iter().all(|name| ordinary(name)) {
+        Ok(())
+    } else {
+        Err(Ineligible::Metadata)
+    }
 }
 
-/// The handler's patterns of annotations.
-fn check_handler<'a>(handler: &str, facts: &'a Facts) -> Result<&'a [String], Ineligible> {
-    let name = if handler.is_empty() { &facts.default_handler } else { handler };
+fn plain_handler<'a>(handler: &str, facts: &'a Facts) -> Result<&'a Handler, Ineligible> {
+    let name = if handler.is_empty() {
+        &facts.default_handler
+    } else {
+        handler
+    };
     let handler = facts.handlers.get(name).ok_or(Ineligible::Handler)?;
     let plain = handler.runtime_type == RUNC && matches!(handler.sandboxer.as_str(), "" | "podsandbox");
-    if plain { Ok(&handler.pod_annotations) } else { Err(Ineligible::Handler) }
+    if plain { Ok(handler) } else { Err(Ineligible::Handler) }
 }
 
 fn check_hostname(hostname: &str) -> Result<(), Ineligible> {
@@ -227,7 +241,11 @@ pub fn empty_dns(version: &str) -> Option<EmptyDns> {
         (1, 7) => 20,
         _ => return Some(EmptyDns::Empty),
     };
-    Some(if patch? >= since { EmptyDns::Empty } else { EmptyDns::Host })
+    Some(if patch? >= since {
+        EmptyDns::Empty
+    } else {
+        EmptyDns::Host
+    })
 }
 
 fn check_annotations(annotations: &HashMap<String, String>, patterns: &[String]) -> Result<(), Ineligible> {
@@ -246,14 +264,23 @@ fn check_annotations(annotations: &HashMap<String, String>, patterns: &[String])
     Ok(())
 }
 
+/// Whether this sysctl is one of Kubernetes' safe set.
+pub(super) fn is_safe_sysctl(name: &str) -> bool {
+    SAFE_SYSCTLS.contains(&name)
+}
+
 /// Overhead and resources are annotations of the pause container, for shims of virtual machines.
-fn check_linux(linux: &LinuxPodSandboxConfig, facts: &Facts, policy: &Policy) -> Result<(), Ineligible> {
+fn check_linux(
+    linux: &LinuxPodSandboxConfig,
+    handler: &Handler,
+    facts: &Facts,
+    policy: &Policy,
+) -> Result<(), Ineligible> {
     let slice = linux.cgroup_parent.trim_end_matches('/').ends_with(".slice");
-    if !linux.cgroup_parent.is_empty() && slice != facts.systemd_cgroup {
+    if !linux.cgroup_parent.is_empty() && slice != handler.systemd_cgroup {
         return Err(Ineligible::CgroupParent);
     }
-    let safe = |name: &String| policy.sysctls && SAFE_SYSCTLS.contains(&name.as_str());
-    if !linux.sysctls.keys().all(safe) {
+    if !linux.sysctls.keys().all(|name| policy.sysctls && is_safe_sysctl(name)) {
         return Err(Ineligible::Sysctls);
     }
     let none = LinuxSandboxSecurityContext::default();
@@ -285,7 +312,9 @@ fn check_namespaces(options: &NamespaceOption) -> Result<(), Ineligible> {
     }
     match &options.userns_options {
         None => Ok(()),
-        Some(users) if mode(users.mode) == Ok(NamespaceMode::Node) && users.uids.is_empty() && users.gids.is_empty() => {
+        Some(users)
+            if mode(users.mode) == Ok(NamespaceMode::Node) && users.uids.is_empty() && users.gids.is_empty() =>
+        {
             Ok(())
         }
         Some(_) => Err(Ineligible::UserNamespace),
@@ -305,7 +334,11 @@ fn check_identity(context: &LinuxSandboxSecurityContext, pid: i32, policy: &Poli
     if any && pid == NamespaceMode::Pod as i32 {
         return Err(Ineligible::SharedPid);
     }
-    if refused || (any && policy.strict) { Err(Ineligible::RunAs) } else { Ok(()) }
+    if refused || (any && policy.strict) {
+        Err(Ineligible::RunAs)
+    } else {
+        Ok(())
+    }
 }
 
 /// The profile of the sandbox is its pause process's alone; containers have their own. A hull's is the runtime's default.

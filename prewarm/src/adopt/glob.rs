@@ -15,7 +15,11 @@ pub(super) fn matches(pattern: &str, name: &str) -> bool {
             return !name.contains(&'/');
         }
         // The first place that fits is taken for good; only the last chunk has to reach the end.
-        let reach = if star { name.iter().position(|&c| c == '/').unwrap_or(name.len()) } else { 0 };
+        let reach = if star {
+            name.iter().position(|&c| c == '/').unwrap_or(name.len())
+        } else {
+            0
+        };
         let found = (0..=reach)
             .filter_map(|skipped| match_chunk(chunk, &name[skipped..]))
             .find(|left| !pattern.is_empty() || left.is_empty());

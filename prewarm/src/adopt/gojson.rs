@@ -16,6 +16,11 @@ pub fn encode(config: &PodSandboxConfig) -> Result<String, GoJsonError> {
     serde_json::to_string(config).map_err(GoJsonError)
 }
 
+/// The configuration as a document; as [`encode`], which cannot fail for what the protocol's messages hold.
+pub fn value(config: &PodSandboxConfig) -> serde_json::Value {
+    serde_json::to_value(config).unwrap_or_default()
+}
+
 /// The configuration that containerd stored. Fields that we do not know are left out.
 pub fn decode(json: &str) -> Result<PodSandboxConfig, GoJsonError> {
     serde_json::from_str(json).map_err(GoJsonError)
@@ -87,7 +92,12 @@ mod tests {
     fn what_is_unknown_is_left_out_and_what_is_wrong_is_refused() {
         let config = decode(r#"{"hostname":"h","future":{"a":[1]}}"#).unwrap();
         assert_eq!(config.hostname, "h");
-        for wrong in [r#"{"hostname":1}"#, r#"{"metadata":{"attempt":-1}}"#, "[", r#"{"labels":[]}"#] {
+        for wrong in [
+            r#"{"hostname":1}"#,
+            r#"{"metadata":{"attempt":-1}}"#,
+            "[",
+            r#"{"labels":[]}"#,
+        ] {
             assert!(decode(wrong).is_err(), "{wrong}");
         }
     }

@@ -213,8 +213,8 @@ mod tests {
     use super::*;
     use crate::adopt::samples::any_request;
     use crate::wire::put_bytes;
-    use prost::Message as _;
     use proptest::prelude::*;
+    use prost::Message as _;
 
     /// Every message of the request, as the path of field numbers that leads to it.
     fn messages(bytes: &[u8], schema: &'static Schema, path: &[usize], found: &mut Vec<Vec<usize>>) {
@@ -236,7 +236,11 @@ mod tests {
         let mut out = Vec::new();
         for (index, field) in wire::fields(bytes).flatten().enumerate() {
             if index == at {
-                put_bytes(&mut out, field.number, &grown(field.value.bytes().unwrap(), rest, extra));
+                put_bytes(
+                    &mut out,
+                    field.number,
+                    &grown(field.value.bytes().unwrap(), rest, extra),
+                );
             } else {
                 out.extend_from_slice(field.raw);
             }

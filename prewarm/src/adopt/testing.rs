@@ -16,6 +16,7 @@ pub(super) fn facts(root: impl AsRef<Path>) -> Facts {
         runtime_type: runtime_type.into(),
         sandboxer: sandboxer.into(),
         pod_annotations: vec!["io.passed.*".into()],
+        ..Default::default()
     };
     Facts {
         version: "1.6.20~ds1".into(),
@@ -26,12 +27,7 @@ pub(super) fn facts(root: impl AsRef<Path>) -> Facts {
             ("kata".to_owned(), handler("io.containerd.kata.v2", "")),
             ("shim".to_owned(), handler("io.containerd.runc.v2", "shim")),
         ]),
-        systemd_cgroup: false,
-        selinux: false,
-        cni_conf_dir: "/etc/cni/net.d".into(),
-        cni_max_conf_num: 1,
-        sandbox_image: "pause".into(),
-        fingerprint: "0".into(),
+        ..Default::default()
     }
 }
 

@@ -7,27 +7,11 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-/// What became of a RunPodSandbox call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[expect(non_camel_case_types, reason = "the names are the label values")]
-pub enum RequestResult {
-    /// Answered with a hull.
-    hit,
-    /// Could have had a hull, but there was none.
-    miss,
-    /// Asks for what no hull has.
-    ineligible,
-    /// A hull was taken and could not be adopted.
-    failed,
-    /// No adoption was tried: it is off, or the call is of an old API version.
-    native_only,
-}
-
 /// A RunPodSandbox call.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
-    /// What became of it.
-    pub result: RequestResult,
+    /// What became of it: [`crate::adopt::Outcome::result`].
+    pub result: &'static str,
     /// Why, from a fixed set; empty for a hit.
     pub reason: &'static str,
 }

@@ -6,13 +6,13 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 use super::defs::{CallLabels, HandlerLabels, HullLabels, HullState, ReasonLabels};
-use super::defs::{RequestLabels, RequestResult, ResultLabels};
+use super::defs::{RequestLabels, ResultLabels};
 use super::*;
 
 /// A family without series is not written at all.
 fn touch(metrics: &Metrics) {
     let labels = RequestLabels {
-        result: RequestResult::hit,
+        result: "hit",
         reason: "",
     };
     metrics.sandbox_requests.get_or_create(&labels).inc();

@@ -32,3 +32,4 @@ pub(super) use decode::ingest;
 pub use engine::{Engine, FetchOptions};
 pub use error::{Failure, FetchError};
 pub use layer::{LayerFetch, LayerNames};
+pub use prefetch::Extent;

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use estargz::digest::Digest;
 use estargz::toc::TOC_DIGEST_ANNOTATION;
-use hullspeed_registry::{Client, Reference, Version};
+use hullspeed_registry::{Client, MANIFEST_ACCEPT, Reference, Version};
 use serde::Deserialize;
 
+use super::platform::Platform;
 use super::source::SourceError;
 use super::source::registry::{registry_digest, source_error};
 
@@ -44,6 +45,16 @@ pub(super) struct Manifests {
 struct Document {
     #[serde(default)]
     layers: Vec<Descriptor>,
+    #[serde(default)]
+    manifests: Option<Vec<Entry>>,
+}
+
+/// An image of an index.
+#[derive(Deserialize)]
+struct Entry {
+    digest: String,
+    #[serde(default)]
+    platform: Option<Platform>,
 }
 
 #[derive(Deserialize)]
@@ -79,14 +90,63 @@ impl Manifests {
         };
         self.kept.try_get_with(*digest, fetch).await
     }
+
+    /// The manifest that `image` means for `platform`, and its layers.
+    pub(super) async fn resolve(
+        &self,
+        client: &Client,
+        image: &Reference,
+        platform: &Platform,
+    ) -> Result<(Digest, Arc<[LayerDescriptor]>), Arc<SourceError>> {
+        if let Some(digest) = image.digest().and_then(estargz_digest)
+            && let Some(layers) = self.kept.get(&digest).await
+        {
+            return Ok((digest, layers));
+        }
+        let manifest = client.manifest(image, &image.version(), MANIFEST_ACCEPT).await;
+        let manifest = manifest.map_err(source_error)?;
+        if let Some(entries) = document(&manifest.bytes)?.manifests {
+            let entry = entries
+                .into_iter()
+                .find(|entry| entry.platform.as_ref().is_some_and(|own| platform.accepts(own)));
+            let chosen = entry.ok_or_else(|| permanent("not_found", format!("the image is not for {platform}")))?;
+            let digest = chosen.digest.parse().map_err(|_| {
+                let what = format!("the image's index names a manifest by {:?}", shortened(&chosen.digest));
+                permanent("protocol", what)
+            })?;
+            return Ok((digest, self.layers(client, image, &digest).await?));
+        }
+        let digest = estargz_digest(&manifest.digest)
+            .ok_or_else(|| permanent("protocol", "the image's manifest is not named by SHA-256".to_owned()))?;
+        let layers = parse(&manifest.bytes)?;
+        self.kept.insert(digest, layers.clone()).await;
+        Ok((digest, layers))
+    }
 }
 
-fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
-    let document: Document = serde_json::from_slice(bytes).map_err(|error| SourceError::Permanent {
+fn permanent(class: &'static str, what: String) -> SourceError {
+    let cause = None;
+    SourceError::Permanent { what, class, cause }
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
+fn estargz_digest(digest: &hullspeed_registry::Digest) -> Option<Digest> {
+    digest.to_string().parse().ok()
+}
+
+fn document(bytes: &[u8]) -> Result<Document, SourceError> {
+    serde_json::from_slice(bytes).map_err(|error| SourceError::Permanent {
         what: "the image's manifest is not one".to_owned(),
         class: "protocol",
         cause: Some(Box::new(error)),
-    })?;
+    })
+}
+
+fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
+    let document = document(bytes)?;
     // A layer named by another algorithm is never asked for, as the labels could not name it either.
     let describe = |layer: Descriptor| {
         let toc_digest = layer

@@ -8,22 +8,25 @@ mod mounted;
 mod opening;
 #[cfg(test)]
 mod tests;
+pub mod warming;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
-use hullspeed_registry::{ClientOptions, Credentials, RetryPolicy};
+use hullspeed_registry::{ClientOptions, Credentials, HandedOver, RetryPolicy};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::mounted::Mounted;
+use self::warming::{Turns, Warmer};
 use super::cache::{CacheError, LayerStore};
 use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
@@ -63,6 +66,8 @@ struct Shared {
     opened_ahead: moka::future::Cache<Digest, ()>,
     opening: Semaphore,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
+    warms: Turns,
+    handed_over: HandedOver,
     metrics: Metrics,
     runtime: Handle,
     tasks: TaskTracker,
@@ -76,8 +81,11 @@ struct Slot {
     opening: tokio::sync::Mutex<()>,
     /// Held while the layer is mounted or unmounted.
     mounted: tokio::sync::Mutex<Option<Mounted>>,
-    /// The mounted layer's part in the cache, for those who must not wait.
+    /// The part in the cache of a layer that is mounted or being warmed, for those who must not wait. Set and cleared with
+    /// `mounted` held, so that there is never more than one.
     live: Mutex<Option<Arc<super::fetch::LayerFetch>>>,
+    /// Warms that use it; changed with `mounted` held.
+    warms: AtomicUsize,
 }
 
 impl Layers {
@@ -85,16 +93,19 @@ impl Layers {
     pub fn new(config: &Config, metrics: Metrics, runtime: Handle) -> Result<Self, LayersError> {
         let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
         let store = LayerStore::open(&root).map_err(LayersError::Cache)?;
+        let handed_over = HandedOver::default();
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
         let shared = Arc::new(Shared {
             config: config.clone(),
             store,
             engine,
-            registries: Arc::new(Registries::new(client_options(config))),
+            registries: Arc::new(Registries::new(client_options(config, handed_over.clone()))),
             manifests: Manifests::new(),
             opened_ahead: opening::recently_opened(),
             opening: Semaphore::new(MAX_OPENING),
             slots: Mutex::new(HashMap::new()),
+            warms: Turns::new(),
+            handed_over,
             metrics,
             runtime: runtime.clone(),
             tasks: TaskTracker::new(),
@@ -193,6 +204,30 @@ impl Shared {
     }
 }
 
+/// A slot, in use until this is dropped.
+struct Used {
+    shared: Arc<Shared>,
+    toc_digest: Digest,
+    slot: Arc<Slot>,
+}
+
+impl Used {
+    fn new(shared: &Arc<Shared>, toc_digest: Digest) -> Self {
+        Self {
+            shared: shared.clone(),
+            toc_digest,
+            slot: shared.slot(&toc_digest),
+        }
+    }
+}
+
+impl Drop for Used {
+    fn drop(&mut self) {
+        let slot = std::mem::take(&mut self.slot);
+        self.shared.forget(&self.toc_digest, slot);
+    }
+}
+
 impl Slot {
     fn live(&self) -> Option<Arc<super::fetch::LayerFetch>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -204,7 +239,7 @@ impl Slot {
 }
 
 /// The registry client that the configuration asks for; taken apart completely, so that no key is forgotten.
-fn client_options(config: &Config) -> ClientOptions {
+fn client_options(config: &Config, handed_over: HandedOver) -> ClientOptions {
     let RegistryConfig {
         plain_http,
         ca_file,
@@ -213,7 +248,7 @@ fn client_options(config: &Config) -> ClientOptions {
     } = config.registry.clone();
     ClientOptions {
         plain_http,
-        credentials: Credentials::from_environment(),
+        credentials: Credentials::from_environment().with_handed_over(handed_over),
         ca_file,
         connect_timeout,
         idle_timeout: stall_timeout,
@@ -284,6 +319,10 @@ impl LayerMounts for Layers {
 
     fn usage(&self, toc_digest: &Digest) -> Usage {
         self.shared.store.usage(toc_digest)
+    }
+
+    fn warmer(&self) -> Option<Warmer> {
+        Some(Warmer::new(self.shared.clone()))
     }
 
     async fn shutdown(&self) {

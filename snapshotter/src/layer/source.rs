@@ -73,6 +73,8 @@ pub enum Priority {
     Demand,
     /// Files that the image's maker expects to be read first.
     Prefetch,
+    /// What an operator wants resident, some time.
+    Warm,
 }
 
 impl Priority {
@@ -81,6 +83,7 @@ impl Priority {
         match self {
             Self::Demand => "demand",
             Self::Prefetch => "prefetch",
+            Self::Warm => "warm",
         }
     }
 }

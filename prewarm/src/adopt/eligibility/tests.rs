@@ -110,7 +110,10 @@ fn users_and_groups_are_the_pause_processs() {
     assert_eq!(context(|of| of.supplemental_groups = vec![1, 2]), Ok(()));
     assert_eq!(context(|of| of.run_as_group = user(1000)), Err(Ineligible::RunAs));
     assert_eq!(context(|of| of.run_as_user = user(-1)), Err(Ineligible::RunAs));
-    assert_eq!(context(|of| of.supplemental_groups = vec![1 << 32]), Err(Ineligible::RunAs));
+    assert_eq!(
+        context(|of| of.supplemental_groups = vec![1 << 32]),
+        Err(Ineligible::RunAs)
+    );
     assert_eq!(context(|of| of.supplemental_groups_policy = 7), Err(Ineligible::RunAs));
     let shared = context(|of| {
         of.run_as_user = user(0);
@@ -178,7 +181,10 @@ fn privileged_only_without_selinux() {
         ..Default::default()
     };
     assert_eq!(context(|of| of.selinux_options = Some(label)), Err(Ineligible::Selinux));
-    assert_eq!(context(|of| of.selinux_options = Some(SeLinuxOption::default())), Ok(()));
+    assert_eq!(
+        context(|of| of.selinux_options = Some(SeLinuxOption::default())),
+        Ok(())
+    );
 }
 
 #[test]
@@ -187,7 +193,13 @@ fn sysctls_of_the_safe_set() {
     for name in SAFE_SYSCTLS {
         assert_eq!(set(name), Ok(()), "{name}");
     }
-    for name in ["net.core.somaxconn", "kernel.msgmax", "net/ipv4/tcp_syncookies", "", "../../etc"] {
+    for name in [
+        "net.core.somaxconn",
+        "kernel.msgmax",
+        "net/ipv4/tcp_syncookies",
+        "",
+        "../../etc",
+    ] {
         assert_eq!(set(name), Err(Ineligible::Sysctls), "{name}");
     }
 }
@@ -209,7 +221,10 @@ fn what_containerd_or_the_kernel_would_refuse() {
     assert_eq!((label(4095), label(4096)), (Ok(()), Err(Ineligible::Label)));
     let hostname = |name: &str| with(|config| config.hostname = name.into());
     assert_eq!(hostname(""), Ok(()));
-    assert_eq!((hostname(&"h".repeat(64)), hostname(&"h".repeat(65))), (Ok(()), Err(Ineligible::Hostname)));
+    assert_eq!(
+        (hostname(&"h".repeat(64)), hostname(&"h".repeat(65))),
+        (Ok(()), Err(Ineligible::Hostname))
+    );
     assert_eq!(hostname("a\nb"), Err(Ineligible::Hostname));
     let parent = |path: &str| linux(|linux| linux.cgroup_parent = path.into());
     assert_eq!(parent("/kubepods/pod1"), Ok(()));

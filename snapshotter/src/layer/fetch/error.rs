@@ -52,6 +52,16 @@ pub enum Corruption {
 pub type Failure = Arc<FetchError>;
 
 impl FetchError {
+    /// Stable, short name of the failure.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Source { .. } => "source",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Store(_) => "store",
+            Self::Abandoned => "stopped",
+        }
+    }
+
     /// The disk's error, where the disk is at fault.
     pub fn disk_error(&self) -> Option<&io::Error> {
         match self {

@@ -135,6 +135,11 @@ impl Claim {
         self.member
     }
 
+    /// What is said of it, for those who do not wait as readers do.
+    pub(super) fn progress(&self) -> watch::Receiver<Progress> {
+        self.sender.subscribe()
+    }
+
     /// Lets waiters look whether their chunks are there already.
     pub(super) fn announce_partial(&self) {
         self.sender.send_replace(Progress::Partial);

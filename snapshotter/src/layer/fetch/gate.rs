@@ -1,6 +1,6 @@
 //! Who may use the network: bounded requests, demand before prefetch.
 //!
-//! Prefetch may hold only a part of the slots, so a reader never queues behind it; and it stops taking bytes from its connections
+//! Prefetch may hold only a part of the slots, and warming only a part of those, so a reader never queues behind it; and it stops taking bytes from its connections
 //! while a reader's request is under way, so the reader has the bandwidth. The demand of one layer may hold a part too, so a
 //! registry that does not answer keeps nobody else waiting. No pause is longer than [`LONGEST_PAUSE`]:
 //! nothing starves.
@@ -19,6 +19,7 @@ pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 pub(super) struct Gate {
     slots: Arc<Semaphore>,
     prefetch_slots: Arc<Semaphore>,
+    warm_slots: Arc<Semaphore>,
     /// Demand requests that wait for a slot or have one.
     demand: Arc<watch::Sender<usize>>,
     /// Demand slots of one layer.
@@ -34,6 +35,7 @@ pub(super) struct Share(Arc<Semaphore>);
 pub(super) struct Slot {
     _slot: Option<OwnedSemaphorePermit>,
     _prefetch_slot: Option<OwnedSemaphorePermit>,
+    _warm_slot: Option<OwnedSemaphorePermit>,
     _share: Option<OwnedSemaphorePermit>,
     _demand: Option<Counted>,
 }
@@ -50,12 +52,13 @@ impl Counted {
 }
 
 impl Gate {
-    /// `slots` requests at once; prefetch has a quarter of them, the demand of one layer half.
+    /// `slots` requests at once; prefetch has a quarter of them, warming half of that, the demand of one layer half of all.
     pub(super) fn new(slots: usize) -> Self {
         let slots = slots.max(2);
         Self {
             slots: Arc::new(Semaphore::new(slots)),
             prefetch_slots: Arc::new(Semaphore::new((slots / 4).max(1))),
+            warm_slots: Arc::new(Semaphore::new((slots / 8).max(1))),
             demand: Arc::new(watch::Sender::new(0)),
             share: slots / 2,
         }
@@ -86,6 +89,15 @@ impl Gate {
             _prefetch_slot: prefetch_slot,
             _slot: self.slots.clone().acquire_owned().await.ok(),
             ..Slot::default()
+        }
+    }
+
+    /// Waits for the right to make a request that nobody will miss for now.
+    pub(super) async fn enter_warm(&self) -> Slot {
+        let warm_slot = self.warm_slots.clone().acquire_owned().await.ok();
+        Slot {
+            _warm_slot: warm_slot,
+            ..self.enter_prefetch().await
         }
     }
 
@@ -141,6 +153,15 @@ mod tests {
                 .is_ok()
         );
         drop(prefetch);
+    }
+
+    #[tokio::test]
+    async fn warming_leaves_prefetch_its_slots() {
+        let gate = Gate::new(16);
+        let _warm = [gate.enter_warm().await, gate.enter_warm().await];
+        assert!(tokio::time::timeout(SOON, gate.enter_warm()).await.is_err());
+        let _prefetch = [gate.enter_prefetch().await, gate.enter_prefetch().await];
+        assert!(tokio::time::timeout(SOON, gate.enter_prefetch()).await.is_err());
     }
 
     #[tokio::test]

@@ -100,17 +100,25 @@ impl LayerFetch {
         &self.flights
     }
 
-    /// Waits for the right to make a request; as a prefetch only until a reader waits for it.
+    /// Waits for the right to make a request; as one that nobody waits for only until a reader does.
     pub(super) async fn enter(&self, priority: Priority, urgency: &Urgency) -> Slot {
         let gate = &self.engine.gate;
-        if priority > Priority::Demand {
-            tokio::select! {
-                biased;
-                () = urgency.raised() => {}
-                slot = gate.enter_prefetch() => return slot,
+        let ahead = async {
+            match priority {
+                Priority::Demand => None,
+                Priority::Prefetch => Some(gate.enter_prefetch().await),
+                Priority::Warm => Some(gate.enter_warm().await),
             }
+        };
+        let ahead = tokio::select! {
+            biased;
+            () = urgency.raised() => None,
+            slot = ahead => slot,
+        };
+        match ahead {
+            Some(slot) => slot,
+            None => gate.enter_demand(&self.share).await,
         }
-        gate.enter_demand(&self.share).await
     }
 
     /// Runs a task of this layer until it ends or the layer is closed.
@@ -121,6 +129,11 @@ impl LayerFetch {
             stop.run_until_cancelled(task).await;
         };
         self.tasks.spawn_on(task, self.engine.runtime());
+    }
+
+    /// Runs work of this layer until it ends or the layer is closed.
+    pub(super) async fn while_open<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        self.stop.run_until_cancelled(work).await
     }
 
     /// Ends all fetches of this layer and waits for them; readers that still wait get an error.

@@ -4,6 +4,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use estargz::digest::Digest;
 use fuse_session::{MountConfig, Session};
@@ -42,16 +43,22 @@ impl Shared {
             layer_digest: request.layer_digest,
         };
         let mut mounted = slot.mounted.lock().await;
-        if let Some(mount) = self.mount_of(mounted.as_ref()) {
-            self.renew_source(mounted.as_ref(), names);
+        if let (Some(mount), Some(mounted)) = (self.mount_of(mounted.as_ref()), mounted.as_ref()) {
+            self.renew_source(&mounted.fetch, names);
             return Ok(mount);
         }
         self.discard_dead(slot, &mut mounted).await;
-        let layer = match self.load_sound(toc_digest, request.layer_digest).await? {
-            Some(layer) => layer,
-            None => self.open_and_load(slot, toc_digest, request).await?,
+        let fetch = if let Some(fetch) = slot.live() {
+            self.renew_source(&fetch, names);
+            fetch
+        } else {
+            let layer = match self.load_sound(toc_digest, request.layer_digest).await? {
+                Some(layer) => layer,
+                None => self.open_and_load(slot, toc_digest, request).await?,
+            };
+            self.fetch_of(layer, names).await
         };
-        let (mount, fetch) = self.serve(slot, &mut mounted, layer, names).await?;
+        let mount = self.serve(slot, &mut mounted, fetch.clone()).await?;
         if self.config.fetch.prefetch {
             fetch.start_prefetch();
         }
@@ -79,17 +86,53 @@ impl Shared {
             return Ok(mount);
         }
         self.discard_dead(slot, &mut mounted).await;
-        let path = self.store.path(&origin.toc_digest);
-        let layer = self.load(origin.toc_digest, origin.layer_digest).await?;
-        let layer = layer.ok_or(NotLazy::NotCached {
-            toc: origin.toc_digest,
-            path,
-        })?;
-        let names = LayerNames {
-            image: origin.image.clone(),
-            layer_digest: origin.layer_digest,
+        let fetch = if let Some(fetch) = slot.live() {
+            self.offer_source(&fetch, &origin.image, origin.layer_digest);
+            fetch
+        } else {
+            let path = self.store.path(&origin.toc_digest);
+            let layer = self.load(origin.toc_digest, origin.layer_digest).await?;
+            let layer = layer.ok_or(NotLazy::NotCached {
+                toc: origin.toc_digest,
+                path,
+            })?;
+            let names = LayerNames {
+                image: origin.image.clone(),
+                layer_digest: origin.layer_digest,
+            };
+            self.fetch_of(layer, names).await
         };
-        Ok(self.serve(slot, &mut mounted, layer, names).await?.0)
+        self.serve(slot, &mut mounted, fetch).await
+    }
+
+    /// Opens a layer that is on disk for a warm, or joins those who have it open; [`Self::let_go`] must follow.
+    pub(super) async fn hold(
+        self: &Arc<Self>,
+        slot: &Slot,
+        toc_digest: Digest,
+        names: LayerNames,
+    ) -> Result<Arc<LayerFetch>, NotLazy> {
+        let _mounted = slot.mounted.lock().await;
+        let fetch = if let Some(fetch) = slot.live() {
+            self.offer_source(&fetch, &names.image, names.layer_digest);
+            fetch
+        } else {
+            let path = self.store.path(&toc_digest);
+            let layer = self.load_sound(toc_digest, names.layer_digest).await?;
+            let layer = layer.ok_or(NotLazy::NotCached { toc: toc_digest, path })?;
+            let fetch = self.fetch_of(layer, names).await;
+            slot.set_live(Some(fetch.clone()));
+            fetch
+        };
+        slot.warms.fetch_add(1, Ordering::Relaxed);
+        Ok(fetch)
+    }
+
+    /// Ends what [`Self::hold`] began.
+    pub(super) async fn let_go(&self, slot: &Slot, fetch: Arc<LayerFetch>) {
+        let mounted = slot.mounted.lock().await;
+        slot.warms.fetch_sub(1, Ordering::Relaxed);
+        close_unused(slot, &fetch, mounted.is_some()).await;
     }
 
     fn mount_of(&self, mounted: Option<&Mounted>) -> Option<LayerMount> {
@@ -102,13 +145,9 @@ impl Shared {
     }
 
     /// The image that was pulled last is the one whose registry and credentials most likely work; the others stay behind it.
-    fn renew_source(&self, mounted: Option<&Mounted>, names: LayerNames) {
-        if let Some(mounted) = mounted {
-            let size = mounted.fetch.layer().index().blob_size();
-            mounted
-                .fetch
-                .prefer_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
-        }
+    fn renew_source(&self, fetch: &LayerFetch, names: LayerNames) {
+        let size = fetch.layer().index().blob_size();
+        fetch.prefer_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
     }
 
     /// Another image of the layer, to be asked where the others fail.
@@ -174,14 +213,8 @@ impl Shared {
         }
     }
 
-    /// Puts a layer's FUSE session on its mount point.
-    async fn serve(
-        self: &Arc<Self>,
-        slot: &Slot,
-        mounted: &mut Option<Mounted>,
-        layer: CachedLayer,
-        names: LayerNames,
-    ) -> Result<(LayerMount, Arc<LayerFetch>), NotLazy> {
+    /// The fetch engine's view of a layer that has just been opened.
+    async fn fetch_of(self: &Arc<Self>, layer: CachedLayer, names: LayerNames) -> Arc<LayerFetch> {
         let source = self.source(&names.image, &names.layer_digest, Some(layer.index().blob_size()));
         let (layer_digest, toc_digest) = (names.layer_digest, layer.toc_digest());
         let fetch = LayerFetch::new(self.engine.clone(), Arc::new(layer), source, names);
@@ -190,6 +223,16 @@ impl Shared {
         if let Ok(origin) = first.await {
             self.offer_source(&fetch, &origin.image, origin.layer_digest);
         }
+        fetch
+    }
+
+    /// Puts a layer's FUSE session on its mount point.
+    async fn serve(
+        self: &Arc<Self>,
+        slot: &Slot,
+        mounted: &mut Option<Mounted>,
+        fetch: Arc<LayerFetch>,
+    ) -> Result<LayerMount, NotLazy> {
         let mount = LayerMount {
             toc_digest: fetch.layer().toc_digest(),
             path: fetch.layer().mount_point(),
@@ -204,11 +247,8 @@ impl Shared {
         })?;
         self.metrics.layers_mounted.inc();
         slot.set_live(Some(fetch.clone()));
-        *mounted = Some(Mounted {
-            session,
-            fetch: fetch.clone(),
-        });
-        Ok((mount, fetch))
+        *mounted = Some(Mounted { session, fetch });
+        Ok(mount)
     }
 
     fn mount_config(&self, toc_digest: &Digest) -> MountConfig {
@@ -240,7 +280,6 @@ impl Shared {
     }
 
     async fn take_down(&self, slot: &Slot, mounted: Mounted) {
-        slot.set_live(None);
         let Mounted { session, fetch } = mounted;
         let result = tokio::task::spawn_blocking(move || session.unmount()).await;
         if let Ok(Err(error)) = result {
@@ -249,10 +288,18 @@ impl Shared {
                 "the layer's mount did not end cleanly"
             );
         }
-        fetch.close().await;
-        fetch.checkpoint().await;
+        close_unused(slot, &fetch, false).await;
         self.metrics.layers_mounted.dec();
     }
+}
+
+/// Makes a layer's residency durable, and closes it if neither a mount nor a warm uses it any more.
+async fn close_unused(slot: &Slot, fetch: &LayerFetch, is_mounted: bool) {
+    if !is_mounted && slot.warms.load(Ordering::Relaxed) == 0 {
+        slot.set_live(None);
+        fetch.close().await;
+    }
+    fetch.checkpoint().await;
 }
 
 fn mount_session(fuse: LayerFuse, path: &Path, config: MountConfig) -> Result<Session, crate::layer::Cause> {

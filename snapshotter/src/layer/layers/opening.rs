@@ -7,7 +7,7 @@ use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
 use hullspeed_registry::Reference;
 
-use super::{MAX_OPENING, Shared, Slot};
+use super::{MAX_OPENING, Shared, Slot, Used};
 use crate::layer::cache::Origin;
 use crate::layer::image::LayerDescriptor;
 use crate::layer::open::{self, Expected};
@@ -99,27 +99,28 @@ impl Shared {
     }
 
     async fn open_other(self: Arc<Self>, image: String, layer: LayerDescriptor) {
-        let Some(toc) = layer.toc_digest else { return };
-        let slot = self.slot(&toc);
+        if let Err(error) = self.open_described(&image, &layer).await {
+            // Its own Prepare reports it.
+            tracing::debug!(layer = %layer.digest, error = &error as &dyn std::error::Error, "cannot open a layer ahead");
+        }
+    }
+
+    /// Brings a layer of a manifest into the cache if it is not there. May be dropped.
+    pub(super) async fn open_described(self: &Arc<Self>, image: &str, layer: &LayerDescriptor) -> Result<(), NotLazy> {
+        let Some(toc) = layer.toc_digest else {
+            return Err(NotLazy::NoTocDigest { layer: layer.digest });
+        };
+        let used = Used::new(self, toc);
         let expected = Expected {
             layer: layer.digest,
             toc,
         };
-        if let Err(error) = self
-            .open(
-                &slot,
-                Wanted {
-                    image: &image,
-                    expected,
-                    size: Some(layer.size),
-                },
-            )
-            .await
-        {
-            // Its own Prepare reports it.
-            tracing::debug!(layer = %layer.digest, error = &error as &dyn std::error::Error, "cannot open a layer ahead");
-        }
-        self.forget(&toc, slot);
+        let wanted = Wanted {
+            image,
+            expected,
+            size: Some(layer.size),
+        };
+        self.open(&used.slot, wanted).await
     }
 
     /// Brings one layer into the cache if it is not there.

@@ -1,0 +1,95 @@
+//! The pool as the API shows it.
+
+use std::time::Duration;
+
+use hullspeed_proto::hullspeed::prewarm::v1 as api;
+
+use crate::pool::{CreationFailure, HandlerSnapshot, Off, PoolSnapshot};
+
+/// Hulls that exist or are about to.
+pub(super) fn left(pool: &PoolSnapshot) -> u64 {
+    let hulls = |handler: &HandlerSnapshot| handler.idle + handler.creating;
+    (pool.handlers.iter().map(hulls).sum::<usize>() + pool.removing) as u64
+}
+
+pub(super) fn pool(pool: PoolSnapshot) -> api::PoolStatus {
+    let PoolSnapshot {
+        off,
+        paused,
+        drained,
+        handlers,
+        removing,
+        networks,
+        free_addresses,
+        bytes_per_hull,
+        failure,
+        audit,
+    } = pool;
+    let state = match (&off, paused) {
+        _ if drained => "drained",
+        (Some(_), _) => "off",
+        (None, true) => "paused",
+        (None, false) => "on",
+    };
+    let (reason, detail) = why(off);
+    api::PoolStatus {
+        state: state.to_owned(),
+        reason,
+        detail,
+        handlers: handlers.into_iter().map(handler).collect(),
+        removing: removing as u64,
+        networks,
+        free_addresses,
+        bytes_per_hull,
+        failure: failure.map(
+            |CreationFailure {
+                 reason,
+                 in_a_row,
+                 retry_in,
+             }| api::CreationFailure {
+                reason,
+                in_a_row: in_a_row.into(),
+                retry_in_ms: millis(retry_in),
+            },
+        ),
+        audit: Some(api::Audit {
+            sweeps: audit.sweeps,
+            lost: audit.lost,
+            spared: audit.spared,
+        }),
+    }
+}
+
+fn handler(handler: HandlerSnapshot) -> api::HandlerPool {
+    let HandlerSnapshot {
+        runtime_handler,
+        min,
+        max,
+        target,
+        idle,
+        creating,
+        oldest,
+        off,
+    } = handler;
+    let (off_reason, off_detail) = why(off);
+    api::HandlerPool {
+        handler: runtime_handler,
+        min: min as u64,
+        max: max as u64,
+        target: target as u64,
+        ready: idle as u64,
+        creating: creating as u64,
+        oldest_ms: oldest.map(millis),
+        off_reason,
+        off_detail,
+    }
+}
+
+fn why(off: Option<Off>) -> (String, String) {
+    off.map(|Off { reason, detail }| (reason.to_owned(), detail))
+        .unwrap_or_default()
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
