@@ -12,7 +12,8 @@ use proptest::test_runner::TestRunner;
 use tonic::Code;
 
 use crate::support::{
-    Client, Events, Peer, Rule, Stand, answer, framed, grpc, ok_head, read_all, reset_of, send, soon, trailers, whole,
+    Client, Events, Over, Peer, Rule, Stand, answer, framed, grpc, ok_head, read_all, reset_of, send, soon, trailers,
+    whole,
 };
 
 /// Headers whose names and values are any that HTTP allows.
@@ -209,6 +210,7 @@ async fn a_client_that_gives_up_or_goes_cancels_the_call() {
         async move {
             let path = request.uri().path().to_owned();
             events.tell(format!("{path} came"));
+            let _over = Over(events.clone(), format!("{path} over"));
             let reason = if path == "/x/Headers" {
                 let mut stream = respond.send_response(ok_head(), false).unwrap();
                 reset_of(&mut stream).await
@@ -231,12 +233,14 @@ async fn a_client_that_gives_up_or_goes_cancels_the_call() {
         }
         upload.send_reset(Reason::CANCEL);
         assert_eq!(next().await, format!("{path} Some(CANCEL)"));
+        assert_eq!(next().await, format!("{path} over"));
     }
     let client = stand.client().await;
     let kept = client.begin(grpc("/x/Gone"), true).await;
     assert_eq!(next().await, "/x/Gone came");
     drop(client);
-    assert_eq!(next().await, "/x/Gone Some(CANCEL)");
+    // With its client's, the relay's connection goes, too.
+    while next().await != "/x/Gone over" {}
     drop(kept);
     let calls = stand.calls(4).await;
     assert!(

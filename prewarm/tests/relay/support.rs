@@ -400,3 +400,12 @@ impl<T> Events<T> {
 pub(crate) async fn reset_of(stream: &mut SendStream<Bytes>) -> Result<Reason, h2::Error> {
     poll_fn(|cx| stream.poll_reset(cx)).await
 }
+
+/// Tells that something is over, however it ended.
+pub(crate) struct Over<T: Clone>(pub(crate) Events<T>, pub(crate) T);
+
+impl<T: Clone> Drop for Over<T> {
+    fn drop(&mut self) {
+        self.0.tell(self.1.clone());
+    }
+}
