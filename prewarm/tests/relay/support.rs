@@ -79,7 +79,13 @@ async fn listen(listener: UnixListener, handler: Handler, accepted: Arc<Mutex<us
         let (handler, leaving) = (Arc::clone(&handler), leaving.clone());
         connections.spawn(async move {
             let mut builder = h2::server::Builder::new();
-            builder.initial_window_size(1 << 16).max_header_list_size(1 << 20);
+            builder
+                .initial_window_size(1 << 16)
+                .max_header_list_size(1 << 20)
+                // As patient as servers in Go.
+                .max_pending_accept_reset_streams(100_000)
+                .max_concurrent_reset_streams(100_000)
+                .max_local_error_reset_streams(None);
             let mut connection = builder.handshake::<_, Bytes>(stream).await.unwrap();
             let mut calls = tokio::task::JoinSet::new();
             let mut left = false;
