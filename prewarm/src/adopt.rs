@@ -9,15 +9,22 @@
 mod adopter;
 pub mod eligibility;
 pub mod fault;
+mod glob;
 pub mod gojson;
 pub mod hull;
 pub mod journal;
+mod observer;
 pub mod patch;
 pub mod rebrand;
 mod recovery;
+#[cfg(test)]
+mod samples;
 pub mod schema;
 mod source;
+#[cfg(test)]
+mod testing;
 
-pub use adopter::{Adopter, AdopterError, Observer, Options, Outcome};
+pub use adopter::{Adopter, AdopterError, Options};
+pub use observer::{Observer, Outcome};
 pub use recovery::{IdleHull, Recovered, RecoveryError};
 pub use source::{HullSource, Miss};

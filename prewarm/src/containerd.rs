@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hullspeed_proto::containerd::services::containers::v1::containers_client::ContainersClient;
 use hullspeed_proto::containerd::services::events::v1::events_client::EventsClient;
+use hullspeed_proto::containerd::services::sandbox::v1::store_client::StoreClient;
 use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
 use hullspeed_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use hyper_util::rt::TokioIo;
@@ -90,6 +91,12 @@ impl Containerd {
     pub fn containers(&self) -> ContainersClient<InterceptedService<Channel, InNamespace>> {
         ContainersClient::with_interceptor(self.channel.clone(), InNamespace)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// containerd's records of sandboxes, in CRI's namespace: a second copy, which 1.6 has not.
+    #[must_use]
+    pub fn sandboxes(&self) -> StoreClient<InterceptedService<Channel, InNamespace>> {
+        StoreClient::with_interceptor(self.channel.clone(), InNamespace).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// containerd's events.

@@ -69,11 +69,16 @@ pub fn sandbox_name(metadata: &PodSandboxMetadata) -> String {
     format!("{name}_{namespace}_{uid}_{attempt}")
 }
 
+/// Names of requests that containerd did not answer with a sandbox; the oldest are forgotten.
+const MAX_DOUBTFUL: usize = 1024;
+
 /// Who has a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
     /// A request that is under way.
     Pending,
+    /// Perhaps a sandbox of containerd's: its request failed or was given up.
+    Doubtful,
     /// A sandbox that containerd knows under this name.
     Native(String),
     /// An adopted sandbox: containerd may not know the name.
@@ -87,6 +92,7 @@ struct State {
     retired_order: VecDeque<String>,
     adopted: HashMap<String, Arc<Adoption>>,
     names: HashMap<String, Holder>,
+    doubtful_order: VecDeque<String>,
 }
 
 /// The ledger. Cheap to clone; clones share their state.
@@ -199,26 +205,50 @@ impl Ledger {
         let mut state = self.state();
         state.adopted.remove(id);
         state.names.retain(|_, holder| match holder {
-            Holder::Pending => true,
+            Holder::Pending | Holder::Doubtful => true,
             Holder::Native(of) | Holder::Adopted(of) => of != id,
         });
     }
 
     /// A sandbox that containerd knows under this name.
     pub fn add_native(&self, name: String, id: &str) {
-        self.state().names.insert(name, Holder::Native(id.to_owned()));
+        let mut state = self.state();
+        if !matches!(state.names.get(&name), Some(Holder::Adopted(_))) {
+            state.names.insert(name, Holder::Native(id.to_owned()));
+        }
     }
 
-    /// Takes a name for a request; given back when the reservation is dropped unsettled.
+    /// Ids of the sandboxes whose names containerd knows.
+    #[must_use]
+    pub fn natives(&self) -> HashSet<String> {
+        let state = self.state();
+        let ids = state.names.values().filter_map(|holder| match holder {
+            Holder::Native(id) => Some(id.clone()),
+            _ => None,
+        });
+        ids.collect()
+    }
+
+    /// containerd has told of all its sandboxes: there are no doubts.
+    pub fn end_doubts(&self) {
+        let mut state = self.state();
+        state.doubtful_order.clear();
+        state.names.retain(|_, holder| *holder != Holder::Doubtful);
+    }
+
+    /// Takes a name for a request; given back when the reservation is dropped unsettled. A name that containerd has, or
+    /// may have, is lent to one request at a time: containerd decides.
     pub fn reserve(&self, name: &str) -> Result<Reservation, Holder> {
         let mut state = self.state();
-        if let Some(holder) = state.names.get(name) {
-            return Err(holder.clone());
-        }
+        let before = match state.names.get(name) {
+            Some(holder @ (Holder::Pending | Holder::Adopted(_))) => return Err(holder.clone()),
+            other => other.cloned(),
+        };
         state.names.insert(name.to_owned(), Holder::Pending);
         Ok(Reservation {
             ledger: self.clone(),
             name: name.to_owned(),
+            unsettled: before,
         })
     }
 }
@@ -228,10 +258,24 @@ impl Ledger {
 pub struct Reservation {
     ledger: Ledger,
     name: String,
+    /// Who has the name if this request does not settle it.
+    unsettled: Option<Holder>,
 }
 
 impl Reservation {
-    /// containerd made a sandbox of this name.
+    /// Whether only containerd knows if the name is free.
+    #[must_use]
+    pub fn is_contested(&self) -> bool {
+        self.unsettled.is_some()
+    }
+
+    /// The request goes to containerd. If it fails or is given up, the name may be taken nevertheless: containerd keeps
+    /// it for a sandbox that it could not clean up, and two sandboxes of one name keep it from starting.
+    pub fn forwarded(&mut self) {
+        self.unsettled.get_or_insert(Holder::Doubtful);
+    }
+
+    /// containerd has made the sandbox.
     pub fn settle_native(self, id: &str) {
         self.ledger.add_native(self.name.clone(), id);
     }
@@ -241,8 +285,25 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.ledger.state();
         // Settled by adoption or by containerd's answer, it is not pending any more.
-        if state.names.get(&self.name) == Some(&Holder::Pending) {
-            state.names.remove(&self.name);
+        if state.names.get(&self.name) != Some(&Holder::Pending) {
+            return;
+        }
+        match self.unsettled.take() {
+            None => {
+                state.names.remove(&self.name);
+            }
+            Some(holder) => {
+                if holder == Holder::Doubtful {
+                    state.doubtful_order.push_back(self.name.clone());
+                }
+                state.names.insert(self.name.clone(), holder);
+            }
+        }
+        while state.doubtful_order.len() > MAX_DOUBTFUL {
+            let oldest = state.doubtful_order.pop_front().unwrap_or_default();
+            if state.names.get(&oldest) == Some(&Holder::Doubtful) {
+                state.names.remove(&oldest);
+            }
         }
     }
 }
@@ -310,6 +371,38 @@ mod tests {
         ledger.forget("h");
         assert!(ledger.adoption("h").is_none());
         ledger.reserve(name).unwrap().settle_native("n");
-        assert_eq!(ledger.reserve(name).unwrap_err(), Holder::Native("n".into()));
+        let contested = ledger.reserve(name).unwrap();
+        assert!(contested.is_contested(), "containerd decides about names that it has");
+        drop(contested);
+        assert_eq!(ledger.natives(), HashSet::from(["n".to_owned()]));
+        ledger.reserve(name).unwrap().settle_native("m");
+        assert_eq!(ledger.natives(), HashSet::from(["m".to_owned()]));
+        ledger.forget("m");
+        assert!(!ledger.reserve(name).unwrap().is_contested());
+    }
+
+    #[test]
+    fn a_request_that_was_given_up_leaves_its_name_in_doubt() {
+        let ledger = ledger();
+        let given_up = |name: &str| {
+            let mut reservation = ledger.reserve(name).unwrap();
+            assert!(!reservation.is_contested());
+            reservation.forwarded();
+        };
+        given_up("name");
+        let again = ledger.reserve("name").unwrap();
+        assert!(again.is_contested());
+        drop(again);
+        assert!(ledger.reserve("name").unwrap().is_contested());
+        ledger.end_doubts();
+        assert!(
+            !ledger.reserve("name").unwrap().is_contested(),
+            "containerd has not got it"
+        );
+        given_up("name");
+        for other in 0..MAX_DOUBTFUL {
+            given_up(&other.to_string());
+        }
+        assert!(!ledger.reserve("name").unwrap().is_contested(), "doubts are bounded");
     }
 }

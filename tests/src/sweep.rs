@@ -215,19 +215,17 @@ fn remove_interfaces(names: &RunNames) -> Result<()> {
     Ok(())
 }
 
-/// containerd's shims listen below /run/containerd whatever the configured state directory is; their bundles say where.
+/// containerd's shims listen below /run/containerd whatever the configured state directory is; their bundles say where,
+/// those of containerd 2 in JSON.
 fn remove_shim_sockets(directory: &Path) {
+    const SOCKETS: &str = "/run/containerd/s/";
     for state in entries(directory).flat_map(|child| entries(&child.join("state/io.containerd.runtime.v2.task"))) {
-        for bundle in entries(&state) {
-            let Ok(address) = fs::read_to_string(bundle.join("address")) else {
-                continue;
-            };
-            if let Some(socket) = address
-                .trim()
-                .strip_prefix("unix://")
-                .filter(|path| path.starts_with("/run/containerd/s/"))
-            {
-                let _ = fs::remove_file(socket);
+        for file in entries(&state).flat_map(|bundle| ["address", "bootstrap.json"].map(|name| bundle.join(name))) {
+            let text = fs::read_to_string(file).unwrap_or_default();
+            let after = text.split_once(SOCKETS).map_or("", |(_, rest)| rest);
+            let name: String = after.chars().take_while(char::is_ascii_hexdigit).collect();
+            if !name.is_empty() {
+                let _ = fs::remove_file(Path::new(SOCKETS).join(name));
             }
         }
     }

@@ -1,67 +1,38 @@
 //! RunPodSandbox, from its request to its answer.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use tokio::sync::broadcast;
+use hullspeed_proto::cri::v1::{PodSandboxConfig, RunPodSandboxRequest};
+use prost::Message as _;
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, oneshot};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
-use super::eligibility::Policy;
-use super::{HullSource, Recovered, RecoveryError};
+use super::eligibility::{self, Policy};
+use super::journal::{Journal, JournalError};
+use super::patch::{PatchError, Patcher};
+use super::rebrand::Rebrander;
+use super::{HullSource, Observer, Outcome, schema};
 use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
-use crate::ledger::{Adoption, Ledger};
-use crate::relay::{Call, Reply};
+use crate::ledger::{Holder, Ledger, Reservation, sandbox_name};
+use crate::relay::{Api, Call, Reply};
+use crate::rules::Events;
 
-/// How a RunPodSandbox was answered. Labels of a metric: [`Outcome::result`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// By an adoption.
-    Hit,
-    /// By containerd, for want of a hull.
-    Miss,
-    /// By containerd, because the pod needs something that a hull is not.
-    Ineligible,
-    /// By containerd, after an adoption that failed.
-    Failed,
-    /// By containerd or by a refusal, because only that is right.
-    NativeOnly,
-}
+mod adoption;
+mod forward;
+mod recover;
 
-impl Outcome {
-    /// A short, stable name.
-    #[must_use]
-    pub fn result(self) -> &'static str {
-        match self {
-            Self::Hit => "hit",
-            Self::Miss => "miss",
-            Self::Ineligible => "ineligible",
-            Self::Failed => "failed",
-            Self::NativeOnly => "native_only",
-        }
-    }
-}
+use adoption::Attempt;
 
-/// Counts what happens; implemented by the metrics. Called on the critical path: it must not block.
-pub trait Observer: Send + Sync + 'static {
-    /// A RunPodSandbox was decided on; `reason` is a short, stable name from a small set, empty for a hit.
-    fn request(&self, outcome: Outcome, reason: &'static str) {
-        let _ = (outcome, reason);
-    }
+/// The journal's name in the state directory.
+pub const JOURNAL: &str = "journal";
 
-    /// A hull became a pod's: what that took from request to answer, and how long the hull had waited.
-    fn adopted(&self, took: Duration, hull_age: Duration) {
-        let _ = (took, hull_age);
-    }
-
-    /// containerd's record of an adopted sandbox was rewritten ("done"), is gone ("gone"), or could not be ("failed").
-    fn rebranded(&self, result: &'static str) {
-        let _ = result;
-    }
-}
-
-/// Counts nothing.
-impl Observer for () {}
+/// After a failure that is not the pod's doing, hulls are left alone for so long: each attempt costs one.
+const PAUSE: Duration = Duration::from_secs(10);
 
 /// What an [`Adopter`] works with.
 pub struct Options {
@@ -71,12 +42,14 @@ pub struct Options {
     pub ledger: Ledger,
     /// Where hulls come from.
     pub hulls: Arc<dyn HullSource>,
+    /// Who tells of sandboxes that begin.
+    pub events: Events,
+    /// Who counts.
+    pub observer: Arc<dyn Observer>,
     /// Directory of the journal, on a tmpfs: it must not outlive the node's sandboxes.
     pub state: PathBuf,
     /// Which pods may have a hull.
     pub policy: Policy,
-    /// Who counts.
-    pub observer: Arc<dyn Observer>,
 }
 
 /// Why there is no adopter.
@@ -84,53 +57,223 @@ pub struct Options {
 pub enum AdopterError {
     /// No journal.
     #[error("cannot open the journal of adoptions")]
-    Journal(#[source] std::io::Error),
+    Journal(#[source] JournalError),
+    /// No thread.
+    #[error("cannot start the thread that enters namespaces")]
+    Patcher(#[source] PatchError),
+}
+
+/// Parts of an adopter, shared by its tasks.
+struct Shared {
+    options: Options,
+    journal: Arc<Journal>,
+    patcher: Patcher,
+    rebrander: Rebrander,
+    /// Adoptions hold it for reading. None until containerd's state is known.
+    facts: Arc<RwLock<Option<Arc<Facts>>>>,
+    paused_until: Mutex<Option<Instant>>,
+    stopping: CancellationToken,
+    work: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Answers RunPodSandbox. Cheap to clone; clones are one adopter.
 #[derive(Clone)]
 pub struct Adopter {
-    inner: Arc<Options>,
-    adoptions: broadcast::Sender<Arc<Adoption>>,
+    shared: Arc<Shared>,
 }
+
+/// Why containerd answers instead.
+type Passed = (Outcome, &'static str);
+
+/// The facts, for as long as an adoption takes.
+type Gate = OwnedRwLockReadGuard<Option<Arc<Facts>>>;
 
 impl Adopter {
     /// An adopter that passes everything on until [`Self::recover`] has told it the facts.
     ///
     /// Call it within a tokio runtime.
     pub fn new(options: Options) -> Result<Self, AdopterError> {
+        let journal = Journal::open(&options.state.join(JOURNAL)).map_err(AdopterError::Journal)?;
+        let journal = Arc::new(journal);
+        let patcher = Patcher::start().map_err(AdopterError::Patcher)?;
+        let rebrander = Rebrander::new(
+            options.containerd.clone(),
+            options.ledger.clone(),
+            Arc::clone(&journal),
+            Arc::clone(&options.observer),
+        );
+        let stopping = CancellationToken::new();
+        let work = tokio::spawn(rebrander.clone().run(stopping.clone()));
+        let shared = Shared {
+            options,
+            journal,
+            patcher,
+            rebrander,
+            facts: Arc::default(),
+            paused_until: Mutex::new(None),
+            stopping,
+            work: Mutex::new(Some(work)),
+        };
         Ok(Self {
-            inner: Arc::new(options),
-            adoptions: broadcast::channel(64).0,
+            shared: Arc::new(shared),
         })
     }
 
     /// Answers RunPodSandbox, of either version of CRI: by an adoption, or as containerd does.
+    ///
+    /// Dropping the future gives up a call that is with containerd, but not an adoption: that is completed, and the
+    /// client finds the sandbox at its next look, as if the answer had been lost.
     pub async fn run_pod_sandbox(&self, call: Call) -> Reply {
-        call.upstream.unary(call.message).await.into()
+        let begun = Instant::now();
+        let Ok(request) = RunPodSandboxRequest::decode(call.message.clone()) else {
+            return self.pass(call, None, (Outcome::NativeOnly, "malformed")).await;
+        };
+        let Some(metadata) = request.config.as_ref().and_then(|config| config.metadata.as_ref()) else {
+            return self.pass(call, None, (Outcome::Ineligible, "metadata")).await;
+        };
+        let name = sandbox_name(metadata);
+        let mut reservation = match self.reserve(&name).await {
+            Ok(reservation) => reservation,
+            Err(refusal) => {
+                self.count((Outcome::NativeOnly, "name_reserved"));
+                return Reply::Failed(refusal.into());
+            }
+        };
+        let passed = match self.may_adopt(&call, request, &reservation) {
+            Err(passed) => passed,
+            Ok((gate, config, handler)) => match self.shared.options.hulls.take(&handler) {
+                Err(miss) => (Outcome::Miss, miss.reason()),
+                Ok(hull) => {
+                    let attempt = Attempt {
+                        gate,
+                        hull,
+                        config,
+                        handler,
+                        begun,
+                    };
+                    match self.adopt(attempt, reservation).await {
+                        Ok(reply) => return reply,
+                        Err((given_back, reason)) => {
+                            reservation = given_back;
+                            (Outcome::Failed, reason)
+                        }
+                    }
+                }
+            },
+        };
+        self.pass(call, Some(reservation), passed).await
+    }
+
+    /// Whether this pod may have a hull; what is needed for that.
+    fn may_adopt(
+        &self,
+        call: &Call,
+        request: RunPodSandboxRequest,
+        name: &Reservation,
+    ) -> Result<(Gate, PodSandboxConfig, String), Passed> {
+        if call.api != Api::V1 {
+            return Err((Outcome::NativeOnly, "api_version"));
+        }
+        // containerd has a sandbox of this name, or may have: it knows best, and answers in its own words.
+        if name.is_contested() {
+            return Err((Outcome::NativeOnly, "name_contested"));
+        }
+        let recovering = (Outcome::NativeOnly, "recovering");
+        let gate = Arc::clone(&self.shared.facts)
+            .try_read_owned()
+            .map_err(|_| recovering)?;
+        let facts = gate.as_ref().ok_or(recovering)?;
+        if self.is_paused() {
+            return Err((Outcome::NativeOnly, "paused"));
+        }
+        schema::check(&call.message).map_err(|error| {
+            tracing::debug!(%error, "a pod asks for something that is not known");
+            (Outcome::Ineligible, "unknown_field")
+        })?;
+        let config = request.config.unwrap_or_default();
+        let handler = request.runtime_handler;
+        eligibility::check(&config, &handler, facts, &self.shared.options.policy)
+            .map_err(|why| (Outcome::Ineligible, why.reason()))?;
+        Ok((gate, config, handler))
+    }
+
+    /// Takes the name, or says in containerd's words that it is taken.
+    async fn reserve(&self, name: &str) -> Result<Reservation, Status> {
+        let ledger = &self.shared.options.ledger;
+        let holder = match ledger.reserve(name) {
+            Ok(reservation) => return Ok(reservation),
+            Err(Holder::Adopted(id)) => {
+                // Removed behind our back, it has no right to the name any more.
+                if self.is_gone(&id).await {
+                    self.removed(&id);
+                    if let Ok(reservation) = ledger.reserve(name) {
+                        return Ok(reservation);
+                    }
+                }
+                id
+            }
+            Err(_) => "a request under way".to_owned(),
+        };
+        let text = format!("failed to reserve sandbox name {name:?}: name {name:?} is reserved for {holder:?}");
+        Err(Status::unknown(text))
     }
 
     /// The client has removed this sandbox and containerd has agreed.
     pub fn removed(&self, sandbox_id: &str) {
-        self.inner.ledger.forget(sandbox_id);
+        let adopted = self.shared.options.ledger.adoption(sandbox_id).is_some();
+        self.shared.options.ledger.forget(sandbox_id);
+        if adopted {
+            self.shared.forget(sandbox_id);
+        }
     }
 
-    /// Adoptions as they happen, before their answers are sent.
-    #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<Arc<Adoption>> {
-        self.adoptions.subscribe()
+    /// containerd is away, or its facts are in doubt: nothing is adopted until [`Self::recover`] succeeds. Waits for
+    /// adoptions that are under way.
+    pub async fn suspend(&self) {
+        *self.shared.facts.write().await = None;
     }
-
-    /// Learns from containerd and the journal which sandboxes are hulls and which are pods'. For the start and after
-    /// every restart of containerd; until it succeeds nothing is adopted.
-    pub async fn recover(&self, facts: Arc<Facts>) -> Result<Recovered, RecoveryError> {
-        let _ = facts;
-        Ok(Recovered::default())
-    }
-
-    /// containerd is away, or its facts are in doubt: nothing is adopted until [`Self::recover`] succeeds.
-    pub fn suspend(&self) {}
 
     /// Ends background work; what is left of it is done after the next start.
-    pub async fn shutdown(&self) {}
+    pub async fn shutdown(&self) {
+        self.suspend().await;
+        self.shared.stopping.cancel();
+        let work = self.shared.work.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(work) = work {
+            let _ = work.await;
+        }
+        let shared = Arc::clone(&self.shared);
+        let _ = tokio::task::spawn_blocking(move || shared.patcher.stop()).await;
+    }
+
+    fn count(&self, (outcome, reason): Passed) {
+        self.shared.options.observer.request(outcome, reason);
+    }
+
+    fn is_paused(&self) -> bool {
+        let until = *self.shared.paused_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// In a task of its own, which nobody can give up halfway.
+    async fn adopt(&self, attempt: Attempt, name: Reservation) -> Result<Reply, (Reservation, &'static str)> {
+        let (answer, answered) = oneshot::channel();
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move { shared.adopt(attempt, name, answer).await });
+        match answered.await {
+            Ok(result) => result,
+            // Only a runtime that shuts down drops a task.
+            Err(_) => Ok(Reply::Failed(Status::unavailable("the relay is shutting down").into())),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl crate::rules::Sandboxes for Adopter {
+    async fn run_pod_sandbox(&self, call: Call) -> Reply {
+        Self::run_pod_sandbox(self, call).await
+    }
+
+    fn removed(&self, sandbox_id: &str) {
+        Self::removed(self, sandbox_id);
+    }
 }

@@ -1,1 +1,305 @@
-//! To come.
+//! containerd's own record of an adopted sandbox, made the pod's.
+//!
+//! containerd's CRI plugin keeps sandboxes in memory and reads their records at its start only. Once a record is the
+//! pod's, the next start of containerd makes it the pod's everywhere, with or without this daemon. That is also how one
+//! leaves: drain, restart containerd, point the kubelet at it.
+//!
+//! The work is done in the background, a few at a time, again and again while containerd is away. It can be repeated:
+//! the result depends only on the adoption. What is not ours in a record stays as it is, byte for byte.
+//!
+//! **Others who read records.** NRI plugins and the legacy NRI get what containerd has in memory: the hull's names until
+//! containerd restarts. Whatever reads containers.v1 (cAdvisor, nerdctl, ctr) sees the pod's labels at once.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hullspeed_daemon::error::chain;
+use hullspeed_proto::containerd::services::containers::v1::{GetContainerRequest, UpdateContainerRequest};
+use hullspeed_proto::containerd::services::sandbox::v1::{StoreGetRequest, StoreUpdateRequest};
+use prost_types::{Any, FieldMask};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+
+use super::journal::{Journal, Record};
+use super::{Observer, fault};
+use crate::containerd::Containerd;
+use crate::ledger::{Adoption, Ledger, sandbox_name};
+
+pub mod record;
+
+use record::RecordError;
+
+/// The extension of a sandbox's record that is CRI's.
+pub const METADATA_EXTENSION: &str = "io.cri-containerd.sandbox.metadata";
+
+/// The same in the second copy.
+const STORE_EXTENSION: &str = "metadata";
+
+/// Our own extension: the time of adoption, for ever.
+pub const ADOPTION_EXTENSION: &str = "io.hullspeed.adoption";
+
+/// Records rewritten at once. Each costs containerd a transaction or two, which pods' starts wait for.
+const AT_ONCE: usize = 2;
+
+/// Sandboxes that wait. Those beyond are taken up by the next recovery.
+const MAX_WAITING: usize = 4096;
+
+/// Limit on each call.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Pauses between attempts on one record.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Attempts on a record that containerd answers about but that cannot be rewritten.
+const MAX_REFUSALS: u32 = 8;
+
+/// Why a record could not be rewritten.
+#[derive(Debug, thiserror::Error)]
+pub enum RebrandError {
+    /// A call failed.
+    #[error("containerd does not answer {call}")]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// Its status.
+        #[source]
+        source: Box<Status>,
+    },
+    /// The record is not such as we know.
+    #[error("the record in {service} is not as expected")]
+    Record {
+        /// Whose.
+        service: &'static str,
+        /// What about it.
+        #[source]
+        source: RecordError,
+    },
+}
+
+impl RebrandError {
+    fn call(call: &'static str) -> impl Fn(Status) -> Self {
+        move |source| Self::Call {
+            call,
+            source: Box::new(source),
+        }
+    }
+
+    fn code(&self) -> Option<Code> {
+        match self {
+            Self::Call { source, .. } => Some(source.code()),
+            Self::Record { .. } => None,
+        }
+    }
+
+    /// Whether containerd is away, so that the record cannot be blamed.
+    fn is_absence(&self) -> bool {
+        matches!(
+            self.code(),
+            Some(Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled)
+        )
+    }
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    order: VecDeque<String>,
+    known: BTreeSet<String>,
+}
+
+/// What the work needs; shared by its tasks.
+struct Shared {
+    containerd: Containerd,
+    ledger: Ledger,
+    journal: Arc<Journal>,
+    observer: Arc<dyn Observer>,
+    waiting: Mutex<Waiting>,
+    more: Notify,
+}
+
+/// Rewrites records in the background. Cheap to clone.
+#[derive(Clone)]
+pub struct Rebrander {
+    shared: Arc<Shared>,
+}
+
+impl Rebrander {
+    /// One for these parts; [`Self::run`] does the work.
+    #[must_use]
+    pub fn new(containerd: Containerd, ledger: Ledger, journal: Arc<Journal>, observer: Arc<dyn Observer>) -> Self {
+        let shared = Shared {
+            containerd,
+            ledger,
+            journal,
+            observer,
+            waiting: Mutex::default(),
+            more: Notify::new(),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The record of this sandbox, which the ledger calls adopted, is to be rewritten.
+    pub fn add(&self, sandbox_id: &str) {
+        let mut waiting = self.waiting();
+        if waiting.order.len() >= MAX_WAITING {
+            tracing::warn!(
+                sandbox_id,
+                "too many records wait to be rewritten; this one waits for the next recovery"
+            );
+        } else if waiting.known.insert(sandbox_id.to_owned()) {
+            waiting.order.push_back(sandbox_id.to_owned());
+        }
+        drop(waiting);
+        self.shared.more.notify_one();
+    }
+
+    /// Works until told to stop. What is left then is in the journal.
+    pub async fn run(self, stopping: CancellationToken) {
+        let mut tasks = JoinSet::new();
+        loop {
+            while tasks.len() < AT_ONCE {
+                let Some(id) = self.waiting().order.pop_front() else {
+                    break;
+                };
+                let this = self.clone();
+                tasks.spawn(async move {
+                    this.work_on(&id).await;
+                    this.waiting().known.remove(&id);
+                });
+            }
+            tokio::select! {
+                () = stopping.cancelled() => break,
+                () = self.shared.more.notified(), if tasks.len() < AT_ONCE => {}
+                Some(_) = tasks.join_next() => {}
+            }
+        }
+        tasks.shutdown().await;
+    }
+
+    /// Until it is done, the sandbox is gone, or the record is such that it never will be.
+    async fn work_on(&self, id: &str) {
+        let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
+        let result = loop {
+            // Removed by its pod meanwhile, it is nobody's.
+            let Some(adoption) = self.shared.ledger.adoption(id) else {
+                break "gone";
+            };
+            match rebrand(&self.shared.containerd, &adoption).await {
+                Ok(()) => break self.done(id),
+                Err(error) if error.code() == Some(Code::NotFound) => break "gone",
+                Err(error) => {
+                    refusals += u32::from(!error.is_absence());
+                    if refusals >= MAX_REFUSALS {
+                        tracing::error!(sandbox_id = id, error = %chain(&error), "a sandbox's record stays its hull's");
+                        break "failed";
+                    }
+                    tracing::warn!(sandbox_id = id, error = %chain(&error), "a sandbox's record could not be rewritten yet");
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        };
+        self.shared.observer.rebranded(result);
+    }
+
+    fn done(&self, id: &str) -> &'static str {
+        if let Err(error) = self.shared.journal.append(Record::Branded(id.to_owned())) {
+            tracing::warn!(sandbox_id = id, error = %chain(&error), "the journal does not know of a rewritten record");
+        }
+        fault::point("rebranded");
+        "ok"
+    }
+}
+
+/// Makes both copies of the record the pod's.
+pub(super) async fn rebrand(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
+    rebrand_container(containerd, adoption).await?;
+    fault::point("rebranding");
+    match rebrand_store(containerd, adoption).await {
+        // containerd 1.6 has no such service, and sandboxes older than 2.0 are not in it.
+        Err(error) if matches!(error.code(), Some(Code::Unimplemented | Code::NotFound)) => Ok(()),
+        other => other,
+    }
+}
+
+async fn limited<T>(
+    call: &'static str,
+    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, RebrandError> {
+    let late = |_| Status::deadline_exceeded("no answer in time");
+    let answer = tokio::time::timeout(CALL_LIMIT, answer).await.map_err(late);
+    let answer = answer.flatten().map_err(RebrandError::call(call))?;
+    Ok(answer.into_inner())
+}
+
+async fn rebrand_container(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
+    const SERVICE: &str = "containers.v1";
+    let failed = |source| RebrandError::Record {
+        service: SERVICE,
+        source,
+    };
+    let mut client = containerd.containers();
+    let id = adoption.sandbox_id.clone();
+    let found = limited("Containers.Get", client.get(GetContainerRequest { id })).await?;
+    let mut container = found.container.ok_or(RecordError::Missing).map_err(failed)?;
+    let extension = container.extensions.get_mut(METADATA_EXTENSION);
+    let extension = extension.ok_or(RecordError::Missing).map_err(failed)?;
+    let edited = record::edit(&extension.value, adoption).map_err(failed)?;
+    container.labels = record::labels(&container.labels, &edited.labels_before, adoption);
+    extension.value = edited.json;
+    let note = Any {
+        type_url: ADOPTION_EXTENSION.into(),
+        value: record::note(adoption),
+    };
+    container.extensions.insert(ADOPTION_EXTENSION.into(), note);
+    let paths = vec![
+        "labels".to_owned(),
+        format!("extensions.{METADATA_EXTENSION}"),
+        format!("extensions.{ADOPTION_EXTENSION}"),
+    ];
+    let request = UpdateContainerRequest {
+        container: Some(container),
+        update_mask: Some(FieldMask { paths }),
+    };
+    limited("Containers.Update", client.update(request)).await?;
+    Ok(())
+}
+
+async fn rebrand_store(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
+    const SERVICE: &str = "sandbox.v1";
+    let failed = |source| RebrandError::Record {
+        service: SERVICE,
+        source,
+    };
+    let mut client = containerd.sandboxes();
+    let sandbox_id = adoption.sandbox_id.clone();
+    let found = limited("Store.Get", client.get(StoreGetRequest { sandbox_id })).await?;
+    let mut sandbox = found.sandbox.ok_or(RecordError::Missing).map_err(failed)?;
+    let Some(extension) = sandbox.extensions.get_mut(STORE_EXTENSION) else {
+        // 1.7 keeps sandboxes of other controllers here.
+        return Ok(());
+    };
+    extension.value = record::edit(&extension.value, adoption).map_err(failed)?.json;
+    let mut fields = vec![format!("extensions.{STORE_EXTENSION}")];
+    if let Some(metadata) = &adoption.config.metadata {
+        sandbox.labels.insert("name".into(), sandbox_name(metadata));
+        fields.push("labels.name".into());
+    }
+    // containerd reads the runtime of any update, there or not.
+    sandbox.runtime.get_or_insert_default();
+    let request = StoreUpdateRequest {
+        sandbox: Some(sandbox),
+        fields,
+    };
+    limited("Store.Update", client.update(request)).await?;
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! tonic on both sides.
