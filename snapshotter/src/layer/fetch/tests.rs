@@ -732,7 +732,10 @@ async fn warming_goes_on_where_it_was_stopped_and_asks_for_nothing_that_is_there
     let later = &requests[before..];
     assert!(later.iter().all(|(range, _)| range.start >= first_missing), "{later:?}");
     // Two are under way at a time.
-    assert!(later.windows(3).all(|three| three[0].0.start < three[2].0.start), "{later:?}");
+    assert!(
+        later.windows(3).all(|three| three[0].0.start < three[2].0.start),
+        "{later:?}"
+    );
     fetch.warm(u64::MAX).await.unwrap();
     assert_eq!(bench.source.requests().len(), requests.len());
     assert_only_verified(fetch.layer());
