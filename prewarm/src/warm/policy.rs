@@ -213,6 +213,14 @@ mod tests {
     }
 
     #[test]
+    fn the_sample_is_a_policy_with_its_examples_and_without() {
+        let sample = include_str!("../../../deploy/hullspeed/warm.toml");
+        assert!(Policy::parse(sample).unwrap().entries.is_empty());
+        let examples: Vec<&str> = sample.lines().filter_map(|line| line.strip_prefix("#: ")).collect();
+        assert_eq!(Policy::parse(&examples.join("\n")).unwrap().entries.len(), 3);
+    }
+
+    #[test]
     fn a_fault_is_named_with_its_place() {
         let many = "[[image]]\nname = \"a\"\nshare = \"toc\"\n".repeat(MAX_ENTRIES + 1);
         let long = format!("[[image]]\nshare = \"toc\"\nname = \"{}\"", "a".repeat(MAX_NAME + 1));
