@@ -96,7 +96,7 @@ impl Cli {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
+    use clap::CommandFactory;
     use hullspeed_daemon::config::Override;
 
     use super::*;
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn every_command_is_understood() {
-        <Cli as clap::CommandFactory>::command().debug_assert();
+        <Cli as CommandFactory>::command().debug_assert();
         let tables = Form { json: false };
         let json = Form { json: true };
         let pool = |action, form| Command::Pool { action, form };
@@ -120,7 +120,13 @@ mod tests {
             ("x pool flush --json", pool(Some(Action::Flush), json)),
             ("x pool pause", pool(Some(Action::Pause), tables)),
             ("x pool resume", pool(Some(Action::Resume), tables)),
-            ("x drain", Command::Drain { wait: false, form: tables }),
+            (
+                "x drain",
+                Command::Drain {
+                    wait: false,
+                    form: tables,
+                },
+            ),
             ("x drain --wait --json", Command::Drain { wait: true, form: json }),
             ("x doctor", Command::Doctor(tables)),
             ("x check-config", Command::CheckConfig),
@@ -143,7 +149,7 @@ mod tests {
     #[test]
     fn the_document_shows_every_command() {
         let document = include_str!("../../docs/prewarm-cli.md");
-        for command in Cli::command().get_subcommands() {
+        for command in <Cli as CommandFactory>::command().get_subcommands() {
             let name = command.get_name();
             assert!(document.contains(&format!("hullspeed-prewarm {name}")), "{name}");
             for flag in command.get_arguments().filter_map(|argument| argument.get_long()) {

@@ -94,6 +94,7 @@ impl PodNode {
             name: "prewarm".into(),
             containerd: self.containerd.socket(),
             hulls,
+            as_shipped: false,
             extra: extra.into(),
         };
         self.prewarm = Some(Prewarm::start(&self.run, &options)?);

@@ -59,12 +59,7 @@ pub async fn drain(client: &Client, wait: bool, form: Form, out: &mut dyn Write)
     Ok(())
 }
 
-fn show<T: Serialize>(
-    answer: &T,
-    form: Form,
-    as_text: fn(&T) -> String,
-    out: &mut dyn Write,
-) -> Result<(), AskError> {
+fn show<T: Serialize>(answer: &T, form: Form, as_text: fn(&T) -> String, out: &mut dyn Write) -> Result<(), AskError> {
     if form.json {
         serde_json::to_writer(&mut *out, answer).map_err(io::Error::from)?;
         writeln!(out)?;

@@ -23,7 +23,11 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         containerd_version
     };
     let mut text = String::new();
-    let hits: u64 = requests.iter().filter(|request| request.result == "hit").map(|request| request.count).sum();
+    let hits: u64 = requests
+        .iter()
+        .filter(|request| request.result == "hit")
+        .map(|request| request.count)
+        .sum();
     let calls: u64 = requests.iter().map(|request| request.count).sum();
     // Writing to a string never fails.
     let _ = writeln!(text, "hullspeed-prewarm {version} serves {socket}");
@@ -81,7 +85,10 @@ pub(super) fn pool(pool: &api::PoolStatus) -> String {
             retry_in_ms,
         } = failure;
         let retry = display_duration(Duration::from_millis(*retry_in_ms));
-        let _ = writeln!(text, "last creation     failed ({in_a_row} in a row, next in {retry}): {reason}");
+        let _ = writeln!(
+            text,
+            "last creation     failed ({in_a_row} in a row, next in {retry}): {reason}"
+        );
     }
     if let Some(api::Audit { lost, spared, .. }) = audit.filter(|audit| audit.lost + audit.spared > 0) {
         let _ = writeln!(text, "unknown hulls     {lost} removed, {spared} left alone");
@@ -230,7 +237,10 @@ mod tests {
             assert!(text.contains(part), "{part} is missing:\n{text}");
         }
         let text = status(&api::StatusResponse::default());
-        assert!(text.contains("has not answered yet") && !text.contains("RESULT"), "{text}");
+        assert!(
+            text.contains("has not answered yet") && !text.contains("RESULT"),
+            "{text}"
+        );
     }
 
     #[test]
