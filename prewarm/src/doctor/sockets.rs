@@ -8,7 +8,7 @@ use hullspeed_daemon::error::chain;
 use hullspeed_proto::cri::v1::VersionRequest;
 use tokio::time::timeout;
 
-use super::containerd::limited;
+use super::containerd::{advice, limited};
 use super::{ANSWER_LIMIT, Places, Report, kubelet};
 use crate::client::Client;
 use crate::config::Config;
@@ -164,17 +164,6 @@ async fn examine_control(config: &Config, report: &mut Report) -> bool {
         report.warn("pool", says, "see containerd's log; ordinary pods meet the same");
     }
     true
-}
-
-/// What can be done about a pool that is off.
-fn advice(reason: &str) -> &'static str {
-    match reason {
-        reason if reason.starts_with("cni") => {
-            "hulls need a network that does not depend on the pod; if yours does not, cni.allow or cni.override say so"
-        }
-        "nri" => "if the NRI plugins may see a hull's name instead of its pod's, set pool.allow_nri",
-        _ => "see the keys pool, cni and adoption of the configuration, and the daemon's log",
-    }
 }
 
 async fn examine_way_through(config: &Config, report: &mut Report) {
