@@ -88,18 +88,24 @@ impl Keeper {
 
     async fn look(&mut self, shared: &Arc<Shared>) {
         let now = Instant::now();
-        let (stale, unsettled) = {
+        let (wanting, unsettled) = {
             let state = shared.state();
             let stale = state.current.as_ref().is_none_or(|current| !current.is_current());
             let loading = state
                 .shelves
                 .iter()
                 .any(|shelf| shelf.off.as_ref().is_some_and(|off| off.reason == "cni_loading"));
-            (stale, loading || state.away.is_some())
+            // The first hull brings the pause image with it.
+            let has_hulls = state.shelves.iter().any(|shelf| !shelf.idle.is_empty());
+            let imageless = state
+                .current
+                .as_ref()
+                .is_some_and(|current| current.facts.pause_images.is_empty());
+            (stale || (has_hulls && imageless), loading || state.away.is_some())
         };
         // What has just been found wanting is not asked for again at every wake.
         let interval = if unsettled { TICK } else { SURVEY_INTERVAL };
-        if (stale && is_due(self.surveyed, TICK / 10, now)) || is_due(self.surveyed, interval, now) {
+        if (wanting && is_due(self.surveyed, TICK / 10, now)) || is_due(self.surveyed, interval, now) {
             self.surveyed = Some(now);
             if let Err(error) = survey(shared).await {
                 tracing::debug!("containerd: {}", cni::describe(&error));
@@ -175,7 +181,10 @@ impl Shared {
         // Reads a directory, so not under the lock.
         let free = networks.and_then(|current| cni::free(current.networks.iter()));
         let mut state = self.state();
+        let idle: usize = state.shelves.iter().map(|shelf| shelf.idle.len()).sum();
+        let held = (idle + state.condemned.len()) as u64;
         state.free_addresses = free;
+        state.addresses = free.map(|free| free.saturating_add(held));
         let mut dead = Vec::new();
         for shelf in &mut state.shelves {
             let (alive, gone): (Vec<Idle>, Vec<Idle>) = shelf.idle.drain(..).partition(|idle| idle.hull.is_alive());

@@ -136,9 +136,8 @@ pub(super) struct Limits {
     pub(super) max_memory_bytes: u64,
     pub(super) bytes_per_hull: Option<u64>,
     pub(super) address_headroom: u64,
-    pub(super) free_addresses: Option<u64>,
-    /// Hulls that hold an address now.
-    pub(super) held: usize,
+    /// Addresses that are free or that hulls have, counted at one moment.
+    pub(super) addresses: Option<u64>,
 }
 
 impl Limits {
@@ -150,13 +149,10 @@ impl Limits {
     }
 
     fn by_addresses(&self) -> usize {
-        let Some(free) = self.free_addresses else {
+        let Some(addresses) = self.addresses else {
             return usize::MAX;
         };
-        let available = (self.held as u64)
-            .saturating_add(free)
-            .saturating_sub(self.address_headroom);
-        usize::try_from(available).unwrap_or(usize::MAX)
+        usize::try_from(addresses.saturating_sub(self.address_headroom)).unwrap_or(usize::MAX)
     }
 
     /// Whether addresses are what limits.

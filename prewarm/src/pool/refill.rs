@@ -82,7 +82,8 @@ impl Shared {
             if due > now {
                 return Some(due);
             }
-            let current = state.current.clone()?;
+            // The keeper looks again, soon.
+            let current = state.current.clone().filter(|current| current.is_current())?;
             let order = match self.order(&state, shelf, &current) {
                 Ok(order) => order,
                 Err(error) => {
@@ -243,7 +244,6 @@ fn limits(state: &State, shared: &Shared) -> Limits {
         max_memory_bytes: shared.options.max_memory_bytes,
         bytes_per_hull: state.bytes_per_hull,
         address_headroom: shared.options.address_headroom,
-        free_addresses: state.free_addresses,
-        held: state.shelves.iter().map(|shelf| shelf.idle.len()).sum(),
+        addresses: state.addresses,
     }
 }

@@ -87,6 +87,8 @@ pub(super) struct State {
     /// Of late, on average.
     pub(super) creation_time: Duration,
     pub(super) free_addresses: Option<u64>,
+    /// These, and those of hulls at the time of the count: hulls that go or come since do not change the sum.
+    pub(super) addresses: Option<u64>,
     pub(super) bytes_per_hull: Option<u64>,
     pub(super) audit: Audit,
     /// The next comparison of our books with containerd's; `None` is now.
@@ -138,6 +140,7 @@ impl Shared {
             last_creation: None,
             creation_time: Duration::ZERO,
             free_addresses: None,
+            addresses: None,
             bytes_per_hull: None,
             audit: Audit::default(),
             sweep_at: None,

@@ -8,9 +8,10 @@ use hullspeed_proto::containerd::services::containers::v1::GetContainerRequest;
 use hullspeed_proto::cri::v1::{ContainerFilter, ListContainersRequest};
 use tonic::{Code, Status};
 
-use super::creation::{self, MADE_WITH};
+use super::cni;
+use super::creation::{self, CreationError, MADE_WITH};
 use super::fingerprint::Current;
-use super::state::{Idle, Shared};
+use super::state::{Idle, Shared, Shelf};
 
 /// Limit on each call.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
@@ -41,8 +42,14 @@ impl Shared {
                 continue;
             }
             let is_candidate = candidates.contains(id);
-            if is_candidate && *is_ready && self.take_back(id, current).await {
-                continue;
+            if is_candidate && *is_ready {
+                match self.take_back(id, current).await {
+                    Ok(()) => {
+                        tracing::info!(sandbox = id, "a hull of an earlier run is taken back");
+                        continue;
+                    }
+                    Err(why) => tracing::info!(sandbox = id, "a hull of an earlier run is not taken back: {why}"),
+                }
             }
             self.judge(id, is_candidate).await?;
         }
@@ -67,38 +74,34 @@ impl Shared {
         }
     }
 
-    /// A hull of an earlier run goes on its shelf, if it is as one made now would be.
-    async fn take_back(&self, id: &str, current: &Current) -> bool {
-        let Ok(ready) = creation::inspect(&self.containerd, id).await else {
-            return false;
-        };
+    /// A hull of an earlier run goes on its shelf, if it is as one made now would be; else: why not.
+    async fn take_back(&self, id: &str, current: &Current) -> Result<(), String> {
+        let described = |error: CreationError| cni::describe(&error);
+        let ready = creation::inspect(&self.containerd, id).await.map_err(described)?;
         let handler = &ready.status.runtime_handler;
         let made_with = ready.status.annotations.get(MADE_WITH);
-        if !made_with.is_some_and(|text| current.fingerprint.is(text)) || !matches!(self.is_pods(id).await, Ok(false)) {
-            return false;
+        if !made_with.is_some_and(|text| current.fingerprint.is(text)) {
+            return Err("it was made with another configuration, network or pause image".into());
         }
-        let Ok(hull) = creation::open(id, handler, ready.pid, &current.facts) else {
-            return false;
-        };
+        if !matches!(self.is_pods(id).await, Ok(false)) {
+            return Err("it is not known to be idle".into());
+        }
+        let hull = creation::open(id, handler, ready.pid, &current.facts).map_err(described)?;
         let mut state = self.state();
-        if !state.may_hold() {
-            return false;
-        }
+        let may_hold = state.may_hold();
         let shelf = state
             .shelves
             .iter_mut()
             .find(|shelf| shelf.config.runtime_handler == *handler);
-        let Some(shelf) = shelf.filter(|shelf| shelf.off.is_none() && shelf.idle.len() < shelf.config.max) else {
-            return false;
-        };
+        let has_room = |shelf: &&mut Shelf| may_hold && shelf.off.is_none() && shelf.idle.len() < shelf.config.max;
+        let shelf = shelf.filter(has_room).ok_or("no pool has a place for it")?;
         self.ledger.add_hull(id);
         shelf.idle.push_back(Idle {
             hull,
             pid: ready.pid,
             born: Instant::now(),
         });
-        tracing::info!(sandbox = id, "a hull of an earlier run is taken back");
-        true
+        Ok(())
     }
 
     /// A marked sandbox that nobody answers for.

@@ -57,24 +57,22 @@ fn addresses_and_memory_limit() {
         max_memory_bytes: 64 << 20,
         bytes_per_hull: Some(8 << 20),
         address_headroom: 4,
-        free_addresses: Some(3),
-        held: 5,
+        addresses: Some(8),
     };
     assert_eq!((limits.total(), limits.is_by_addresses()), (4, true));
     let more = Limits {
-        free_addresses: Some(100),
+        addresses: Some(100),
         ..limits
     };
     assert_eq!((more.total(), more.is_by_addresses()), (8, false));
     let unknown = Limits {
-        free_addresses: None,
+        addresses: None,
         bytes_per_hull: None,
         ..limits
     };
     assert_eq!(unknown.total(), 10);
     let none = Limits {
-        free_addresses: Some(0),
-        held: 2,
+        addresses: Some(2),
         ..limits
     };
     assert_eq!(none.total(), 0);
