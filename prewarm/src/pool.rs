@@ -36,6 +36,7 @@ mod sweep;
 
 pub use options::{CniPermissions, HandlerPool, PoolOptions};
 pub use snapshot::{Audit, CreationFailure, HandlerSnapshot, Off, PoolSnapshot};
+pub use survey::{Preview, preview};
 
 use state::Shared;
 
