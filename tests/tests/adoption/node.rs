@@ -102,6 +102,61 @@ pub struct Life {
     pub ledger: Ledger,
 }
 
+impl Life {
+    pub fn begin(client: &Client, state: &Path) -> Self {
+        let hulls = Arc::new(Hulls::default());
+        let counts = Arc::new(Counts::default());
+        let ledger = Ledger::new(Mark::new(MARK.into()));
+        let options = Options {
+            containerd: client.clone(),
+            ledger: ledger.clone(),
+            hulls: Arc::clone(&hulls) as Arc<dyn HullSource>,
+            events: Events::new(EventOptions {
+                ledger: ledger.clone(),
+                containerd: client.clone(),
+                supply: false,
+            }),
+            observer: Arc::clone(&counts) as Arc<dyn Observer>,
+            state: state.to_owned(),
+            policy: Policy::default(),
+        };
+        let adopter = Adopter::new(options).unwrap();
+        Self {
+            adopter,
+            hulls,
+            counts,
+            ledger,
+        }
+    }
+
+    /// Puts a hull into the pool.
+    pub fn stock(&self, id: &str, pid: i32, facts: &Facts) {
+        let hull = Hull::open(id, "", pid, facts).unwrap();
+        assert!(hull.is_alive());
+        self.ledger.add_hull(id);
+        self.hulls.hulls.lock().unwrap().push(hull);
+    }
+
+    /// RunPodSandbox through the adopter.
+    pub async fn run_pod(&self, client: &Client, request: Vec<u8>) -> Result<String, tonic::Status> {
+        match self.adopter.run_pod_sandbox(call(client, request)).await {
+            Reply::One(answer) => Ok(RunPodSandboxResponse::decode(answer.message).unwrap().pod_sandbox_id),
+            Reply::Failed(failure) => Err(failure.status().clone()),
+            Reply::Stream(_) => unreachable!("RunPodSandbox does not stream"),
+        }
+    }
+}
+
+/// RunPodSandbox as the relay hands it over.
+pub fn call(client: &Client, request: Vec<u8>) -> Call {
+    Call {
+        method: Method::RunPodSandbox,
+        api: Api::V1,
+        message: request.into(),
+        upstream: Box::new(Real(client.clone())),
+    }
+}
+
 /// The machine.
 pub struct Node {
     pub life: Option<Life>,
@@ -185,29 +240,7 @@ impl Node {
 
     /// A relay starts: the state directory as it is, everything else from nothing.
     pub fn begin_life(&mut self) -> &Life {
-        let hulls = Arc::new(Hulls::default());
-        let counts = Arc::new(Counts::default());
-        let ledger = Ledger::new(Mark::new(MARK.into()));
-        let options = Options {
-            containerd: self.client.clone(),
-            ledger: ledger.clone(),
-            hulls: Arc::clone(&hulls) as Arc<dyn HullSource>,
-            events: Events::new(EventOptions {
-                ledger: ledger.clone(),
-                containerd: self.client.clone(),
-                supply: false,
-            }),
-            observer: Arc::clone(&counts) as Arc<dyn Observer>,
-            state: self.state.clone(),
-            policy: Policy::default(),
-        };
-        let adopter = Adopter::new(options).unwrap();
-        self.life.insert(Life {
-            adopter,
-            hulls,
-            counts,
-            ledger,
-        })
+        self.life.insert(Life::begin(&self.client, &self.state))
     }
 
     pub fn life(&self) -> &Life {
@@ -217,29 +250,17 @@ impl Node {
     /// Puts a new hull into the pool.
     pub async fn stock(&mut self) -> String {
         let (id, pid) = self.hull().await;
-        let hull = Hull::open(&id, "", pid, &self.facts).unwrap();
-        assert!(hull.is_alive());
-        self.life().ledger.add_hull(&id);
-        self.life().hulls.hulls.lock().unwrap().push(hull);
+        self.life().stock(&id, pid, &self.facts);
         id
     }
 
     pub fn call(&self, pod: &Pod) -> Call {
-        Call {
-            method: Method::RunPodSandbox,
-            api: Api::V1,
-            message: pod.request().encode_to_vec().into(),
-            upstream: Box::new(Real(self.client.clone())),
-        }
+        call(&self.client, pod.request().encode_to_vec())
     }
 
     /// RunPodSandbox through the adopter.
     pub async fn run_pod(&self, pod: &Pod) -> Result<String, tonic::Status> {
-        match self.life().adopter.run_pod_sandbox(self.call(pod)).await {
-            Reply::One(answer) => Ok(RunPodSandboxResponse::decode(answer.message).unwrap().pod_sandbox_id),
-            Reply::Failed(failure) => Err(failure.status().clone()),
-            Reply::Stream(_) => unreachable!("RunPodSandbox does not stream"),
-        }
+        self.life().run_pod(&self.client, pod.request().encode_to_vec()).await
     }
 
     /// A file of a sandbox, as it is on disk.
