@@ -81,7 +81,7 @@ async fn adopted_equals_native(release: Release) {
     let id = node.run_pod(&pod).await.unwrap();
     assert_eq!(id, hull);
     assert_eq!(*node.life().counts.requests.lock().unwrap(), [(Outcome::Hit, "")]);
-    assert_eq!(*node.life().hulls.begun.lock().unwrap(), [id.clone()]);
+    assert_eq!(*node.life().hulls.begun.lock().unwrap(), std::slice::from_ref(&id));
     // The same pod from containerd itself.
     let twin = demanding(&node, "natives-pod");
     let native = node.cri.run_sandbox(&twin).await.unwrap();
@@ -459,7 +459,9 @@ async fn adoption_takes_a_moment() {
     node.life().adopter.recover(node.facts.clone()).await.unwrap();
     for index in 0..PODS {
         let hull = node.stock().await;
-        let pod = demanding(&node, &format!("pod-{index}"));
+        let pod = node
+            .pod(&format!("pod-{index}"))
+            .dns(&["10.96.0.10"], &["svc"], &["ndots:5"]);
         assert_eq!(node.run_pod(&pod).await.unwrap(), hull);
         node.rebranded(&hull).await;
     }
