@@ -6,10 +6,14 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 # Rounds of each mode in the demo.
 ROUNDS ?= 5
 
-.PHONY: demo test check build install install-packages help
+# What `make figures` measures.
+AREA ?= hulls
+
+.PHONY: demo figures test check build install install-packages help
 
 help:
 	@echo 'make demo    cold starts of a real image, overlayfs beside hullspeed; one table, target/demo/result.json'
+	@echo 'make figures AREA=hulls   what pod hulls promise, one JSON object per line (containerd 1.6 and 2.x; a quarter of an hour)'
 	@echo 'make test    unit and integration tests (root: real containerd, registry, CNI, FUSE)'
 	@echo 'make check   formatting, lints, licences and advisories, documentation'
 	@echo 'make build   release binaries'
@@ -27,6 +31,9 @@ build:
 
 demo: install build
 	@$(TARGET_DIR)/release/startup --directory target/demo --rounds $(ROUNDS)
+
+figures: install build
+	@$(TARGET_DIR)/release/figures $(AREA) --directory target/figures
 
 # The integration tests start our binaries from the directory they are built into, so those are built first.
 test: install

@@ -12,6 +12,7 @@ use hullspeed_tests::containerd::{Containerd, ContainerdOptions, SnapshotterChoi
 use hullspeed_tests::cri::{Cri, Pod};
 use hullspeed_tests::layout::LayoutImage;
 use hullspeed_tests::network::Network;
+use hullspeed_tests::prewarm::{Prewarm, PrewarmOptions};
 use hullspeed_tests::probe;
 use hullspeed_tests::proxy::Proxy;
 use hullspeed_tests::registry::Registry;
@@ -28,6 +29,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// Directories of a round below the run; they are removed after each.
 const CONTAINERD: &str = "containerd";
 const SNAPSHOTTER: &str = "snapshotter";
+const PREWARM: &str = "prewarm";
+
+/// Hulls in the pool when the pod comes.
+const HULLS: u32 = 2;
 
 /// What all rounds share.
 pub struct Stage<'a> {
@@ -56,6 +61,7 @@ pub struct Subject {
 }
 
 struct Node {
+    prewarm: Option<Prewarm>,
     snapshotter: Option<Snapshotter>,
     containerd: Containerd,
     cri: Cri,
@@ -64,7 +70,7 @@ struct Node {
 /// Runs one round: a fresh node, one start, everything removed again.
 pub async fn measure(stage: &Stage<'_>, subject: &Subject, round: u32) -> Result<Sample> {
     sweep::unmount_below(&stage.run.path().join(SNAPSHOTTER))?;
-    for name in [CONTAINERD, SNAPSHOTTER] {
+    for name in [CONTAINERD, SNAPSHOTTER, PREWARM] {
         remove_tree(&stage.run.path().join(name))?;
     }
     drop_caches()?;
@@ -82,8 +88,14 @@ pub async fn measure(stage: &Stage<'_>, subject: &Subject, round: u32) -> Result
         list_requests(&stage.proxy);
     }
     let fallbacks = fallbacks(&node).await? - fallbacks_before;
-    check_honest(&node, subject, &sample, fallbacks)?;
+    check_honest(&node, subject, &sample, fallbacks).await?;
+    if let Some(prewarm) = &mut node.prewarm {
+        prewarm.control(&["drain", "--wait"])?;
+    }
     node.cri.remove_everything().await?;
+    if let Some(prewarm) = &mut node.prewarm {
+        prewarm.process().stop()?;
+    }
     node.containerd.stop()?;
     if let Some(snapshotter) = &mut node.snapshotter {
         snapshotter.process().stop()?;
@@ -95,7 +107,7 @@ pub async fn measure(stage: &Stage<'_>, subject: &Subject, round: u32) -> Result
 async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
     let snapshotter = match mode {
         Mode::Overlayfs => None,
-        Mode::Hullspeed => Some(Snapshotter::start(stage.run, SNAPSHOTTER, "").await?),
+        Mode::Hullspeed | Mode::Hulls => Some(Snapshotter::start(stage.run, SNAPSHOTTER, "").await?),
     };
     let choice = snapshotter
         .as_ref()
@@ -115,7 +127,24 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
     cri.start_container(&container).await?;
     cri.remove_container(&container).await?;
     cri.remove_sandbox(&sandbox).await?;
+    let prewarm = match mode {
+        Mode::Overlayfs | Mode::Hullspeed => None,
+        Mode::Hulls => {
+            let options = PrewarmOptions {
+                name: PREWARM.into(),
+                containerd: containerd.socket(),
+                hulls: HULLS,
+                as_shipped: true,
+                extra: String::new(),
+            };
+            let mut prewarm = Prewarm::start(stage.run, &options)?;
+            prewarm.wait_for_hulls(HULLS).await?;
+            cri = prewarm.cri().await?;
+            Some(prewarm)
+        }
+    };
     Ok(Node {
+        prewarm,
         snapshotter,
         containerd,
         cri,
@@ -192,8 +221,9 @@ async fn fallbacks(node: &Node) -> Result<f64> {
     }
 }
 
-/// The numbers mean what they say: overlayfs moved the whole image, Hullspeed mounted every layer and unpacked none.
-fn check_honest(node: &Node, subject: &Subject, sample: &Sample, fallbacks: f64) -> Result<()> {
+/// The numbers mean what they say: overlayfs moved the whole image, Hullspeed mounted every layer and unpacked none, and
+/// the pod got a hull where it should.
+async fn check_honest(node: &Node, subject: &Subject, sample: &Sample, fallbacks: f64) -> Result<()> {
     match &node.snapshotter {
         None => {
             let whole = subject.image.compressed_bytes();
@@ -213,6 +243,10 @@ fn check_honest(node: &Node, subject: &Subject, sample: &Sample, fallbacks: f64)
             );
             ensure!(fallbacks == 0.0, "not lazy: {fallbacks} layers were unpacked");
         }
+    }
+    if let Some(prewarm) = &node.prewarm {
+        let hits = prewarm.requests("hit").await?;
+        ensure!(hits == 1, "not a hull: {hits} pods got one");
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use hullspeed_tests::run::RunDir;
 use hullspeed_tests::{pause, programs};
 
 use crate::coldstart::{self, Stage, Subject};
-use crate::report::{Medians, Mode, Report, Sample, table};
+use crate::report::{Medians, Mode, Modes, Report, Sample, table};
 
 const CONVERT_LIMIT: Duration = Duration::from_secs(300);
 
@@ -124,8 +124,8 @@ async fn stage(run: &RunDir, list_requests: bool) -> Result<Stage<'_>> {
 fn subject(run: &RunDir, stage: &Stage<'_>, image: &DemoImage, mode: Mode) -> Result<Subject> {
     let (source, tag, read) = match mode {
         Mode::Overlayfs => (image.source(), demo_image::TAG, image.read()?),
-        Mode::Hullspeed => {
-            let layout = convert(run, image)?;
+        Mode::Hullspeed | Mode::Hulls => {
+            let layout = converted(run, image)?;
             (
                 format!("oci:{}:{CONVERTED}", layout.display()),
                 CONVERTED,
@@ -141,9 +141,12 @@ fn subject(run: &RunDir, stage: &Stage<'_>, image: &DemoImage, mode: Mode) -> Re
     })
 }
 
-/// Converts the image with our converter, what the function reads first in front.
-fn convert(run: &RunDir, image: &DemoImage) -> Result<PathBuf> {
+/// The image converted by our converter, what the function reads first in front; once for all modes.
+fn converted(run: &RunDir, image: &DemoImage) -> Result<PathBuf> {
     let layout = run.path().join("converted");
+    if layout.exists() {
+        return Ok(layout);
+    }
     let mut command = Command::new(programs::find("estargz")?);
     command
         .arg("convert")
@@ -179,13 +182,24 @@ fn publish(subjects: &[Subject], samples: &[Vec<Sample>], compressed: u64, direc
     let medians: Vec<_> = samples.iter().filter_map(|samples| Medians::of(samples)).collect();
     let columns: Vec<_> = subjects.iter().map(|subject| subject.mode).zip(medians).collect();
     println!("{}", table(&columns));
-    let [(Mode::Overlayfs, overlayfs), (Mode::Hullspeed, hullspeed)] = columns.as_slice() else {
+    let [
+        (Mode::Overlayfs, overlayfs),
+        (Mode::Hullspeed, hullspeed),
+        (Mode::Hulls, hulls),
+    ] = columns[..]
+    else {
         return Ok(());
     };
-    let report = Report::new(*overlayfs, *hullspeed, compressed);
+    let modes = Modes {
+        overlayfs,
+        hullspeed,
+        hulls,
+    };
+    let report = Report::new(modes, compressed);
     println!(
-        "total with hullspeed: {:.1} % of overlayfs; on the wire: {:.1} % of the image's {:.1} MB compressed",
+        "total with hullspeed: {:.1} % of overlayfs, with hulls: {:.1} %; on the wire: {:.1} % of the image's {:.1} MB compressed",
         report.ratio_total * 100.0,
+        report.ratio_total_hulls * 100.0,
         report.wire_share() * 100.0,
         compressed as f64 / 1e6,
     );

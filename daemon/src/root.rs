@@ -14,8 +14,10 @@ const ROOT_MODE: u32 = 0o711;
 #[derive(Debug, thiserror::Error)]
 pub enum RootError {
     /// The directory cannot be made or written.
-    #[error("cannot use {} as root; choose a writable directory with --root or key root", path.display())]
+    #[error("cannot use {} as {key}; choose a writable directory with key {key}", path.display())]
     Unusable {
+        /// The key of the configuration that names the directory.
+        key: &'static str,
         /// What was tried.
         path: PathBuf,
         /// Why.
@@ -24,10 +26,12 @@ pub enum RootError {
     },
     /// Another daemon has it.
     #[error(
-        "another daemon (process {process}) uses {}; stop it, or give this one another root and socket",
+        "another daemon (process {process}) uses {}; stop it, or give this one another {key} and socket",
         path.display()
     )]
     Running {
+        /// The key of the configuration that names the directory.
+        key: &'static str,
         /// The root.
         path: PathBuf,
         /// Process id of the other, as it noted it.
@@ -96,15 +100,16 @@ impl Drop for Made {
 }
 
 impl Root {
-    /// Makes the directory where it is missing and locks it.
-    pub fn lock(root: &Path) -> Result<Self, RootError> {
+    /// Makes the directory where it is missing and locks it, by way of `file` in it: daemons of different kinds can share a
+    /// directory. `key` is its name in the configuration.
+    pub fn lock(root: &Path, key: &'static str, file: &str) -> Result<Self, RootError> {
         let unusable = |path: &Path| {
             let path = path.to_owned();
-            move |source| RootError::Unusable { path, source }
+            move |source| RootError::Unusable { key, path, source }
         };
         let mut made = Made::default();
         made.directory(root).map_err(unusable(root))?;
-        let path = root.join("lock");
+        let path = root.join(file);
         let mut lock = fs::File::options()
             .read(true)
             .write(true)
@@ -122,6 +127,7 @@ impl Root {
                 let process = process.trim();
                 let process = if process.is_empty() { "unknown" } else { process }.to_owned();
                 return Err(RootError::Running {
+                    key,
                     path: root.to_owned(),
                     process,
                 });
@@ -152,10 +158,10 @@ mod tests {
     fn a_root_has_one_daemon_at_a_time() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("a/root");
-        let mut root = Root::lock(&path).unwrap();
+        let mut root = Root::lock(&path, "root", "lock").unwrap();
         root.keep();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, ROOT_MODE);
-        let error = Root::lock(&path).unwrap_err();
+        let error = Root::lock(&path, "root", "lock").unwrap_err();
         assert!(error.is_running());
         let text = error.to_string();
         assert!(
@@ -163,8 +169,10 @@ mod tests {
             "{text}"
         );
         drop(root);
+        // Another kind of daemon has a lock of its own.
+        let _other = Root::lock(&path, "state", "other.lock").unwrap();
         // What a start finds it leaves, however it ends.
-        drop(Root::lock(&path).unwrap());
+        drop(Root::lock(&path, "root", "lock").unwrap());
         assert!(path.join("lock").exists());
     }
 
@@ -172,10 +180,10 @@ mod tests {
     fn a_root_made_for_nothing_is_removed() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("a/root");
-        let root = Root::lock(&path).unwrap();
+        let root = Root::lock(&path, "root", "lock").unwrap();
         fs::create_dir(path.join("layers")).unwrap();
         fs::write(path.join("layers/x"), "x").unwrap();
-        assert!(Root::lock(&path).unwrap_err().is_running());
+        assert!(Root::lock(&path, "root", "lock").unwrap_err().is_running());
         assert!(
             path.join("layers/x").exists(),
             "the refused one removed what is the other's"
@@ -183,20 +191,20 @@ mod tests {
         drop(root);
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
         // A neighbour's directory keeps those above it.
-        let root = Root::lock(&path).unwrap();
+        let root = Root::lock(&path, "root", "lock").unwrap();
         fs::write(place.path().join("a/neighbour"), "").unwrap();
         drop(root);
         assert!(!path.exists() && place.path().join("a/neighbour").exists());
         // An empty root that was there before is not ours to remove.
         fs::create_dir(&path).unwrap();
-        drop(Root::lock(&path).unwrap());
+        drop(Root::lock(&path, "root", "lock").unwrap());
         assert!(path.exists());
     }
 
     #[test]
     fn a_root_that_cannot_be_made_is_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let error = Root::lock(&file.path().join("root")).unwrap_err();
+        let error = Root::lock(&file.path().join("root"), "root", "lock").unwrap_err();
         assert!(!error.is_running());
         assert!(error.to_string().contains(file.path().to_str().unwrap()));
     }

@@ -68,6 +68,12 @@ impl Containerd {
         &self.socket
     }
 
+    /// The connection itself, for calls whose messages are to stay bytes.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
     /// CRI's runtime service.
     #[must_use]
     pub fn runtime(&self) -> RuntimeServiceClient<Channel> {

@@ -17,12 +17,22 @@ use crate::containerd::facts::Facts;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 
+mod cgroup;
+mod cni;
+mod creation;
 mod fingerprint;
+mod keeper;
+mod memory;
+mod nri;
 mod options;
 mod pace;
 mod policy;
+mod refill;
+mod removal;
 mod snapshot;
 mod state;
+mod survey;
+mod sweep;
 
 pub use options::{CniPermissions, HandlerPool, PoolOptions};
 pub use snapshot::{Audit, CreationFailure, HandlerSnapshot, Off, PoolSnapshot};
@@ -52,7 +62,7 @@ impl Pool {
 
     /// Keeps the pool until `stopping`. Hulls that are being made then are waited for; all stay for the next run.
     pub async fn run(&self, stopping: CancellationToken) {
-        stopping.cancelled().await;
+        keeper::run(Arc::clone(&self.shared), stopping).await;
     }
 
     /// What containerd is configured to do; changes when it is restarted. `None` until it has answered once.
@@ -110,5 +120,9 @@ impl HullSource for Pool {
 
     fn start_ended(&self, sandbox_id: &str) {
         self.shared.start_ended(sandbox_id, Instant::now());
+    }
+
+    fn release_all(&self, why: &'static str) {
+        Self::release_all(self, why);
     }
 }

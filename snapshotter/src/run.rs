@@ -14,11 +14,13 @@ use hullspeed_daemon::notify;
 use hullspeed_daemon::root::{Root, RootError};
 use hullspeed_daemon::socket::{Socket, SocketError};
 use hullspeed_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use hullspeed_proto::hullspeed::control::v1::snapshotter_control_server::SnapshotterControlServer;
 use prometheus_client::registry::Registry;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::control::Control;
 use crate::grpc::Snapshots;
 use crate::layer::layers::Layers;
 use crate::layer::{Cause, LayerMounts};
@@ -127,7 +129,7 @@ where
     F: Future<Output = Result<Arc<dyn LayerMounts>, Cause>>,
 {
     let config = Arc::new(config);
-    let mut root = Root::lock(&config.root)?;
+    let mut root = Root::lock(&config.root, "root", "lock")?;
     if config.layers.lazy {
         check_fuse()?;
     }
@@ -139,6 +141,7 @@ where
     let layers = layers(Arc::clone(&config), metrics.clone())
         .await
         .map_err(RunError::Layers)?;
+    let warmer = layers.warmer();
     let service = match open_service(&config, Arc::clone(&layers), metrics.clone()) {
         Ok(service) => service,
         Err(error) => {
@@ -162,6 +165,7 @@ where
     let served = serve(
         socket,
         Snapshots::new(service.clone(), metrics),
+        Control::new(warmer, stopping.clone()),
         stop,
         &stopping,
         config.stop_timeout,
@@ -214,6 +218,7 @@ fn check_fuse() -> Result<(), RunError> {
 async fn serve(
     mut socket: Socket,
     snapshots: Snapshots,
+    control: Control,
     stop: impl Future<Output = ()>,
     stopping: &CancellationToken,
     drain: Duration,
@@ -222,6 +227,7 @@ async fn serve(
     let server = tonic::transport::Server::builder()
         .concurrency_limit_per_connection(MAX_REQUESTS)
         .add_service(SnapshotsServer::new(snapshots))
+        .add_service(SnapshotterControlServer::new(control))
         .serve_with_incoming_shutdown(incoming, stopping.clone().cancelled_owned());
     tokio::pin!(server);
     tokio::select! {

@@ -7,19 +7,26 @@
 //! bounded. The harness needs root and touches nothing of the host's own containerd, registry or CNI configuration.
 
 pub mod access;
+pub mod census;
 pub mod containerd;
 pub mod cri;
 pub mod demo_image;
 pub mod fixture;
 pub mod layer_tar;
 pub mod layout;
+pub mod metrics;
 pub mod network;
+pub mod observation;
 pub mod package_source;
 pub mod pause;
+pub mod pod_node;
+pub mod pod_spec;
+pub mod prewarm;
 pub mod probe;
 pub mod process;
 pub mod programs;
 pub mod proxy;
+pub mod raw;
 pub mod registry;
 pub mod release;
 pub mod requirements;
@@ -29,4 +36,6 @@ pub mod snapshots;
 pub mod snapshotter;
 pub mod sweep;
 mod sys;
+pub mod toolbox;
 pub mod tree;
+pub mod websocket;

@@ -1,7 +1,7 @@
 //! Our own snapshotter daemon, started as an operator would: the binary with a configuration file.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use crate::containerd::SnapshotterChoice;
+use crate::metrics::Metrics;
 use crate::process::Process;
 use crate::programs;
 use crate::run::RunDir;
@@ -26,16 +27,16 @@ const POLL: Duration = Duration::from_millis(10);
 pub struct Snapshotter {
     process: Process,
     directory: PathBuf,
-    metrics: SocketAddr,
+    metrics: Metrics,
 }
 
 impl Snapshotter {
     /// Starts a daemon on `<run>/<name>`; `extra` is appended to its configuration file.
     pub async fn start(run: &RunDir, name: &str, extra: &str) -> Result<Self> {
         let directory = run.directory(name)?;
-        let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, crate::registry::free_port()?));
+        let metrics = Metrics::reserve()?;
         let config = directory.join("snapshotter.toml");
-        fs::write(&config, config_text(&directory, metrics) + extra)
+        fs::write(&config, config_text(&directory, metrics.address()) + extra)
             .with_context(|| format!("cannot write {}", config.display()))?;
         let process = run.spawn(name, command(&config)?)?;
         let mut snapshotter = Self {
@@ -113,20 +114,12 @@ impl Snapshotter {
 
     /// The text of `/metrics`.
     pub async fn metrics(&self) -> Result<String> {
-        let body = crate::probe::first_200(self.metrics, "/metrics", START_LIMIT).await?;
-        Ok(String::from_utf8_lossy(&body).into_owned())
+        self.metrics.text().await
     }
 
-    /// Sum of a metric's samples whose line contains all of `labels`; 0 when there is none.
+    /// See [`Metrics::sum`].
     pub async fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
-        let text = self.metrics().await?;
-        let lines = text
-            .lines()
-            .filter(|line| !line.starts_with('#') && line.split(['{', ' ']).next() == Some(name));
-        let chosen = lines.filter(|line| labels.iter().all(|label| line.contains(label)));
-        Ok(chosen
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum())
+        self.metrics.sum(name, labels).await
     }
 
     /// The records of its log so far; lines that are not JSON are left out.

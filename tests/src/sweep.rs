@@ -35,6 +35,8 @@ pub struct RunNames {
     pub bridge: String,
     /// The cgroup that all pods of the run are under.
     pub cgroup: String,
+    /// The cgroup that all hulls of the run are under; the relay wants letters, digits and underscores.
+    pub hull_cgroup: String,
 }
 
 impl RunNames {
@@ -47,6 +49,7 @@ impl RunNames {
         Self {
             bridge: format!("hs{id}"),
             cgroup: format!("hullspeed-{id}"),
+            hull_cgroup: format!("hullspeed_{id}"),
             id,
         }
     }
@@ -124,7 +127,9 @@ fn cgroups(names: &RunNames) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let mut found = Vec::new();
     for hierarchy in entries(root).chain([root.to_path_buf()]) {
-        collect_directories(&hierarchy.join(&names.cgroup), &mut found);
+        for name in [&names.cgroup, &names.hull_cgroup] {
+            collect_directories(&hierarchy.join(name), &mut found);
+        }
     }
     found
 }
@@ -215,19 +220,17 @@ fn remove_interfaces(names: &RunNames) -> Result<()> {
     Ok(())
 }
 
-/// containerd's shims listen below /run/containerd whatever the configured state directory is; their bundles say where.
+/// containerd's shims listen below /run/containerd whatever the configured state directory is; their bundles say where,
+/// those of containerd 2 in JSON.
 fn remove_shim_sockets(directory: &Path) {
+    const SOCKETS: &str = "/run/containerd/s/";
     for state in entries(directory).flat_map(|child| entries(&child.join("state/io.containerd.runtime.v2.task"))) {
-        for bundle in entries(&state) {
-            let Ok(address) = fs::read_to_string(bundle.join("address")) else {
-                continue;
-            };
-            if let Some(socket) = address
-                .trim()
-                .strip_prefix("unix://")
-                .filter(|path| path.starts_with("/run/containerd/s/"))
-            {
-                let _ = fs::remove_file(socket);
+        for file in entries(&state).flat_map(|bundle| ["address", "bootstrap.json"].map(|name| bundle.join(name))) {
+            let text = fs::read_to_string(file).unwrap_or_default();
+            let after = text.split_once(SOCKETS).map_or("", |(_, rest)| rest);
+            let name: String = after.chars().take_while(char::is_ascii_hexdigit).collect();
+            if !name.is_empty() {
+                let _ = fs::remove_file(Path::new(SOCKETS).join(name));
             }
         }
     }

@@ -16,6 +16,11 @@ pub fn encode(config: &PodSandboxConfig) -> Result<String, GoJsonError> {
     serde_json::to_string(config).map_err(GoJsonError)
 }
 
+/// The configuration as a document; as [`encode`], which cannot fail for what the protocol's messages hold.
+pub fn value(config: &PodSandboxConfig) -> serde_json::Value {
+    serde_json::to_value(config).unwrap_or_default()
+}
+
 /// The configuration that containerd stored. Fields that we do not know are left out.
 pub fn decode(json: &str) -> Result<PodSandboxConfig, GoJsonError> {
     serde_json::from_str(json).map_err(GoJsonError)

@@ -249,3 +249,12 @@ fn the_sample_file_is_valid() {
     assert_eq!(parsed(&uncommented).unwrap(), written_default());
     assert_eq!(keys(&uncommented), keys(&Config::default().to_toml()));
 }
+
+#[test]
+fn the_socket_unit_makes_the_default_socket() {
+    let unit = include_str!("../../../deploy/systemd/hullspeed-prewarm.socket");
+    let socket = format!("ListenStream={}", Config::default().socket.display());
+    assert!(unit.lines().any(|line| line == socket));
+    // The name under which the daemon looks for it.
+    assert!(unit.lines().any(|line| line == "FileDescriptorName=cri"));
+}

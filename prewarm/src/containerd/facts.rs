@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use hullspeed_proto::cri::v1::{ListImagesRequest, StatusRequest, VersionRequest};
+use hullspeed_proto::cri::v1::{ImageSpec, ImageStatusRequest, ListImagesRequest, StatusRequest, VersionRequest};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
@@ -80,7 +80,8 @@ pub struct Facts {
     pub cni_loaded: Option<String>,
     /// Reference of the pause image; empty where containerd does not tell (2.x, before it has one).
     pub sandbox_image: String,
-    /// Ids of the images that containerd pins, and of the pause image, sorted.
+    /// Id of the pause image, or ids of all images that containerd pins if it does not tell which it is; none before it
+    /// has been pulled.
     pub pause_images: Vec<String>,
     /// SHA-256 of version and configuration as containerd reports them, in hex.
     pub fingerprint: String,
@@ -110,22 +111,31 @@ impl Facts {
         let version = limited("Version", runtime.version(VersionRequest::default())).await?;
         let status = limited("Status", runtime.status(StatusRequest { verbose: true })).await?;
         let mut facts = Self::from_information(&version.runtime_version, &status.info)?;
-        let images = limited(
-            "ListImages",
-            containerd.images().list_images(ListImagesRequest::default()),
-        )
-        .await?;
-        let is_pause = |image: &hullspeed_proto::cri::v1::Image| {
-            let mut names = image.repo_tags.iter().chain(&image.repo_digests);
-            image.pinned || (!facts.sandbox_image.is_empty() && names.any(|name| *name == facts.sandbox_image))
-        };
-        let pause: Vec<_> = images.images.iter().filter(|image| is_pause(image)).collect();
-        facts.pause_images = pause.iter().map(|image| image.id.clone()).collect();
-        facts.pause_images.sort();
-        if let (true, [only]) = (facts.sandbox_image.is_empty(), pause.as_slice()) {
-            facts.sandbox_image = only.repo_tags.first().cloned().unwrap_or_default();
-        }
+        facts.read_pause_images(containerd).await?;
         Ok(facts)
+    }
+
+    /// 1.x names the pause image; 2.x pins it, and keeps its name for itself.
+    async fn read_pause_images(&mut self, containerd: &Containerd) -> Result<(), FactsError> {
+        let mut images = containerd.images();
+        if !self.sandbox_image.is_empty() {
+            let image = Some(ImageSpec {
+                image: self.sandbox_image.clone(),
+                ..Default::default()
+            });
+            let request = ImageStatusRequest { image, verbose: false };
+            let status = limited("ImageStatus", images.image_status(request)).await?;
+            self.pause_images = status.image.map(|image| image.id).into_iter().collect();
+            return Ok(());
+        }
+        let list = limited("ListImages", images.list_images(ListImagesRequest::default())).await?;
+        let mut pinned: Vec<_> = list.images.into_iter().filter(|image| image.pinned).collect();
+        if let [only] = pinned.as_slice() {
+            self.sandbox_image = only.repo_tags.first().cloned().unwrap_or_default();
+        }
+        pinned.sort_by(|a, b| a.id.cmp(&b.id));
+        self.pause_images = pinned.into_iter().map(|image| image.id).collect();
+        Ok(())
     }
 
     /// What the answers to Version and Status tell.

@@ -1,6 +1,5 @@
 //! What the pool is told: bounds, limits, permissions. Every limit has a documented default.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 /// How many hulls of one runtime handler are kept.
@@ -56,10 +55,8 @@ pub struct PoolOptions {
     pub cni: CniPermissions,
     /// Keep hulls although NRI plugins, which would see a hull's identity instead of its pod's, are there.
     pub allow_nri: bool,
-    /// Cgroup of hulls, without the ending `.slice`; made if it is missing.
+    /// Cgroup of hulls, without the ending `.slice`; made in every hierarchy if it is missing.
     pub cgroup: String,
-    /// Where cgroup hierarchies are mounted.
-    pub cgroup_mount: PathBuf,
 }
 
 impl Default for PoolOptions {
@@ -85,7 +82,6 @@ impl Default for PoolOptions {
             cni: CniPermissions::default(),
             allow_nri: false,
             cgroup: "hullspeed".into(),
-            cgroup_mount: PathBuf::from("/sys/fs/cgroup"),
         }
     }
 }

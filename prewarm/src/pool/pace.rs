@@ -89,6 +89,35 @@ impl Backoff {
     }
 }
 
+/// What stands between a shortage and the next creation.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Obstacles {
+    /// Since when hulls have been missing, or when the last one was made if that is later.
+    pub(super) short_since: Instant,
+    /// The shortage does not wait for quiet longer than this.
+    pub(super) patience: Duration,
+    pub(super) quiet_at: Instant,
+    /// The last creation began, and how far apart creations are.
+    pub(super) last: Option<Instant>,
+    pub(super) interval: Duration,
+    /// After failures.
+    pub(super) backoff: Option<Instant>,
+    /// Kept from making any.
+    pub(super) held: Option<Instant>,
+}
+
+impl Obstacles {
+    /// When a hull may be made. Under load that does not end, quiet never comes: then it is when patience ends.
+    pub(super) fn due(&self) -> Instant {
+        let quiet = self.quiet_at.min(self.short_since + self.patience);
+        let paced = self.last.map(|last| last + self.interval);
+        [paced, self.backoff, self.held]
+            .into_iter()
+            .flatten()
+            .fold(quiet, Instant::max)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +134,42 @@ mod tests {
         starts.begin("b", now);
         starts.end("b", now + quiet);
         assert_eq!(starts.quiet_at(now + quiet, quiet), now + 2 * quiet);
+    }
+
+    #[test]
+    fn patience_ends_the_wait_for_quiet_but_no_other() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let obstacles = Obstacles {
+            short_since: now,
+            patience: second,
+            quiet_at: now + 10 * second,
+            last: None,
+            interval: second,
+            backoff: None,
+            held: None,
+        };
+        assert_eq!(obstacles.due(), now + second);
+        let quiet = Obstacles {
+            quiet_at: now,
+            ..obstacles
+        };
+        assert_eq!(quiet.due(), now);
+        let paced = Obstacles {
+            last: Some(now),
+            ..quiet
+        };
+        assert_eq!(paced.due(), now + second);
+        let failed = Obstacles {
+            backoff: Some(now + 20 * second),
+            ..obstacles
+        };
+        assert_eq!(failed.due(), now + 20 * second);
+        let held = Obstacles {
+            held: Some(now + 30 * second),
+            ..failed
+        };
+        assert_eq!(held.due(), now + 30 * second);
     }
 
     #[test]

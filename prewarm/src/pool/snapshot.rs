@@ -103,12 +103,18 @@ impl super::state::Shared {
                 .map_or(Duration::ZERO, |at| at.saturating_duration_since(now)),
         });
         PoolSnapshot {
-            off: state.off.clone().or_else(|| state.drained.then_some(drained)),
+            off: state
+                .off
+                .clone()
+                .or_else(|| state.away.clone())
+                .or_else(|| state.drained.then_some(drained)),
             paused: state.paused,
             drained: state.drained,
             handlers: state.shelves.iter().map(|shelf| handler(shelf, now)).collect(),
             removing: state.condemned.len(),
-            networks: Vec::new(),
+            networks: state.current.as_ref().map_or_else(Vec::new, |current| {
+                current.networks.iter().map(|network| network.name.clone()).collect()
+            }),
             free_addresses: state.free_addresses,
             bytes_per_hull: state.bytes_per_hull,
             failure,

@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use super::fingerprint::Current;
 use super::options::{HandlerPool, PoolOptions};
 use super::pace::{Backoff, Starts};
-use super::policy::Demand;
+use super::policy::{Demand, Steady};
 use super::snapshot::{Audit, Off};
 
 /// How long [`Shared::release_all`] keeps the pool from making hulls.
@@ -43,11 +43,11 @@ pub(super) struct Shelf {
     pub(super) idle: VecDeque<Idle>,
     pub(super) creating: usize,
     pub(super) demand: Demand,
-    /// What demand asks for, within bounds and caps.
+    /// What demand asks for, within bounds.
+    pub(super) steady: Steady,
+    /// The same within limits on all.
     pub(super) target: usize,
     pub(super) off: Option<Off>,
-    /// When a surplus hull was released last.
-    pub(super) released: Option<Instant>,
     /// Since when hulls have been missing.
     pub(super) short_since: Option<Instant>,
 }
@@ -65,7 +65,12 @@ pub(super) struct Condemned {
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) shelves: Vec<Shelf>,
+    /// By configuration, or because of who watches.
     pub(super) off: Option<Off>,
+    /// containerd does not answer; the hulls may well be fine.
+    pub(super) away: Option<Off>,
+    /// containerd is another than the one that the hulls were made by, and has not confirmed them yet.
+    pub(super) unchecked: bool,
     pub(super) paused: bool,
     pub(super) drained: bool,
     pub(super) held_until: Option<Instant>,
@@ -79,9 +84,15 @@ pub(super) struct State {
     pub(super) starts: Starts,
     pub(super) backoff: Backoff,
     pub(super) last_creation: Option<Instant>,
+    /// Of late, on average.
+    pub(super) creation_time: Duration,
     pub(super) free_addresses: Option<u64>,
+    /// These, and those of hulls at the time of the count: hulls that go or come since do not change the sum.
+    pub(super) addresses: Option<u64>,
     pub(super) bytes_per_hull: Option<u64>,
     pub(super) audit: Audit,
+    /// The next comparison of our books with containerd's; `None` is now.
+    pub(super) sweep_at: Option<Instant>,
 }
 
 /// State and what it works on.
@@ -106,19 +117,16 @@ impl Shared {
             config,
             idle: VecDeque::new(),
             creating: 0,
+            steady: Steady::default(),
             target: 0,
             off: None,
-            released: None,
             short_since: None,
         });
-        let off = if options.enabled {
-            Off::new("containerd_unknown", "containerd has not answered yet")
-        } else {
-            Off::new("config", "the pool is off by configuration")
-        };
         let state = State {
             shelves: shelves.collect(),
-            off: Some(off),
+            off: None,
+            away: Some(Off::new("containerd_away", "containerd has not answered yet")),
+            unchecked: true,
             paused: false,
             drained: false,
             held_until: None,
@@ -130,9 +138,12 @@ impl Shared {
             starts: Starts::new(options.start_limit),
             backoff: Backoff::default(),
             last_creation: None,
+            creation_time: Duration::ZERO,
             free_addresses: None,
+            addresses: None,
             bytes_per_hull: None,
             audit: Audit::default(),
+            sweep_at: None,
         };
         Self {
             options,
@@ -162,9 +173,10 @@ impl Shared {
 
     fn take_inner(&self, handler: &str, now: Instant) -> Result<Hull, Miss> {
         let mut state = self.state();
-        if state.off.is_some() || state.drained {
+        if !state.may_hold() || state.away.is_some() {
             return Err(Miss::Off);
         }
+        let unchecked = state.unchecked;
         let Some(current) = state.current.clone() else {
             return Err(Miss::Off);
         };
@@ -174,7 +186,7 @@ impl Shared {
             return Err(if of_handler { Miss::Handler } else { Miss::Off });
         }
         shelf.demand.record(now);
-        if !current.stamp.is_current() {
+        if unchecked || !current.is_current() {
             return Err(Miss::Stale);
         }
         let mut dead = Vec::new();
@@ -269,6 +281,26 @@ impl Shared {
 }
 
 impl State {
+    /// Hulls may lie on shelves.
+    pub(super) fn may_hold(&self) -> bool {
+        self.off.is_none() && !self.drained && self.current.is_some()
+    }
+
+    /// Hulls may be made.
+    pub(super) fn is_usable(&self) -> bool {
+        self.may_hold() && self.away.is_none() && !self.unchecked
+    }
+
+    /// Labels of all that keeps hulls from being there.
+    pub(super) fn off_reasons(&self) -> impl Iterator<Item = &'static str> {
+        let whole = [&self.off, &self.away].into_iter().flatten();
+        let all = whole.chain(self.shelves.iter().filter_map(|shelf| shelf.off.as_ref()));
+        let drained = self.drained.then_some("drained");
+        all.map(|off| off.reason)
+            .chain(drained)
+            .chain(self.paused.then_some("paused"))
+    }
+
     /// The shelf for pods of this handler: its own, or that of the default handler under its other name.
     pub(super) fn shelf_for(&mut self, handler: &str, facts: &Facts) -> Option<&mut Shelf> {
         let other_name = if handler.is_empty() {

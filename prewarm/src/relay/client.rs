@@ -15,8 +15,8 @@ use tonic::{Code, Status};
 use super::pump::{Broken, write};
 use super::{Answer, Failure, Messages, Reply, frames, status};
 
-/// Messages up to this size are sent together with their prefix and without waiting for the receiver's window. Larger
-/// ones go in copies of this size, so that what waits in the connection does not keep the whole message in memory.
+/// Requests up to this size are sent without waiting for containerd's window. Answers go in copies of at most this size,
+/// so that what waits in a connection does not keep a whole large message in memory.
 const PIECE: usize = 16 << 10;
 
 /// The client's side of a call.
@@ -133,11 +133,24 @@ impl Client {
         trailers
             .entry(status::GRPC_STATUS)
             .or_insert(HeaderValue::from_static("0"));
-        let stalled = self.stalled;
-        let stream = self.begin(status::head(metadata))?;
-        send_slowly(stream, message, Some(stalled)).await?;
+        self.begin(status::head(metadata))?;
+        self.message(message).await?;
+        let stream = self.stream.as_mut().ok_or(Broken::Sink)?;
         stream.send_trailers(trailers).map_err(|_| Broken::Sink)?;
         Ok(code)
+    }
+
+    /// Sends one message of a stream. One that takes much memory must be read in time; a small one may wait for ever.
+    async fn message(&mut self, message: Bytes) -> Result<(), Broken> {
+        let stalled = self.stalled;
+        let Some(stream) = &mut self.stream else {
+            return Err(Broken::Sink);
+        };
+        if message.len() <= PIECE {
+            return send_slowly(stream, message).await;
+        }
+        let sent = tokio::time::timeout(stalled, send_slowly(stream, message)).await;
+        sent.map_err(|_| Broken::Sink)?
     }
 
     async fn messages(&mut self, mut messages: Messages) -> Result<Code, Broken> {
@@ -151,9 +164,7 @@ impl Client {
                     if self.stream.is_none() {
                         self.begin(status::head(HeaderMap::new()))?;
                     }
-                    if let Some(stream) = &mut self.stream {
-                        send_slowly(stream, message, None).await?;
-                    }
+                    self.message(message).await?;
                 }
                 Some(Err(failure)) => return Ok(self.fail(&failure)),
                 None => return Ok(self.fail(&Failure::Ours(Status::ok("")))),
@@ -162,7 +173,7 @@ impl Client {
     }
 }
 
-/// Sends a message if that needs no waiting; else gives it back.
+/// Sends a small message without waiting; gives a larger one back.
 pub(super) fn send_at_once(stream: &mut SendStream<Bytes>, message: Bytes, end: bool) -> Result<Option<Bytes>, Broken> {
     if message.len() > PIECE {
         return Ok(Some(message));
@@ -175,21 +186,15 @@ pub(super) fn send_at_once(stream: &mut SendStream<Bytes>, message: Bytes, end: 
 }
 
 /// Sends a message as its receiver reads it.
-async fn send_slowly(stream: &mut SendStream<Bytes>, message: Bytes, patience: Option<Duration>) -> Result<(), Broken> {
-    // A stream of messages that nobody reads must not pile up, however small they are.
-    let prefix = frames::prefix(&message);
+async fn send_slowly(stream: &mut SendStream<Bytes>, message: Bytes) -> Result<(), Broken> {
     let mut framed = BytesMut::with_capacity(PIECE.min(frames::PREFIX + message.len()));
-    framed.put_slice(&prefix);
+    framed.put_slice(&frames::prefix(&message));
     let mut rest = &message[..];
     loop {
         let part = rest.len().min(PIECE - framed.len());
         framed.put_slice(&rest[..part]);
         rest = &rest[part..];
-        let sent = write(stream, framed.split().freeze(), false, |_| {});
-        match patience {
-            Some(patience) => tokio::time::timeout(patience, sent).await.map_err(|_| Broken::Sink)??,
-            None => sent.await?,
-        }
+        write(stream, framed.split().freeze(), false, |_| {}).await?;
         if rest.is_empty() {
             return Ok(());
         }

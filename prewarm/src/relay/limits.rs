@@ -36,7 +36,7 @@ pub struct Limits {
     pub connect: Duration,
     /// How long a gathered request may take to come whole, memory for it included.
     pub gather: Duration,
-    /// How long the client of a gathered answer may take to read any byte of it.
+    /// How long a client may take to read a gathered message that is not small.
     pub stalled: Duration,
 }
 

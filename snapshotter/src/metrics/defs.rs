@@ -59,7 +59,7 @@ pub struct SourceLabels {
 /// Why something was fetched.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FetchLabels {
-    /// `toc`, `demand` or `prefetch`.
+    /// `toc`, `demand`, `prefetch` or `warm`.
     pub kind: &'static str,
     /// `ok`, or the class of the registry error.
     pub result: &'static str,
@@ -68,7 +68,7 @@ pub struct FetchLabels {
 /// Bytes by reason of the fetch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct KindLabels {
-    /// `toc`, `demand` or `prefetch`.
+    /// `toc`, `demand`, `prefetch` or `warm`.
     pub kind: &'static str,
 }
 

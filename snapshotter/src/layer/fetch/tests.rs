@@ -682,3 +682,80 @@ proptest! {
         prop_assert!(groups.len() <= wanted.len());
     }
 }
+
+fn short_streams() -> FetchOptions {
+    FetchOptions {
+        prefetch_range: 100_000,
+        stall_timeout: Duration::from_secs(20),
+        ..FetchOptions::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn warming_goes_on_where_it_was_stopped_and_asks_for_nothing_that_is_there() {
+    let bench = Bench::with_options(
+        Sample::uniform(60, 20_000, Packing::default()),
+        short_streams(),
+        |source| source.held(),
+    );
+    let fetch = bench.fs.fetch().clone();
+    let begun = tokio::spawn({
+        let fetch = fetch.clone();
+        async move { fetch.warm(u64::MAX).await }
+    });
+    bench.source.release(20);
+    while fetch.layer().residency().count() < 5 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    begun.abort();
+    assert!(begun.await.is_err());
+    bench.settle().await;
+    let had = fetch.extent(u64::MAX);
+    assert!(0 < had.resident && had.resident < had.wanted, "{had:?}");
+    let index = fetch.layer().index();
+    let missing = (0..index.member_count())
+        .find(|&member| fetch.is_missing(member))
+        .unwrap();
+    let (first_missing, before) = (index.member(missing).unwrap().start, bench.source.requests().len());
+
+    bench.source.release(100_000);
+    fetch.warm(u64::MAX).await.unwrap();
+    let now = fetch.extent(u64::MAX);
+    assert_eq!((now.resident, now.wanted), (had.wanted, had.wanted));
+    let content: usize = bench.sample.files.values().map(Vec::len).sum();
+    assert_eq!(now.wanted, content as u64);
+    let requests = bench.source.requests();
+    assert!(
+        requests.iter().all(|(_, priority)| *priority == Priority::Warm),
+        "{requests:?}"
+    );
+    let later = &requests[before..];
+    assert!(later.iter().all(|(range, _)| range.start >= first_missing), "{later:?}");
+    // Two are under way at a time.
+    assert!(
+        later.windows(3).all(|three| three[0].0.start < three[2].0.start),
+        "{later:?}"
+    );
+    fetch.warm(u64::MAX).await.unwrap();
+    assert_eq!(bench.source.requests().len(), requests.len());
+    assert_only_verified(fetch.layer());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn warming_ends_at_a_source_that_gives_nothing_and_passes_a_wrong_chunk() {
+    let sample = || Sample::uniform(60, 20_000, Packing::default());
+    let bench = Bench::with_options(sample(), short_streams(), |source| source);
+    bench.source.script([Fault::Permanent; 4]);
+    let failure = bench.fs.fetch().warm(u64::MAX).await.unwrap_err();
+    assert_eq!(failure.reason(), "source");
+    assert!(bench.source.requests().len() <= 4, "{:?}", bench.source.requests());
+
+    let bench = Bench::with_options(sample(), short_streams(), |source| source);
+    let fetch = bench.fs.fetch();
+    bench.source.corrupt(bench.middle_of("dir3/file0010"), u32::MAX);
+    assert_eq!(fetch.warm(u64::MAX).await.unwrap_err().reason(), "corrupt");
+    let extent = fetch.extent(u64::MAX);
+    assert_eq!(extent.wanted - extent.resident, 20_000);
+    fetch.close().await;
+    assert_eq!(fetch.warm(u64::MAX).await.unwrap_err().reason(), "stopped");
+}

@@ -18,14 +18,14 @@ use crate::layer::testing::{Packing, Sample, noise};
 use crate::metrics::defs::FetchLabels;
 
 /// A docker-registry of its own.
-struct Registry {
+pub(super) struct Registry {
     process: Child,
     address: SocketAddr,
     _storage: tempfile::TempDir,
 }
 
 impl Registry {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let storage = tempfile::tempdir().unwrap();
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .unwrap()
@@ -62,12 +62,12 @@ impl Registry {
         panic!("docker-registry does not listen on {address}");
     }
 
-    fn image(&self) -> String {
+    pub(super) fn image(&self) -> String {
         format!("{}/image:1", self.address)
     }
 
     /// Pushes layers and a manifest that names them; the manifest's digest.
-    async fn push(&self, layers: &[Sample]) -> Digest {
+    pub(super) async fn push(&self, layers: &[Sample]) -> Digest {
         let client = Client::new(ClientOptions::default()).unwrap();
         let image = Reference::parse(&self.image()).unwrap();
         let mut descriptors = Vec::new();
@@ -115,7 +115,7 @@ impl Drop for Registry {
     }
 }
 
-fn config(root: &Path) -> Config {
+pub(super) fn config(root: &Path) -> Config {
     let mut config = Config {
         root: root.to_owned(),
         ..Config::default()
@@ -124,7 +124,7 @@ fn config(root: &Path) -> Config {
     config
 }
 
-fn layers(root: &Path) -> (Layers, Metrics) {
+pub(super) fn layers(root: &Path) -> (Layers, Metrics) {
     let metrics = Metrics::unregistered();
     (
         Layers::new(&config(root), metrics.clone(), Handle::current()).unwrap(),
@@ -132,7 +132,7 @@ fn layers(root: &Path) -> (Layers, Metrics) {
     )
 }
 
-fn request(registry: &Registry, layer: &Sample, manifest: Option<Digest>) -> LayerRequest {
+pub(super) fn request(registry: &Registry, layer: &Sample, manifest: Option<Digest>) -> LayerRequest {
     LayerRequest {
         image: registry.image(),
         manifest_digest: manifest,
@@ -142,7 +142,7 @@ fn request(registry: &Registry, layer: &Sample, manifest: Option<Digest>) -> Lay
     }
 }
 
-fn toc_requests(metrics: &Metrics) -> u64 {
+pub(super) fn toc_requests(metrics: &Metrics) -> u64 {
     metrics
         .fetch_requests
         .get_or_create(&FetchLabels {
@@ -160,14 +160,14 @@ fn origin(registry: &Registry, layer: &Sample) -> LayerOrigin {
     }
 }
 
-fn is_mount_point(path: &Path) -> bool {
+pub(super) fn is_mount_point(path: &Path) -> bool {
     std::fs::read_to_string("/proc/self/mountinfo")
         .unwrap()
         .contains(&format!(" {} ", path.display()))
 }
 
 /// All regular files below `root`.
-fn contents(root: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn contents(root: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut directories = vec![root.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -185,7 +185,7 @@ fn contents(root: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// Touching a mount blocks, so it is done away from the threads that serve it.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.unwrap()
 }
 
@@ -485,10 +485,13 @@ fn every_key_of_the_registry_section_reaches_the_client() {
         connect_timeout,
         idle_timeout,
         retry,
-    } = client_options(&Config {
-        registry: registry.clone(),
-        ..Config::default()
-    });
+    } = client_options(
+        &Config {
+            registry: registry.clone(),
+            ..Config::default()
+        },
+        HandedOver::default(),
+    );
     assert_eq!((plain_http, ca_file), (registry.plain_http, registry.ca_file));
     assert_eq!(
         (connect_timeout, idle_timeout),

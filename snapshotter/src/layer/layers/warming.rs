@@ -5,6 +5,8 @@
 //! asks of a registry gives way to everybody else.
 
 mod progress;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -135,8 +137,8 @@ impl Warmer {
     }
 
     /// Layers mounted now.
-    pub fn layers_mounted(&self) -> u64 {
-        self.shared.metrics.layers_mounted.get().try_into().unwrap_or(0)
+    pub fn layers_mounted(&self) -> usize {
+        usize::try_from(self.shared.metrics.layers_mounted.get()).unwrap_or(0)
     }
 
     /// Warms that work or wait for their turn.
@@ -220,7 +222,10 @@ impl Shared {
                 self.let_go(&used.slot, fetch).await;
             }
         }
-        work.progress.end();
+        // Who is told of the end finds the place free.
+        let progress = work.progress.clone();
+        drop(work);
+        progress.end();
     }
 
     /// Brings the tables of contents into the cache.

@@ -4,12 +4,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use estargz::digest::Digest;
+use hullspeed_daemon::error::chain;
 use tokio::sync::watch;
 
 use crate::layer::NotLazy;
 use crate::layer::fetch::{Extent, FetchError, LayerFetch};
 use crate::layer::image::LayerDescriptor;
-use hullspeed_daemon::error::chain;
 
 /// How often it is told how much content has come.
 const TELL_EVERY: Duration = Duration::from_millis(500);

@@ -1,0 +1,70 @@
+//! Commands that ask the running daemon.
+
+use std::io::{self, Write};
+
+use hullspeed_proto::hullspeed::prewarm::v1 as api;
+use serde::Serialize;
+
+use super::{Action, Form, table};
+use crate::client::{Client, ClientError, said};
+
+/// A command came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The daemon does not do it.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// Nobody reads what is printed.
+    #[error("cannot print")]
+    Print(#[from] io::Error),
+}
+
+impl AskError {
+    /// The exit code, from sysexits.h where it has one.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Client(ClientError::Unreachable { .. }) => 69,
+            Self::Client(ClientError::Answer(_)) | Self::Print(_) => 1,
+        }
+    }
+}
+
+/// `status`
+pub async fn status(client: &Client, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
+    let status = client.status().await?;
+    show(&status, form, table::status, out)
+}
+
+/// `pool`
+pub async fn pool(client: &Client, action: Option<Action>, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
+    let action = action.map_or(api::PoolAction::Unspecified, Action::in_api);
+    let pool = client.pool(action).await?;
+    show(&pool, form, table::pool, out)
+}
+
+/// `drain`: says how many hulls are left, once or until there are none.
+pub async fn drain(client: &Client, wait: bool, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
+    let mut progress = client.drain().await?;
+    let mut last = None;
+    while let Some(now) = progress.message().await.map_err(said)? {
+        if last.replace(now) != Some(now) {
+            show(&now, form, table::drain, out)?;
+            out.flush()?;
+        }
+        if !wait {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn show<T: Serialize>(answer: &T, form: Form, as_text: fn(&T) -> String, out: &mut dyn Write) -> Result<(), AskError> {
+    if form.json {
+        serde_json::to_writer(&mut *out, answer).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        out.write_all(as_text(answer).as_bytes())?;
+    }
+    Ok(())
+}

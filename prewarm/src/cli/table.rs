@@ -1,0 +1,256 @@
+//! Answers of the daemon, for people.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableStyle};
+use hullspeed_daemon::units::display_duration;
+use hullspeed_proto::hullspeed::prewarm::v1 as api;
+
+pub(super) fn status(status: &api::StatusResponse) -> String {
+    let api::StatusResponse {
+        version,
+        containerd_version,
+        socket,
+        containerd_socket,
+        pool,
+        adopted,
+        requests,
+    } = status;
+    let containerd_version = if containerd_version.is_empty() {
+        "has not answered yet"
+    } else {
+        containerd_version
+    };
+    let mut text = String::new();
+    let hits: u64 = requests
+        .iter()
+        .filter(|request| request.result == "hit")
+        .map(|request| request.count)
+        .sum();
+    let calls: u64 = requests.iter().map(|request| request.count).sum();
+    // Writing to a string never fails.
+    let _ = writeln!(text, "hullspeed-prewarm {version} serves {socket}");
+    let _ = writeln!(text, "containerd        {containerd_version} at {containerd_socket}");
+    let _ = writeln!(text, "pods in hulls     {adopted}");
+    let _ = writeln!(text, "pod starts        {calls}, of them {hits} with a hull");
+    if calls > 0 {
+        let mut table = empty(&["RESULT", "REASON", "CALLS"]);
+        for api::RequestCount { result, reason, count } in requests {
+            table.add_row([result.clone(), reason.clone(), count.to_string()]);
+        }
+        let _ = writeln!(text, "\n{}", aligned(table, 2..3));
+    }
+    if let Some(pool) = pool {
+        text.push('\n');
+        text.push_str(&self::pool(pool));
+    }
+    text
+}
+
+pub(super) fn pool(pool: &api::PoolStatus) -> String {
+    let api::PoolStatus {
+        state,
+        reason,
+        detail,
+        handlers,
+        removing,
+        networks,
+        free_addresses,
+        bytes_per_hull,
+        failure,
+        audit,
+    } = pool;
+    let mut text = format!("pool              {state}");
+    if !reason.is_empty() {
+        let _ = write!(text, " ({reason}: {detail})");
+    }
+    text.push('\n');
+    if *removing > 0 {
+        let _ = writeln!(text, "being removed     {removing}");
+    }
+    if !networks.is_empty() {
+        let _ = writeln!(text, "networks          {}", networks.join(", "));
+    }
+    if let Some(free) = free_addresses {
+        let _ = writeln!(text, "free addresses    {free}");
+    }
+    if let Some(bytes) = bytes_per_hull {
+        let _ = writeln!(text, "memory per hull   {} KiB", bytes / 1024);
+    }
+    if let Some(failure) = failure {
+        let api::CreationFailure {
+            reason,
+            in_a_row,
+            retry_in_ms,
+        } = failure;
+        let retry = display_duration(Duration::from_millis(*retry_in_ms));
+        let _ = writeln!(
+            text,
+            "last creation     failed ({in_a_row} in a row, next in {retry}): {reason}"
+        );
+    }
+    if let Some(api::Audit { lost, spared, .. }) = audit.filter(|audit| audit.lost + audit.spared > 0) {
+        let _ = writeln!(text, "unknown hulls     {lost} removed, {spared} left alone");
+    }
+    let mut table = empty(&["HANDLER", "READY", "CREATING", "TARGET", "MIN", "MAX", "OLDEST", "OFF"]);
+    for handler in handlers {
+        table.add_row(handler_row(handler));
+    }
+    let _ = writeln!(text, "\n{}", aligned(table, 1..7));
+    text
+}
+
+fn handler_row(handler: &api::HandlerPool) -> [String; 8] {
+    let api::HandlerPool {
+        handler,
+        min,
+        max,
+        target,
+        ready,
+        creating,
+        oldest_ms,
+        off_reason,
+        off_detail,
+    } = handler;
+    let name = if handler.is_empty() { "(default)" } else { handler };
+    let off = if off_reason.is_empty() {
+        String::new()
+    } else {
+        format!("{off_reason}: {off_detail}")
+    };
+    [
+        name.to_owned(),
+        ready.to_string(),
+        creating.to_string(),
+        target.to_string(),
+        min.to_string(),
+        max.to_string(),
+        oldest_ms.map(|ms| age(ms / 1000)).unwrap_or_default(),
+        off,
+    ]
+}
+
+/// An age in its two largest units.
+fn age(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m{}s", seconds % 60),
+        (0, _, _) => format!("{hours}h{}m", minutes % 60),
+        _ => format!("{days}d{}h", hours % 24),
+    }
+}
+
+pub(super) fn drain(progress: &api::DrainProgress) -> String {
+    let api::DrainProgress { left, done } = progress;
+    if *done {
+        "drained: no hull is left\n".to_owned()
+    } else {
+        format!("draining: {left} left\n")
+    }
+}
+
+fn empty(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(TableStyle::new())
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(header.iter().copied());
+    table
+}
+
+fn aligned(mut table: Table, right: std::ops::Range<usize>) -> String {
+    for column in right {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.trim_fmt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> api::StatusResponse {
+        let handler = api::HandlerPool {
+            min: 2,
+            max: 10,
+            target: 4,
+            ready: 3,
+            creating: 1,
+            oldest_ms: Some(61_500),
+            ..api::HandlerPool::default()
+        };
+        let off = api::HandlerPool {
+            handler: "kata".to_owned(),
+            off_reason: "handler".to_owned(),
+            off_detail: "not runc".to_owned(),
+            ..api::HandlerPool::default()
+        };
+        let count = |result: &str, reason: &str, count| api::RequestCount {
+            result: result.to_owned(),
+            reason: reason.to_owned(),
+            count,
+        };
+        api::StatusResponse {
+            version: "1".to_owned(),
+            containerd_version: "2.1.9".to_owned(),
+            adopted: 7,
+            requests: vec![count("hit", "", 40), count("miss", "empty", 2)],
+            pool: Some(api::PoolStatus {
+                state: "on".to_owned(),
+                handlers: vec![handler, off],
+                free_addresses: Some(99),
+                failure: Some(api::CreationFailure {
+                    reason: "no address".to_owned(),
+                    in_a_row: 3,
+                    retry_in_ms: 1500,
+                }),
+                audit: Some(api::Audit {
+                    lost: 1,
+                    ..api::Audit::default()
+                }),
+                ..api::PoolStatus::default()
+            }),
+            ..api::StatusResponse::default()
+        }
+    }
+
+    #[test]
+    fn a_status_shows_what_matters() {
+        let text = status(&sample());
+        for part in [
+            "containerd        2.1.9",
+            "pods in hulls     7",
+            "42, of them 40 with a hull",
+            "empty",
+            "pool              on\n",
+            "(default)",
+            "1m1s",
+            "handler: not runc",
+            "free addresses    99",
+            "3 in a row, next in 1500ms): no address",
+            "1 removed, 0 left alone",
+        ] {
+            assert!(text.contains(part), "{part} is missing:\n{text}");
+        }
+        let text = status(&api::StatusResponse::default());
+        assert!(
+            text.contains("has not answered yet") && !text.contains("RESULT"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_pool_that_is_off_says_why() {
+        let pool = api::PoolStatus {
+            state: "off".to_owned(),
+            reason: "cni".to_owned(),
+            detail: "calico".to_owned(),
+            ..api::PoolStatus::default()
+        };
+        assert!(self::pool(&pool).contains("pool              off (cni: calico)\n"));
+    }
+}

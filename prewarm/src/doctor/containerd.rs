@@ -1,0 +1,223 @@
+//! containerd: whether it answers, its version and configuration.
+
+use std::collections::HashMap;
+
+use hullspeed_daemon::error::chain;
+use hullspeed_proto::cri::v1::{StatusRequest, VersionRequest};
+use serde_json::Value;
+use tokio::time::timeout;
+use tonic::{Code, Response, Status};
+
+use super::{ANSWER_LIMIT, Report};
+use crate::config::Config;
+use crate::containerd::Containerd;
+use crate::containerd::facts::Facts;
+
+/// Type of the runtime whose sandboxes can be hulls.
+const RUNC: &str = "io.containerd.runc.v2";
+
+/// What containerd says, if it answers.
+pub(super) async fn examine(config: &Config, report: &mut Report) -> Option<Facts> {
+    let containerd = Containerd::at(&config.containerd.address);
+    let mut runtime = containerd.runtime();
+    let version = match limited(runtime.version(VersionRequest::default())).await {
+        Ok(version) => version.runtime_version,
+        Err(status) => {
+            unreachable(config, &status, report);
+            return None;
+        }
+    };
+    examine_version(&version, report);
+    match limited(runtime.status(StatusRequest { verbose: true })).await {
+        Ok(status) => {
+            let conditions = status.status.unwrap_or_default().conditions;
+            let wrong: Vec<_> = conditions.iter().filter(|condition| !condition.status).collect();
+            if wrong.is_empty() {
+                report.ok("cri", "runtime and network are ready");
+            }
+            for condition in wrong {
+                let says = format!("{}: {} {}", condition.r#type, condition.reason, condition.message);
+                report.fail("cri", says, "containerd starts no pods like this; see its log");
+            }
+            examine_annotations(&status.info, report);
+        }
+        Err(status) => report.fail(
+            "cri",
+            format!("Status failed: {}", status.message()),
+            "see containerd's log",
+        ),
+    }
+    match Facts::read(&containerd).await {
+        Ok(facts) => {
+            examine_facts(config, &facts, report);
+            Some(facts)
+        }
+        Err(error) => {
+            let advice = "hulls cannot be made for this containerd; calls are passed on as they are";
+            report.fail("config", chain(&error), advice);
+            None
+        }
+    }
+}
+
+fn unreachable(config: &Config, status: &Status, report: &mut Report) {
+    let address = config.containerd.address.display();
+    if status.code() == Code::Unimplemented {
+        let says = format!("{address} does not speak CRI v1");
+        let advice = "containerd 1.6 or later is needed, and \"cri\" may not be in its disabled_plugins";
+        return report.fail("containerd", says, advice);
+    }
+    let mut cause = status.message().to_owned();
+    if let Some(source) = std::error::Error::source(status) {
+        cause = format!("{cause}: {}", chain(source));
+    }
+    let advice = "start it, or set containerd.address; the relay waits for it meanwhile";
+    report.fail("containerd", format!("{address} does not answer: {cause}"), advice);
+}
+
+fn examine_version(version: &str, report: &mut Report) {
+    let mut numbers = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
+    let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok());
+    let release = (number(numbers.next()), number(numbers.next()));
+    match release {
+        (Some(1), Some(6 | 7)) | (Some(2), Some(_)) => report.ok("containerd", format!("version {version}")),
+        _ => report.warn(
+            "containerd",
+            format!("version {version} is not one that is tested"),
+            "1.6, 1.7 and 2.x are; with others, watch hullspeed_sandbox_requests",
+        ),
+    }
+}
+
+/// Without annotations the snapshotter cannot be lazy. containerd 2 keeps this setting where CRI does not show it.
+fn examine_annotations(information: &HashMap<String, String>, report: &mut Report) {
+    let config = information
+        .get("config")
+        .and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let section = config.as_ref().and_then(|config| config.get("containerd"));
+    let Some(disabled) = section.and_then(|section| section.get("disableSnapshotAnnotations")) else {
+        return;
+    };
+    let ours = section.and_then(|section| section.get("snapshotter")) == Some(&Value::from("hullspeed"));
+    if ours && disabled == &Value::Bool(true) {
+        let advice = "set disable_snapshot_annotations = false in containerd's configuration";
+        report.warn(
+            "annotations",
+            "the snapshotter is told nothing of images, so no layer is lazy",
+            advice,
+        );
+    } else if ours {
+        report.ok("annotations", "the snapshotter is told of images");
+    }
+}
+
+fn examine_facts(config: &Config, facts: &Facts, report: &mut Report) {
+    for name in &config.pool.handlers {
+        let shown = if name.is_empty() { "(default)" } else { name };
+        match facts.handler(name) {
+            None => report.warn(
+                "handler",
+                format!("containerd has no runtime handler {shown}"),
+                "correct pool.handlers, or containerd's runtimes",
+            ),
+            Some(handler) if handler.runtime_type != RUNC => report.warn(
+                "handler",
+                format!("{shown} is {}, whose sandboxes cannot be hulls", handler.runtime_type),
+                "take it out of pool.handlers",
+            ),
+            Some(_) => report.ok("handler", format!("{shown} is {RUNC}")),
+        }
+    }
+    let image = if facts.sandbox_image.is_empty() {
+        "the pause image"
+    } else {
+        &facts.sandbox_image
+    };
+    if facts.pause_images.is_empty() {
+        let advice = "nothing has to be done: the first pod or hull pulls it";
+        report.warn("pause", format!("{image} is not there yet"), advice);
+    } else {
+        report.ok("pause", format!("{image} is there"));
+    }
+    let directory = facts.cni_conf_dir.display();
+    match std::fs::read_dir(&facts.cni_conf_dir).map(Iterator::count) {
+        Ok(0) => report.fail("cni", format!("{directory} is empty"), "install a network"),
+        Ok(_) => report.ok(
+            "cni",
+            format!("configured in {directory}; the pool's state says whether hulls are allowed"),
+        ),
+        Err(error) => report.fail("cni", format!("{directory}: {error}"), "install a network"),
+    }
+}
+
+pub(super) async fn limited<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
+    match timeout(ANSWER_LIMIT, call).await {
+        Ok(answer) => answer.map(Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {ANSWER_LIMIT:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    #[test]
+    fn versions_that_are_tested_are_known() {
+        for (version, level) in [
+            ("1.6.20~ds1", Level::Ok),
+            ("v1.7.34", Level::Ok),
+            ("2.1.9", Level::Ok),
+            ("1.5.9", Level::Warn),
+            ("3.0.0", Level::Warn),
+            ("", Level::Warn),
+            ("main", Level::Warn),
+        ] {
+            let mut report = Report::default();
+            examine_version(version, &mut report);
+            assert_eq!(report.findings[0].level, level, "{version}");
+        }
+    }
+
+    #[test]
+    fn missing_annotations_matter_for_our_snapshotter_only() {
+        let levels = |config: &str| {
+            let mut report = Report::default();
+            examine_annotations(&HashMap::from([("config".to_owned(), config.to_owned())]), &mut report);
+            report.findings.iter().map(|finding| finding.level).collect::<Vec<_>>()
+        };
+        let with = |snapshotter: &str, disabled: &str| {
+            levels(&format!(
+                r#"{{"containerd":{{"snapshotter":"{snapshotter}","disableSnapshotAnnotations":{disabled}}}}}"#
+            ))
+        };
+        assert_eq!(with("hullspeed", "true"), [Level::Warn]);
+        assert_eq!(with("hullspeed", "false"), [Level::Ok]);
+        assert!(with("overlayfs", "true").is_empty());
+        for text in ["", "[", "{}", "{\"containerd\":1}"] {
+            assert!(levels(text).is_empty(), "{text}");
+        }
+    }
+
+    #[test]
+    fn handlers_and_the_pause_image_are_looked_up() {
+        let mut config = Config::default();
+        config.pool.handlers = vec![String::new(), "kata".to_owned(), "none".to_owned()];
+        let handler = |runtime_type: &str| crate::containerd::facts::Handler {
+            runtime_type: runtime_type.to_owned(),
+            ..Default::default()
+        };
+        let facts = Facts {
+            default_handler: "runc".to_owned(),
+            handlers: [("runc", RUNC), ("kata", "io.containerd.kata.v2")]
+                .map(|(name, kind)| (name.to_owned(), handler(kind)))
+                .into(),
+            cni_conf_dir: "/none".into(),
+            ..Facts::default()
+        };
+        let mut report = Report::default();
+        examine_facts(&config, &facts, &mut report);
+        let levels: Vec<_> = report.findings.iter().map(|finding| finding.level).collect();
+        assert_eq!(levels, [Level::Ok, Level::Warn, Level::Warn, Level::Warn, Level::Fail]);
+    }
+}

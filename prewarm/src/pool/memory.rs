@@ -1,0 +1,55 @@
+//! What a hull costs: the proportional share of memory of its pause process and its shim. The text that all shims share
+//! counts once.
+
+use std::io;
+use std::path::Path;
+
+/// So many hulls are looked at in one measurement.
+pub(super) const SAMPLES: usize = 8;
+
+/// Bytes of one hull, averaged over those with these pause processes; `None` if none could be measured.
+pub(super) fn per_hull(pauses: &[i32]) -> Option<u64> {
+    let measured: Vec<u64> = pauses
+        .iter()
+        .take(SAMPLES)
+        .filter_map(|pid| of_hull(*pid).ok())
+        .collect();
+    measured.iter().sum::<u64>().checked_div(measured.len() as u64)
+}
+
+fn of_hull(pause: i32) -> io::Result<u64> {
+    Ok(proportional(pause)? + proportional(parent(pause)?)?)
+}
+
+/// The shim is the parent of the pause process.
+fn parent(pid: i32) -> io::Result<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may hold anything; the last one closes it.
+    let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let parent = rest.split_whitespace().nth(1).and_then(|field| field.parse().ok());
+    parent
+        .filter(|parent| *parent > 1)
+        .ok_or_else(|| io::Error::other("a process without a parent"))
+}
+
+fn proportional(pid: i32) -> io::Result<u64> {
+    let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let kib: Option<u64> = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
+    kib.map(|kib| kib << 10)
+        .ok_or_else(|| io::Error::other("no Pss in smaps_rollup"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_and_its_parent_are_measured() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let bytes = per_hull(&[own, -1]).unwrap();
+        assert!(bytes > 100 << 10, "{bytes}");
+        assert_eq!(per_hull(&[-1]), None);
+        assert_eq!(per_hull(&[]), None);
+    }
+}

@@ -1,0 +1,204 @@
+//! The daemon's parts, made from its configuration.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use hullspeed_proto::cri::v1::AuthConfig;
+use tonic::Code;
+
+use crate::adopt::eligibility::Policy;
+use crate::adopt::{self, Adopter, AdopterError, gojson};
+use crate::config::{CniVerdict, Config, RunAs, Supply};
+use crate::containerd::Containerd;
+use crate::control::Control;
+use crate::ledger::{Ledger, Mark};
+use crate::metrics::Metrics;
+use crate::metrics::defs::CallLabels;
+use crate::pool::{CniPermissions, HandlerPool, Pool, PoolOptions};
+use crate::relay::{Call, Limits, Relay, RelayOptions, Reply, Watch};
+use crate::requests::Requests;
+use crate::rules::events::EventOptions;
+use crate::rules::{CredentialSink, CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
+
+/// Everything that runs.
+pub(super) struct Parts {
+    pub(super) containerd: Containerd,
+    pub(super) adopter: Adopter,
+    pub(super) relay: Relay,
+    pub(super) control: Control,
+}
+
+impl Parts {
+    pub(super) fn new(config: &Arc<Config>, mark: Mark, metrics: Metrics) -> Result<Self, AdopterError> {
+        let containerd = Containerd::at(&config.containerd.address);
+        let ledger = Ledger::new(mark);
+        let requests = Requests::new(metrics.clone());
+        let pool = Pool::new(
+            pool_options(config),
+            containerd.clone(),
+            ledger.clone(),
+            metrics.clone(),
+        );
+        let events = Events::new(EventOptions {
+            ledger: ledger.clone(),
+            containerd: containerd.clone(),
+            supply: config.events.supply == Supply::Auto,
+        });
+        let adopter = Adopter::new(adopt::Options {
+            containerd: containerd.clone(),
+            ledger: ledger.clone(),
+            hulls: Arc::new(pool.clone()),
+            state: config.state.clone(),
+            policy: policy(config),
+            events: events.clone(),
+            observer: Arc::new(requests.clone()),
+        })?;
+        let rules = CriRules::new(RuleOptions {
+            ledger: ledger.clone(),
+            containerd: containerd.clone(),
+            sandboxes: Arc::new(Adopting(adopter.clone())),
+            hulls: Arc::new(pool.clone()),
+            hooks: Arc::new(Flushing(pool.clone())),
+            credentials: Arc::new(Ignored),
+            events,
+            config_json: gojson::value,
+        });
+        let relay = Relay::new(RelayOptions {
+            containerd_socket: config.containerd.address.clone(),
+            rules: Arc::new(rules),
+            watch: Arc::new(Counting(metrics)),
+            limits: limits(config),
+        });
+        Ok(Self {
+            containerd,
+            adopter,
+            relay,
+            control: Control {
+                config: Arc::clone(config),
+                pool,
+                ledger,
+                requests,
+            },
+        })
+    }
+}
+
+fn limits(config: &Config) -> Limits {
+    let gathered = usize::try_from(config.relay.max_gathered.bytes()).unwrap_or(usize::MAX);
+    Limits {
+        connections: config.relay.max_connections,
+        streams: config.relay.max_parallel,
+        requests: gathered,
+        answers: gathered,
+        ..Limits::default()
+    }
+}
+
+fn policy(config: &Config) -> Policy {
+    Policy {
+        strict: config.adoption.run_as == RunAs::Strict,
+        privileged: config.adoption.privileged,
+        sysctls: config.adoption.sysctls,
+    }
+}
+
+fn pool_options(config: &Config) -> PoolOptions {
+    let pool = &config.pool;
+    PoolOptions {
+        enabled: pool.enabled && config.adoption.enabled && config.cni.verdict != CniVerdict::Deny,
+        handlers: pool
+            .handlers
+            .iter()
+            .map(|handler| HandlerPool {
+                runtime_handler: handler.clone(),
+                min: pool.min,
+                max: pool.max,
+            })
+            .collect(),
+        max_memory_bytes: pool.max_memory.bytes(),
+        address_headroom: pool.ip_headroom,
+        parallel_creations: pool.refill_parallel,
+        creation_interval: pool.refill_interval,
+        creation_limit: pool.creation_timeout,
+        quiet: pool.refill_quiet,
+        start_limit: pool.start_timeout,
+        max_deferral: pool.refill_deferral,
+        demand_window: pool.demand_window,
+        release_interval: pool.release_interval,
+        sweep_interval: pool.sweep_interval,
+        cni: CniPermissions {
+            extra_types: config.cni.allow.clone(),
+            allow_any: config.cni.verdict == CniVerdict::Allow,
+        },
+        allow_nri: pool.allow_nri,
+        cgroup: pool.cgroup.clone(),
+        ..PoolOptions::default()
+    }
+}
+
+/// The adopter, as the rules see it.
+struct Adopting(Adopter);
+
+#[async_trait]
+impl Sandboxes for Adopting {
+    async fn run_pod_sandbox(&self, call: Call) -> Reply {
+        self.0.run_pod_sandbox(call).await
+    }
+
+    fn removed(&self, sandbox_id: &str) {
+        self.0.removed(sandbox_id);
+    }
+}
+
+/// The pool, as the rules see it.
+struct Flushing(Pool);
+
+impl PoolHooks for Flushing {
+    fn flush(&self, reason: &'static str) {
+        self.0.flush(reason);
+    }
+}
+
+/// Credentials that nobody wants.
+struct Ignored;
+
+impl CredentialSink for Ignored {
+    fn seen(&self, _image: &str, _auth: &AuthConfig) {}
+}
+
+/// Metrics of the relay.
+struct Counting(Metrics);
+
+impl Watch for Counting {
+    fn call_ended(&self, method: &'static str, code: Code) {
+        let code = code_name(code);
+        self.0.relay_calls.get_or_create(&CallLabels { method, code }).inc();
+    }
+
+    fn connections(&self, open: usize) {
+        self.0.relay_connections.set(i64::try_from(open).unwrap_or(i64::MAX));
+    }
+}
+
+/// A code as gRPC's documents name it, in small letters.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "ok",
+        Code::Cancelled => "cancelled",
+        Code::Unknown => "unknown",
+        Code::InvalidArgument => "invalid_argument",
+        Code::DeadlineExceeded => "deadline_exceeded",
+        Code::NotFound => "not_found",
+        Code::AlreadyExists => "already_exists",
+        Code::PermissionDenied => "permission_denied",
+        Code::ResourceExhausted => "resource_exhausted",
+        Code::FailedPrecondition => "failed_precondition",
+        Code::Aborted => "aborted",
+        Code::OutOfRange => "out_of_range",
+        Code::Unimplemented => "unimplemented",
+        Code::Internal => "internal",
+        Code::Unavailable => "unavailable",
+        Code::DataLoss => "data_loss",
+        Code::Unauthenticated => "unauthenticated",
+    }
+}

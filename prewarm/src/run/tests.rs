@@ -1,0 +1,104 @@
+//! Start and stop of the whole daemon, without a containerd.
+
+use std::os::fd::IntoRawFd as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::*;
+use crate::client::Client;
+
+fn config(place: &Path) -> Config {
+    let mut config = Config {
+        root: place.join("root"),
+        state: place.join("state"),
+        socket: place.join("state/cri.sock"),
+        control_socket: place.join("state/prewarm.sock"),
+        ..Config::default()
+    };
+    config.containerd.address = place.join("none.sock");
+    config.metrics.address = None;
+    config
+}
+
+fn entries(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn the_daemon_serves_without_containerd_and_stops() {
+    let place = tempfile::tempdir().unwrap();
+    let config = config(place.path());
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let daemon = tokio::spawn({
+        let config = config.clone();
+        async move {
+            let stopped = async { drop(stopped.await) };
+            run(config, &Announced::default(), stopped).await
+        }
+    });
+    let client = Client::at(&config.control_socket);
+    let mut status = client.status().await;
+    for _ in 0..100 {
+        if status.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        status = client.status().await;
+    }
+    assert_eq!(status.unwrap().containerd_version, "");
+    UnixStream::connect(&config.socket).unwrap();
+    // A second daemon is refused, whichever of the two directories it shares.
+    let mut second = config.clone();
+    second.root = place.path().join("root2");
+    let error = run(second, &Announced::default(), std::future::pending())
+        .await
+        .unwrap_err();
+    assert_eq!(error.exit_code(), 75, "{error}");
+    assert!(!place.path().join("root2").exists());
+    let mut second = config.clone();
+    second.state = place.path().join("state2");
+    let error = run(second, &Announced::default(), std::future::pending())
+        .await
+        .unwrap_err();
+    assert_eq!(error.exit_code(), 75, "{error}");
+
+    stop.send(()).unwrap();
+    daemon.await.unwrap().unwrap();
+    assert!(!config.socket.exists() && !config.control_socket.exists());
+    assert_eq!(entries(&config.root), ["lock", "mark"]);
+}
+
+#[tokio::test]
+async fn a_damaged_mark_stops_the_start() {
+    let place = tempfile::tempdir().unwrap();
+    let config = config(place.path());
+    std::fs::create_dir(&config.root).unwrap();
+    std::fs::write(config.root.join("mark"), "x").unwrap();
+    let error = run(config.clone(), &Announced::default(), std::future::ready(()))
+        .await
+        .unwrap_err();
+    assert_eq!(error.exit_code(), 65, "{error}");
+    assert!(!config.socket.exists());
+}
+
+#[tokio::test]
+async fn what_is_no_listener_stops_the_start() {
+    let place = tempfile::tempdir().unwrap();
+    // Descriptor 3 of a test is something, but no listener, or nothing.
+    let announced = Announced {
+        process: Some(std::process::id().to_string()),
+        count: Some("1".to_owned()),
+        names: None,
+    };
+    let _some = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
+    let error = run(config(place.path()), &announced, std::future::ready(()))
+        .await
+        .unwrap_err();
+    assert_eq!(error.exit_code(), 73, "{error}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+}

@@ -1,0 +1,327 @@
+//! The control API in front of [`Warmer`]: translation and the table of statuses. Nothing is decided here.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::{Stream, stream};
+use hullspeed_daemon::error::chain;
+use hullspeed_proto::hullspeed::control::v1 as api;
+use hullspeed_registry::{Login, Place, PlaceError, Reference};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status};
+
+use crate::layer::layers::warming::{
+    LayerReport, LayerState, Share, WarmError, WarmReport, WarmRequest, Warmer, Warming,
+};
+use crate::layer::platform::Platform;
+use crate::layer::source::SourceError;
+
+/// How long a login is kept if its giver does not say.
+const DEFAULT_HELD: Duration = Duration::from_secs(12 * 3600);
+
+/// The server for tonic.
+pub struct Control {
+    warmer: Option<Warmer>,
+    stopping: CancellationToken,
+}
+
+impl Control {
+    /// Serves `warmer` (none where no layer is lazy) until `stopping`.
+    pub fn new(warmer: Option<Warmer>, stopping: CancellationToken) -> Self {
+        Self { warmer, stopping }
+    }
+
+    fn warmer(&self) -> Result<&Warmer, Status> {
+        let off = || Status::failed_precondition("lazy layers are switched off in the configuration");
+        self.warmer.as_ref().ok_or_else(off)
+    }
+}
+
+fn stopping() -> Status {
+    Status::unavailable("the snapshotter is stopping")
+}
+
+fn warm_request(request: api::WarmRequest) -> Result<WarmRequest, Status> {
+    let share = match request.share() {
+        api::Share::Unspecified | api::Share::Toc => Share::Toc,
+        api::Share::Hot => Share::Hot,
+        api::Share::All => Share::All,
+    };
+    // What `share()` takes for the default may be a share of another version.
+    if api::Share::try_from(request.share).is_err() {
+        return Err(Status::invalid_argument(format!("share {} is unknown", request.share)));
+    }
+    let api::WarmRequest {
+        image,
+        manifest_digest,
+        share: _,
+        platform,
+    } = request;
+    let manifest = match manifest_digest.as_str() {
+        "" => None,
+        digest => {
+            let bad = |_| Status::invalid_argument("manifest_digest is not sha256:<64 hex digits>");
+            Some(digest.parse().map_err(bad)?)
+        }
+    };
+    let platform = match platform.as_str() {
+        "" => Platform::own(),
+        platform => platform
+            .parse()
+            .map_err(|error| Status::invalid_argument(chain(&error)))?,
+    };
+    Ok(WarmRequest {
+        image,
+        manifest,
+        share,
+        platform,
+    })
+}
+
+fn warm_status(error: &WarmError) -> Status {
+    let code = match error {
+        WarmError::Reference(_) => Code::InvalidArgument,
+        WarmError::Busy => Code::ResourceExhausted,
+        WarmError::Stopping => Code::Unavailable,
+        WarmError::Manifest { source, .. } => match &**source {
+            SourceError::Transient { .. } => Code::Unavailable,
+            SourceError::Permanent { class, .. } => match *class {
+                "auth" => Code::Unauthenticated,
+                "not_found" => Code::NotFound,
+                "reference" => Code::InvalidArgument,
+                _ => Code::Internal,
+            },
+        },
+    };
+    Status::new(code, chain(error))
+}
+
+fn to_progress(report: WarmReport) -> api::WarmProgress {
+    let WarmReport { manifest, layers, done } = report;
+    let sum = |bytes: fn(&LayerReport) -> u64| layers.iter().map(bytes).fold(0, u64::saturating_add);
+    api::WarmProgress {
+        manifest_digest: manifest.to_string(),
+        bytes_wanted: sum(|layer| layer.extent.wanted),
+        bytes_resident: sum(|layer| layer.extent.resident),
+        layers: layers.into_iter().map(to_layer).collect(),
+        done,
+    }
+}
+
+fn to_layer(report: LayerReport) -> api::LayerProgress {
+    use api::layer_progress::State;
+    let state = match report.state {
+        LayerState::Waiting => State::Waiting,
+        LayerState::Opening => State::Opening,
+        LayerState::Fetching => State::Fetching,
+        LayerState::Resident => State::Resident,
+        LayerState::NotLazy => State::NotLazy,
+        LayerState::Failed => State::Failed,
+    };
+    let (reason, error) = report.problem.unwrap_or_default();
+    api::LayerProgress {
+        digest: report.digest.to_string(),
+        toc_digest: report.toc_digest.map(|digest| digest.to_string()).unwrap_or_default(),
+        blob_bytes: report.blob_bytes,
+        state: state.into(),
+        bytes_wanted: report.extent.wanted,
+        bytes_resident: report.extent.resident,
+        reason: reason.to_owned(),
+        error,
+    }
+}
+
+/// The place that a message names, as an image or as a prefix.
+enum Named {
+    Image(String),
+    Prefix(String),
+}
+
+fn place(named: Option<Named>) -> Result<Place, Status> {
+    match named {
+        Some(Named::Image(image)) => match Reference::parse(&image) {
+            Ok(image) => Ok(Place::of(&image)),
+            Err(error) => Err(Status::invalid_argument(chain(&error))),
+        },
+        Some(Named::Prefix(prefix)) => Place::prefix(&prefix).map_err(|error| place_status(&error)),
+        None => Err(Status::invalid_argument("neither an image nor a prefix is given")),
+    }
+}
+
+fn place_status(error: &PlaceError) -> Status {
+    Status::invalid_argument(chain(error))
+}
+
+/// The login of a message, by the same order of precedence as containerd's.
+fn login(request: &mut api::SetCredentialsRequest) -> Result<Login, Status> {
+    let take = |text: &mut String| Some(std::mem::take(text)).filter(|text| !text.is_empty());
+    if let Some(username) = take(&mut request.username) {
+        let password = std::mem::take(&mut request.password);
+        return Ok(Login::Basic { username, password });
+    }
+    if let Some(token) = take(&mut request.identity_token) {
+        return Ok(Login::IdentityToken(token));
+    }
+    if let Some(auth) = take(&mut request.auth) {
+        return Login::from_base64(&auth).map_err(|error| place_status(&error));
+    }
+    let token = take(&mut request.registry_token).map(Login::RegistryToken);
+    token.ok_or_else(|| Status::invalid_argument("no login is given"))
+}
+
+type ProgressStream = Pin<Box<dyn Stream<Item = Result<api::WarmProgress, Status>> + Send>>;
+
+/// A warm as messages. The work stops with the stream.
+fn progress(warming: Warming, stop: CancellationToken) -> ProgressStream {
+    Box::pin(stream::unfold(Some((warming, stop)), |under_way| async move {
+        let (mut warming, stop) = under_way?;
+        match stop.run_until_cancelled(warming.next()).await {
+            Some(Some(report)) => Some((Ok(to_progress(report)), Some((warming, stop)))),
+            Some(None) => None,
+            // A stream that went on would hold up the stop.
+            None => Some((Err(stopping()), None)),
+        }
+    }))
+}
+
+#[tonic::async_trait]
+impl api::snapshotter_control_server::SnapshotterControl for Control {
+    type WarmStream = ProgressStream;
+
+    async fn warm(&self, request: Request<api::WarmRequest>) -> Result<Response<Self::WarmStream>, Status> {
+        let warmer = self.warmer()?;
+        let request = warm_request(request.into_inner())?;
+        let (image, share) = (request.image.clone(), request.share);
+        let begun = self.stopping.run_until_cancelled(warmer.warm(request)).await;
+        let warming = begun.ok_or_else(stopping)?.map_err(|error| warm_status(&error))?;
+        tracing::debug!(image, ?share, "warming an image");
+        Ok(Response::new(progress(warming, self.stopping.clone())))
+    }
+
+    async fn set_credentials(
+        &self,
+        request: Request<api::SetCredentialsRequest>,
+    ) -> Result<Response<api::SetCredentialsResponse>, Status> {
+        use api::set_credentials_request::Place;
+        let warmer = self.warmer()?;
+        let mut request = request.into_inner();
+        let place = place(request.place.take().map(|place| match place {
+            Place::Image(image) => Named::Image(image),
+            Place::Prefix(prefix) => Named::Prefix(prefix),
+        }))?;
+        place
+            .check_registry(&request.registry)
+            .map_err(|error| place_status(&error))?;
+        let login = login(&mut request)?;
+        let time = match request.ttl_seconds {
+            0 => DEFAULT_HELD,
+            seconds => Duration::from_secs(seconds),
+        };
+        tracing::debug!(%place, "a login was handed over");
+        let set = warmer.handed_over().set(place, login, time);
+        set.map_err(|error| place_status(&error))?;
+        Ok(Response::new(api::SetCredentialsResponse {}))
+    }
+
+    async fn forget_credentials(
+        &self,
+        request: Request<api::ForgetCredentialsRequest>,
+    ) -> Result<Response<api::ForgetCredentialsResponse>, Status> {
+        use api::forget_credentials_request::Place;
+        let warmer = self.warmer()?;
+        let place = place(request.into_inner().place.map(|place| match place {
+            Place::Image(image) => Named::Image(image),
+            Place::Prefix(prefix) => Named::Prefix(prefix),
+        }))?;
+        let forgotten = warmer.handed_over().forget(&place);
+        Ok(Response::new(api::ForgetCredentialsResponse {
+            forgotten: count(forgotten),
+        }))
+    }
+
+    async fn status(&self, _: Request<api::StatusRequest>) -> Result<Response<api::StatusResponse>, Status> {
+        let of = |number: fn(&Warmer) -> usize| self.warmer.as_ref().map_or(0, |warmer| count(number(warmer)));
+        Ok(Response::new(api::StatusResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            lazy: self.warmer.is_some(),
+            layers_mounted: of(Warmer::layers_mounted),
+            warms: of(Warmer::warms),
+            credentials: of(|warmer| warmer.handed_over().len()),
+        }))
+    }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(set: impl FnOnce(&mut api::SetCredentialsRequest)) -> api::SetCredentialsRequest {
+        let mut request = api::SetCredentialsRequest::default();
+        set(&mut request);
+        request
+    }
+
+    #[test]
+    fn logins_are_taken_in_the_documented_order() {
+        // echo -n "u:p:w" | base64
+        let auth = "dTpwOnc=".to_owned();
+        let basic = |username: &str, password: &str| Login::Basic {
+            username: username.to_owned(),
+            password: password.to_owned(),
+        };
+        let mut all = request(|all| {
+            all.username = "user".to_owned();
+            all.password = "secret".to_owned();
+            all.identity_token = "identity".to_owned();
+            all.auth = auth.clone();
+            all.registry_token = "registry".to_owned();
+        });
+        let shown = format!("{all:?}");
+        assert!(!shown.contains("secret") && !shown.contains("registry"), "{shown}");
+        for expected in [
+            basic("user", "secret"),
+            Login::IdentityToken("identity".to_owned()),
+            basic("u", "p:w"),
+            Login::RegistryToken("registry".to_owned()),
+        ] {
+            assert_eq!(login(&mut all).unwrap(), expected);
+        }
+        assert_eq!(login(&mut all).unwrap_err().code(), Code::InvalidArgument);
+        let mut bad = request(|bad| bad.auth = "secret!".to_owned());
+        assert!(!format!("{:?}", login(&mut bad).unwrap_err()).contains("secret"));
+    }
+
+    #[test]
+    fn requests_are_checked_before_anything_is_done() {
+        let wrong = |set: fn(&mut api::WarmRequest)| {
+            let mut request = api::WarmRequest::default();
+            set(&mut request);
+            warm_request(request).unwrap_err().code()
+        };
+        for code in [
+            wrong(|request| request.share = 9),
+            wrong(|request| request.manifest_digest = "sha256:0".to_owned()),
+            wrong(|request| request.platform = "linux".to_owned()),
+        ] {
+            assert_eq!(code, Code::InvalidArgument);
+        }
+        assert_eq!(warm_request(api::WarmRequest::default()).unwrap().share, Share::Toc);
+        assert!(place(None).is_err() && place(Some(Named::Prefix("UPPER".to_owned()))).is_err());
+        let image = place(Some(Named::Image("ubuntu:24.04".to_owned())));
+        assert_eq!(image.unwrap().to_string(), "docker.io/library/ubuntu");
+    }
+
+    #[tokio::test]
+    async fn without_lazy_layers_there_is_a_status_and_nothing_else() {
+        use api::snapshotter_control_server::SnapshotterControl as _;
+        let control = Control::new(None, CancellationToken::new());
+        let status = control.status(Request::new(api::StatusRequest {})).await.unwrap();
+        assert!(!status.into_inner().lazy);
+        let warm = control.warm(Request::new(api::WarmRequest::default())).await;
+        assert_eq!(warm.err().map(|status| status.code()), Some(Code::FailedPrecondition));
+    }
+}

@@ -1,0 +1,87 @@
+//! A pod through the relay cannot be told from one at containerd's own socket: generated pods are run at both, one after
+//! the other, on the same containerd, and all that a client can read of them is compared.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use hullspeed_tests::observation::Observer;
+use hullspeed_tests::pod_node::PodNode;
+use hullspeed_tests::pod_spec::{self, Fate};
+use hullspeed_tests::raw;
+use hullspeed_tests::release::Release;
+use serde_json::Value;
+
+/// Pods of several changes, beside one for each change.
+const RANDOM: usize = 20;
+
+/// Hulls kept ready.
+const HULLS: u32 = 2;
+
+/// What may differ: nothing yet.
+fn allowed(_path: &str, _native: &Value, _relayed: &Value) -> bool {
+    false
+}
+
+async fn pods_are_equal(release: Release) {
+    let seed = std::env::var("HULLSPEED_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(1);
+    let relay = std::env::var_os("HULLSPEED_NO_RELAY").is_none();
+    let mut node = if relay {
+        PodNode::with_hulls(release, HULLS).await.unwrap()
+    } else {
+        PodNode::start(release).await.unwrap()
+    };
+    let specs = pod_spec::all(seed, RANDOM, |name| node.pod(name));
+    let mut faults = Vec::new();
+    for spec in &specs {
+        let start = std::time::Instant::now();
+        let native = Observer::native(&node).await.unwrap().observe(&spec.pod).await;
+        let took = start.elapsed();
+        let relayed = if relay {
+            node.prewarm().unwrap().wait_for_hulls(1).await.unwrap();
+            let before = node.prewarm().unwrap().requests("hit").await.unwrap();
+            let relayed = Observer::relayed(&node).await.unwrap().observe(&spec.pod).await;
+            let hit = node.prewarm().unwrap().requests("hit").await.unwrap() > before;
+            match spec.fate {
+                Fate::Adopted if !hit => faults.push(format!("{}: not adopted", spec.note)),
+                Fate::Ordinary if hit => faults.push(format!("{}: adopted", spec.note)),
+                _ => {}
+            }
+            relayed
+        } else {
+            Observer::native(&node).await.unwrap().observe(&spec.pod).await
+        };
+        eprintln!("{}: {took:?} {:?}", spec.note, start.elapsed());
+        match (native, relayed) {
+            (Ok(native), Ok(relayed)) => {
+                if std::env::var("HULLSPEED_SHOW").is_ok_and(|note| note == spec.note) {
+                    eprintln!("{native:#}");
+                }
+                let found = raw::differences(&native, &relayed);
+                let found = found
+                    .iter()
+                    .filter(|(path, native, relayed)| !allowed(path, native, relayed));
+                faults.extend(
+                    found.map(|(path, native, relayed)| format!("{}: {path}: {native} != {relayed}", spec.note)),
+                );
+            }
+            (native, relayed) => faults.push(format!("{}: {native:?} != {relayed:?}", spec.note)),
+        }
+    }
+    assert!(
+        faults.is_empty(),
+        "seed {seed}, {} differences:\n{}",
+        faults.len(),
+        faults.join("\n")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_on_containerd_1_are_equal() {
+    pods_are_equal(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_on_containerd_2_are_equal() {
+    pods_are_equal(Release::Two).await;
+}
