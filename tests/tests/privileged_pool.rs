@@ -437,6 +437,54 @@ async fn hulls_give_their_addresses_back() {
     node.assert_nothing_is_left().await;
 }
 
+/// Hulls are made while no pod starts; but a load that does not end does not keep the pool empty for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn hulls_are_made_between_starts() {
+    let mut node = Node::start(Release::One).await;
+    let options = PoolOptions {
+        quiet: Duration::from_secs(2),
+        max_deferral: Duration::from_secs(20),
+        start_limit: Duration::from_secs(30),
+        ..node.options(2)
+    };
+    let kept = node.keep(options, Vec::new());
+    let pool = &kept.pool;
+    filled(pool, 2).await;
+    pool.start_begins("pod");
+    let hull = pool.take("").unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(node.count().await, 2, "a hull was made while a pod started");
+    pool.start_ended("pod");
+    let ended = Instant::now();
+    filled(pool, 2).await;
+    assert!(ended.elapsed() >= Duration::from_secs(2));
+    // Now a start is always under way, and pods take what there is.
+    pool.start_begins("first");
+    let mut taken = vec![hull];
+    taken.extend(take_all(pool));
+    let begun = Instant::now();
+    for round in 0.. {
+        pool.start_begins(&format!("pod-{round}"));
+        taken.extend(pool.take("").ok());
+        if taken.len() >= 6 {
+            break;
+        }
+        assert!(begun.elapsed() < LIMIT, "starved: {:#?}", pool.snapshot());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(
+        begun.elapsed() > Duration::from_secs(5),
+        "the starts were in the way of nothing"
+    );
+    assert_eq!(ids(&taken).len(), taken.len());
+    for hull in taken {
+        pool.discard(hull, "test");
+    }
+    pool.drain().await;
+    kept.stop().await;
+    node.assert_nothing_is_left().await;
+}
+
 async fn restarts(release: Release) {
     let mut node = Node::start(release).await;
     // The very first hull is made without knowing the pause image, and so cannot prove what it was made with.

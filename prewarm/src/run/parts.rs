@@ -132,7 +132,6 @@ fn pool_options(config: &Config) -> PoolOptions {
         },
         allow_nri: pool.allow_nri,
         cgroup: pool.cgroup.clone(),
-        ..PoolOptions::default()
     }
 }
 
