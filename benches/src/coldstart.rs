@@ -134,6 +134,7 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
                 name: PREWARM.into(),
                 containerd: containerd.socket(),
                 hulls: HULLS,
+                as_shipped: true,
                 extra: String::new(),
             };
             let mut prewarm = Prewarm::start(stage.run, &options)?;

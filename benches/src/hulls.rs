@@ -154,6 +154,7 @@ fn relay(containerd: &Containerd, hulls: u32) -> PrewarmOptions {
         name: "prewarm".into(),
         containerd: containerd.socket(),
         hulls,
+        as_shipped: true,
         extra: String::new(),
     }
 }

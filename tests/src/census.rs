@@ -16,8 +16,9 @@ const CNI_RESULTS: &str = "/var/lib/cni/results";
 /// Counts by what is counted.
 pub type Census = BTreeMap<&'static str, u64>;
 
-/// Counts all that the run holds now. `cgroups` are the names of its top-level cgroups: its pods' and its hulls'.
-pub fn take(run: &RunDir, cgroups: &[&str]) -> Result<Census> {
+/// Counts all that the run holds now.
+pub fn take(run: &RunDir) -> Result<Census> {
+    let cgroups = [&run.names().cgroup, &run.names().hull_cgroup];
     let mounts = sweep::mounts_below(run.path())?;
     let count = |condition: &dyn Fn(&Path) -> bool| as_count(mounts.iter().filter(|path| condition(path)).count());
     let is_netns = |path: &Path| path.components().any(|part| part.as_os_str() == "netns");

@@ -1,7 +1,7 @@
 //! All that a client can read of a pod, from its start to its end, as one tree. Two of them, one made at containerd's
 //! socket and one through our relay, should not differ.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use hullspeed_proto::cri::v1::{
@@ -24,17 +24,17 @@ mod statistics;
 
 pub use normal::normalised;
 
-/// The port that the second container serves, in most network namespaces its own.
-const PORT: i32 = 18_081;
-
 /// How long the second container may take to answer.
 const SERVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the program of a sandbox may take from its start to its own code.
+const START_LIMIT: Duration = Duration::from_secs(5);
 
 /// Prints a line on each stream, then sleeps.
 const MAIN: &str = "echo to-stdout; echo to-stderr >&2; exec sleep 1000000";
 
-/// Serves a page, and prints a line again and again for those that attach.
-const SIDE: &str = "httpd -p 18081 -h /www; while sleep 0.1; do echo tick; done";
+/// Serves a page on a port, and prints a line again and again for those that attach.
+const SIDE: &str = "httpd -p PORT -h /www; while sleep 0.1; do echo tick; done";
 
 /// One look at one pod.
 pub struct Observer<'a> {
@@ -43,6 +43,8 @@ pub struct Observer<'a> {
     cri: Cri,
     /// Whether hulls are visible here, and have to be taken out of lists.
     native: bool,
+    /// What the second container serves on, in some pods on the host's network.
+    port: u16,
     seen: Map<String, Value>,
     /// What to write instead of what differs from pod to pod.
     names: Vec<(String, &'static str)>,
@@ -61,13 +63,15 @@ impl<'a> Observer<'a> {
     }
 
     async fn at(node: &'a PodNode, socket: &std::path::Path, native: bool) -> Result<Self> {
+        let port = crate::registry::free_port()?;
         Ok(Self {
             node,
+            port,
             raw: RawClient::connect(socket).await?,
             cri: Cri::connect(socket).await?,
             native,
             seen: Map::new(),
-            names: Vec::new(),
+            names: vec![(format!("-p {port} "), "-p <port> ")],
         })
     }
 
@@ -114,11 +118,14 @@ impl<'a> Observer<'a> {
         self.lists("ready", sandbox, pod).await;
         self.node_files(sandbox);
         let main = self.container(sandbox, pod, "main", MAIN).await?;
-        let side = self.container(sandbox, pod, "side", SIDE).await?;
+        let side = self
+            .container(sandbox, pod, "side", &SIDE.replace("PORT", &self.port.to_string()))
+            .await?;
         if let (Some(main), Some(side)) = (&main, &side) {
+            // First, for it waits until the second container serves.
+            self.streams(sandbox, main, side).await;
             self.inside(sandbox, pod, main, side).await?;
             self.statistics(sandbox, pod, main).await?;
-            self.streams(sandbox, main, side).await;
             self.see("stop main", "StopContainer", &stop_container(main)).await;
         }
         self.see(
@@ -143,11 +150,9 @@ impl<'a> Observer<'a> {
         }
         let status = self.cri.sandbox(sandbox).await?;
         let info: Value = serde_json::from_str(status.info.get("info").map_or("{}", |text| text.as_str()))?;
-        if let Some(pid) = info["pid"].as_u64().filter(|pid| *pid > 0) {
-            self.seen.insert("namespaces of pause".into(), inside::links(pid));
-            let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            self.seen.insert("program of the sandbox".into(), comm.trim().into());
-        }
+        let pid = info["pid"].as_u64().unwrap_or_default();
+        self.seen
+            .insert("program of the sandbox".into(), program(pid).await.into());
         status.status.context("a status without a status")
     }
 
@@ -237,7 +242,7 @@ impl<'a> Observer<'a> {
         let remove = RemovePodSandboxRequest { pod_sandbox_id: id() };
         let forward = PortForwardRequest {
             pod_sandbox_id: id(),
-            port: vec![PORT],
+            port: vec![self.port.into()],
         };
         self.see("stop", "StopPodSandbox", &stop).await;
         self.see(
@@ -281,6 +286,19 @@ impl<'a> Observer<'a> {
         )
         .await;
         Ok(())
+    }
+}
+
+/// The name of a program that runs, once it does: right after its start it is still runc's.
+async fn program(pid: u64) -> String {
+    let end = Instant::now() + START_LIMIT;
+    loop {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        let comm = comm.unwrap_or_else(|error| error.to_string());
+        if !comm.starts_with("runc") || Instant::now() > end {
+            return comm.trim().to_owned();
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use hullspeed_proto::cri::v1::{PodSandbox, PodSandboxFilter};
+
 use crate::containerd::{Containerd, ContainerdOptions, SnapshotterChoice};
 use crate::cri::{Cri, Pod};
 use crate::network::Network;
@@ -14,6 +16,9 @@ use crate::release::Release;
 use crate::run::RunDir;
 use crate::scenario::Scenario;
 use crate::{pause, toolbox};
+
+/// The label that marks hulls.
+pub const HULL_LABEL: &str = "io.hullspeed.hull";
 
 /// A node.
 ///
@@ -89,6 +94,7 @@ impl PodNode {
             name: "prewarm".into(),
             containerd: self.containerd.socket(),
             hulls,
+            as_shipped: false,
             extra: extra.into(),
         };
         self.prewarm = Some(Prewarm::start(&self.run, &options)?);
@@ -124,6 +130,27 @@ impl PodNode {
         let container = cri.create_container(&sandbox, pod, "main", &self.image).await?;
         cri.start_container(&container).await?;
         Ok((sandbox, container))
+    }
+
+    /// The hulls that containerd knows: sandboxes with the mark of one that are no pod's yet.
+    pub async fn hulls(&mut self) -> Result<Vec<PodSandbox>> {
+        let mut all = self.native.sandboxes(PodSandboxFilter::default()).await?;
+        all.retain(|sandbox| sandbox.labels.contains_key(HULL_LABEL));
+        Ok(all)
+    }
+
+    /// The process ids of a sandbox's first process and of its shim.
+    pub async fn processes(&mut self, sandbox: &str) -> Result<(u32, u32)> {
+        let status = self.native.sandbox(sandbox).await?;
+        let info = status.info.get("info").context("no verbose information")?;
+        let info: serde_json::Value = serde_json::from_str(info)?;
+        let pid = info["pid"].as_u64().context("no pid in the verbose information")?;
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let parent = text
+            .lines()
+            .find_map(|line| line.strip_prefix("PPid:"))
+            .context("no parent")?;
+        Ok((pid.try_into()?, parent.trim().parse()?))
     }
 
     /// containerd's directory of a sandbox's files.

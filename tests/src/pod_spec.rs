@@ -138,7 +138,13 @@ const HARMLESS: &[(&str, Change)] = &[
 /// Changes that a hull cannot follow.
 const FOREIGN: &[(&str, Change)] = &[
     ("host network", |c| {
-        namespaces(c, NamespaceMode::Node, NamespaceMode::Container, NamespaceMode::Pod)
+        // With the node's name, so without one of its own.
+        c.hostname.clear();
+        namespaces(c, NamespaceMode::Node, NamespaceMode::Container, NamespaceMode::Pod);
+    }),
+    ("host network and a hostname", |c| {
+        c.hostname = "own".into();
+        namespaces(c, NamespaceMode::Node, NamespaceMode::Container, NamespaceMode::Pod);
     }),
     ("host ipc", |c| {
         namespaces(c, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Node)

@@ -27,6 +27,9 @@ const FILL_LIMIT: Duration = Duration::from_secs(60);
 
 const POLL: Duration = Duration::from_millis(10);
 
+/// Tests do not wait for quiet.
+const AT_ONCE: &str = "refill_quiet = \"0s\"\nrefill_interval = \"0s\"\n";
+
 /// What to start.
 #[derive(Debug, Clone)]
 pub struct PrewarmOptions {
@@ -36,7 +39,9 @@ pub struct PrewarmOptions {
     pub containerd: PathBuf,
     /// Hulls to keep ready; 0 turns the pool off.
     pub hulls: u32,
-    /// Appended to the configuration file.
+    /// Whether the pool is refilled as it is by default, when starts are over, and not at once.
+    pub as_shipped: bool,
+    /// Appended to the configuration file, whose last section is `[pool]`.
     pub extra: String,
 }
 
@@ -115,7 +120,8 @@ impl Prewarm {
     pub async fn requests(&self, result: &str) -> Result<u64> {
         let label = format!("result=\"{result}\"");
         let sum = self.metric("hullspeed_sandbox_requests_total", &[&label]).await?;
-        format!("{sum:.0}").parse().context("a count that is none")
+        // An empty sum is -0.
+        format!("{:.0}", sum.abs()).parse().context("a count that is none")
     }
 
     /// See [`Metrics::sum`].
@@ -165,13 +171,6 @@ impl Prewarm {
     }
 }
 
-/// The name of the cgroup that a run's hulls are under.
-#[must_use]
-pub fn hull_cgroup(run: &RunDir) -> String {
-    // Below the run's own, so that the sweep of a killed run finds them.
-    format!("{}/hulls", run.names().cgroup)
-}
-
 fn command(config: &Path, fault: Option<&str>) -> Result<Command> {
     let mut command = Command::new(programs::find(PROGRAM)?);
     command.arg("serve").arg("--config").arg(config);
@@ -190,16 +189,38 @@ fn config_text(run: &RunDir, directory: &Path, metrics: SocketAddr, options: &Pr
     let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
     let at = |name: &str| quoted(&directory.join(name));
     format!(
-        "root = {root}\nstate = {state}\nsocket = {socket}\ncontrol_socket = {control}\n\n[containerd]\naddress = {containerd}\n\n\
-         [pool]\nmin = {hulls}\nmax = {hulls}\ncgroup = \"/{cgroup}\"\n\n[metrics]\naddress = \"{metrics}\"\n\n\
-         [log]\nlevel = \"info\"\nformat = \"json\"\n{extra}",
+        r#"root = {root}
+state = {state}
+socket = {socket}
+control_socket = {control}
+
+[containerd]
+address = {containerd}
+
+[metrics]
+address = "{metrics}"
+
+[log]
+level = "info"
+format = "json"
+
+[pool]
+enabled = {enabled}
+min = {hulls}
+max = {max}
+cgroup = "{cgroup}"
+max_memory = "4GiB"
+{refill}{extra}"#,
         root = at("root"),
         state = at("state"),
         socket = at("cri.sock"),
-        containerd = quoted(&options.containerd),
         control = at("prewarm.sock"),
+        containerd = quoted(&options.containerd),
+        enabled = options.hulls > 0,
         hulls = options.hulls,
-        cgroup = hull_cgroup(run),
+        max = options.hulls.max(1),
+        cgroup = run.names().hull_cgroup,
+        refill = if options.as_shipped { "" } else { AT_ONCE },
         extra = options.extra,
     )
 }

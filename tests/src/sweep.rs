@@ -35,6 +35,8 @@ pub struct RunNames {
     pub bridge: String,
     /// The cgroup that all pods of the run are under.
     pub cgroup: String,
+    /// The cgroup that all hulls of the run are under; the relay wants letters, digits and underscores.
+    pub hull_cgroup: String,
 }
 
 impl RunNames {
@@ -47,6 +49,7 @@ impl RunNames {
         Self {
             bridge: format!("hs{id}"),
             cgroup: format!("hullspeed-{id}"),
+            hull_cgroup: format!("hullspeed_{id}"),
             id,
         }
     }
@@ -124,7 +127,9 @@ fn cgroups(names: &RunNames) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let mut found = Vec::new();
     for hierarchy in entries(root).chain([root.to_path_buf()]) {
-        collect_directories(&hierarchy.join(&names.cgroup), &mut found);
+        for name in [&names.cgroup, &names.hull_cgroup] {
+            collect_directories(&hierarchy.join(name), &mut found);
+        }
     }
     found
 }

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 use hullspeed_tests::census::{self, Census};
-use hullspeed_tests::prewarm::hull_cgroup;
 
 use super::Bench;
 use crate::figure::Figure;
@@ -50,8 +49,7 @@ fn slack(what: &str) -> u64 {
 
 async fn count(bench: &mut Bench) -> Result<Census> {
     bench.settle().await?;
-    let hulls = hull_cgroup(&bench.run);
-    let mut census = census::take(&bench.run, &[&bench.run.names().cgroup, &hulls])?;
+    let mut census = census::take(&bench.run)?;
     census.extend(census::process(bench.prewarm.process().pid())?);
     Ok(census)
 }

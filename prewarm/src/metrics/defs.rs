@@ -51,6 +51,13 @@ pub struct ResultLabels {
     pub result: &'static str,
 }
 
+/// A state, from a fixed set.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct StateLabels {
+    /// Its name.
+    pub state: &'static str,
+}
+
 /// Why something happened.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabels {
@@ -99,6 +106,18 @@ pub struct Metrics {
     pub relay_connections: Gauge,
     /// Container events made here because containerd has none.
     pub events_supplied: Counter,
+    /// Images of the warming policy, by state.
+    pub warm_images: Family<StateLabels, Gauge>,
+    /// `Warm` calls that ended, by result.
+    pub warm_runs: Family<ResultLabels, Counter>,
+    /// Bytes of content that the warming policy covers, as far as is known.
+    pub warm_wanted: Gauge,
+    /// How many of those are resident.
+    pub warm_resident: Gauge,
+    /// Policy files that could not be used.
+    pub warm_policy_errors: Counter,
+    /// Logins of pulls, by what became of them.
+    pub warm_credentials: Family<ResultLabels, Counter>,
 }
 
 /// 50 µs to 1.6 s: from a call answered with a hull to one that waited.
@@ -124,6 +143,7 @@ impl Metrics {
         metrics.register_adoption(registry);
         metrics.register_pool(registry);
         metrics.register_relay(registry);
+        metrics.register_warming(registry);
         metrics
     }
 
@@ -144,6 +164,12 @@ impl Metrics {
             relay_calls: Family::default(),
             relay_connections: Gauge::default(),
             events_supplied: Counter::default(),
+            warm_images: Family::default(),
+            warm_runs: Family::default(),
+            warm_wanted: Gauge::default(),
+            warm_resident: Gauge::default(),
+            warm_policy_errors: Counter::default(),
+            warm_credentials: Family::default(),
         }
     }
 
@@ -199,6 +225,37 @@ impl Metrics {
             "hulls_destroyed",
             "Hulls taken down, by reason",
             self.hulls_destroyed.clone(),
+        );
+    }
+
+    fn register_warming(&self, r: &mut Registry) {
+        r.register(
+            "warm_images",
+            "Images of the warming policy, by state",
+            self.warm_images.clone(),
+        );
+        r.register("warm_runs", "Warms that ended, by result", self.warm_runs.clone());
+        r.register_with_unit(
+            "warm_wanted",
+            "Content that the warming policy covers, as far as is known",
+            Unit::Bytes,
+            self.warm_wanted.clone(),
+        );
+        r.register_with_unit(
+            "warm_resident",
+            "Content that the warming policy covers and that is resident",
+            Unit::Bytes,
+            self.warm_resident.clone(),
+        );
+        r.register(
+            "warm_policy_errors",
+            "Policy files that could not be used",
+            self.warm_policy_errors.clone(),
+        );
+        r.register(
+            "warm_credentials",
+            "Logins of pulls, by what became of them",
+            self.warm_credentials.clone(),
         );
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
-use super::defs::{CallLabels, HandlerLabels, HullLabels, HullState, ReasonLabels};
+use super::defs::{CallLabels, HandlerLabels, HullLabels, HullState, ReasonLabels, StateLabels};
 use super::defs::{RequestLabels, ResultLabels};
 use super::*;
 
@@ -27,6 +27,10 @@ fn touch(metrics: &Metrics) {
     let reason = ReasonLabels { reason: "cni" };
     metrics.pool_off.get_or_create(&reason).set(1);
     metrics.hulls_destroyed.get_or_create(&reason).inc();
+    metrics.warm_runs.get_or_create(&ok).inc();
+    metrics.warm_credentials.get_or_create(&ok).inc();
+    let state = StateLabels { state: "resident" };
+    metrics.warm_images.get_or_create(&state).set(1);
     let (method, code) = ("Version", "ok");
     metrics.relay_calls.get_or_create(&CallLabels { method, code }).inc();
 }

@@ -180,6 +180,9 @@ impl Link {
                 .initial_connection_window_size(self.limits.connection_window)
                 .max_header_list_size(self.limits.answer_headers)
                 .max_send_buffer_size(self.limits.send_buffer)
+                // Answers to calls that were given up still come: many at once, and over the years any number.
+                .max_concurrent_reset_streams(self.limits.streams as usize)
+                .max_local_error_reset_streams(None)
                 .enable_push(false);
             builder.handshake::<_, Bytes>(stream).await.map_err(io::Error::other)
         });

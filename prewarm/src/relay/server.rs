@@ -159,7 +159,8 @@ async fn handshake(shared: &Shared, stream: UnixStream) -> io::Result<Connection
         .max_header_list_size(limits.request_headers)
         .max_send_buffer_size(limits.send_buffer)
         // Calls that their client gave up before we saw them. A client may give up all it has at once.
-        .max_pending_accept_reset_streams(limits.streams as usize);
+        .max_pending_accept_reset_streams(limits.streams as usize)
+        .max_concurrent_reset_streams(limits.streams as usize);
     let shaken = tokio::time::timeout(limits.handshake, builder.handshake::<_, Bytes>(stream)).await;
     shaken.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)
 }

@@ -30,7 +30,7 @@ pub(super) async fn run(containerd: Containerd, adopter: Adopter, pool: Pool, st
             if there {
                 recover(&containerd, &adopter, &pool).await;
             } else {
-                adopter.suspend();
+                adopter.suspend().await;
             }
         }
     };

@@ -7,12 +7,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::Reason;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use hullspeed_prewarm::relay::Method;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use tonic::Code;
 
 use crate::support::{
-    Client, Events, Peer, Rule, Stand, answer, framed, grpc, ok_head, read_all, reset_of, send, soon, trailers, whole,
+    Client, Events, Over, Peer, Rule, Stand, answer, framed, grpc, ok_head, read_all, reset_of, send, soon, trailers,
+    whole,
 };
 
 /// Headers whose names and values are any that HTTP allows.
@@ -209,6 +211,7 @@ async fn a_client_that_gives_up_or_goes_cancels_the_call() {
         async move {
             let path = request.uri().path().to_owned();
             events.tell(format!("{path} came"));
+            let _over = Over(events.clone(), format!("{path} over"));
             let reason = if path == "/x/Headers" {
                 let mut stream = respond.send_response(ok_head(), false).unwrap();
                 reset_of(&mut stream).await
@@ -231,12 +234,14 @@ async fn a_client_that_gives_up_or_goes_cancels_the_call() {
         }
         upload.send_reset(Reason::CANCEL);
         assert_eq!(next().await, format!("{path} Some(CANCEL)"));
+        assert_eq!(next().await, format!("{path} over"));
     }
     let client = stand.client().await;
     let kept = client.begin(grpc("/x/Gone"), true).await;
     assert_eq!(next().await, "/x/Gone came");
     drop(client);
-    assert_eq!(next().await, "/x/Gone Some(CANCEL)");
+    // With its client's, the relay's connection goes, too.
+    while next().await != "/x/Gone over" {}
     drop(kept);
     let calls = stand.calls(4).await;
     assert!(
@@ -376,6 +381,40 @@ async fn a_thousand_calls_of_one_client_at_once() {
     }
     let results = soon(calls.join_all()).await;
     assert_eq!((results.len(), peer.accepted()), (1000, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_given_up_by_the_thousand_break_no_connection() {
+    let stand = Stand::start(Rule::forward(&[Method::ListPodSandbox]));
+    let peer = Peer::start(&stand.upstream(), |_, mut respond| async move {
+        // Does not look whether anybody is there.
+        if let Ok(mut stream) = respond.send_response(ok_head(), false) {
+            for _ in 0..20 {
+                let _ = stream.send_data(framed(&[1; 100]).into(), false);
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    let client = stand.client().await;
+    for round in 0..30 {
+        let mut calls = Vec::new();
+        for number in 0..100 {
+            let path = ["/x/Unary", "/runtime.v1.RuntimeService/ListPodSandbox"][number % 2];
+            let (response, mut upload) = client.begin(grpc(path), false).await;
+            upload.send_data(framed(b"").into(), true).unwrap();
+            calls.push((response, upload));
+        }
+        tokio::time::sleep(Duration::from_millis(round as u64 % 4)).await;
+        drop(calls);
+        stand.calls((round + 1) * 100).await;
+    }
+    // The same two connections are still in use.
+    drop(client.begin(grpc("/x/Unary"), true).await);
+    stand.calls(3001).await;
+    assert_eq!(
+        (peer.accepted(), stand.told.connections.lock().unwrap().clone()),
+        (1, vec![1])
+    );
 }
 
 /// A field of `/proc/self/status`, in KiB.

@@ -79,7 +79,13 @@ async fn listen(listener: UnixListener, handler: Handler, accepted: Arc<Mutex<us
         let (handler, leaving) = (Arc::clone(&handler), leaving.clone());
         connections.spawn(async move {
             let mut builder = h2::server::Builder::new();
-            builder.initial_window_size(1 << 16).max_header_list_size(1 << 20);
+            builder
+                .initial_window_size(1 << 16)
+                .max_header_list_size(1 << 20)
+                // As patient as servers in Go.
+                .max_pending_accept_reset_streams(100_000)
+                .max_concurrent_reset_streams(100_000)
+                .max_local_error_reset_streams(None);
             let mut connection = builder.handshake::<_, Bytes>(stream).await.unwrap();
             let mut calls = tokio::task::JoinSet::new();
             let mut left = false;
@@ -399,4 +405,13 @@ impl<T> Events<T> {
 /// Waits until a stream is reset.
 pub(crate) async fn reset_of(stream: &mut SendStream<Bytes>) -> Result<Reason, h2::Error> {
     poll_fn(|cx| stream.poll_reset(cx)).await
+}
+
+/// Tells that something is over, however it ended.
+pub(crate) struct Over<T: Clone>(pub(crate) Events<T>, pub(crate) T);
+
+impl<T: Clone> Drop for Over<T> {
+    fn drop(&mut self) {
+        self.0.tell(self.1.clone());
+    }
 }

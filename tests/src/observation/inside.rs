@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use hullspeed_proto::cri::v1::NamespaceMode;
+use hullspeed_proto::cri::v1::{NamespaceMode, NamespaceOption};
 use serde_json::{Map, Value, json};
 
-use super::{Observer, PORT, SERVE_LIMIT};
+use super::{Observer, SERVE_LIMIT};
 use crate::cri::Pod;
 use crate::websocket::WebSocket;
 
@@ -40,13 +40,16 @@ done
 say processes ps -o user,args
 "#;
 
+/// Sections about the network.
+const NETWORK: [&str; 3] = ["addresses", "routes", "interfaces"];
+
 /// Namespaces of a process.
 const KINDS: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
 
 /// Which namespaces a process is in, by what tells them apart.
-pub(super) fn links(pid: u64) -> Value {
+fn links(process: &str) -> Value {
     let link = |kind: &str| {
-        let target = std::fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+        let target = std::fs::read_link(format!("/proc/{process}/ns/{kind}"));
         target.map_or_else(
             |error| format!("({error})"),
             |target| target.to_string_lossy().into_owned(),
@@ -64,9 +67,11 @@ impl Observer<'_> {
         for (name, container) in [("main", main), ("side", side)] {
             let answer = self.cri.exec(container, &["sh", "-c", SCRIPT]).await?;
             let text = String::from_utf8_lossy(&answer.stdout).into_owned();
-            let host_pid = mode(pod, |options| options.pid) == NamespaceMode::Node;
+            let of_host = |of: fn(&NamespaceOption) -> i32| mode(pod, of) == NamespaceMode::Node;
+            let (host_pid, host_network) = (of_host(|options| options.pid), of_host(|options| options.network));
             for (section, lines) in sections(&text) {
-                if section == "processes" && host_pid {
+                // What others do on this machine is not the pod's.
+                if (section == "processes" && host_pid) || (NETWORK.contains(&section.as_str()) && host_network) {
                     continue;
                 }
                 self.seen
@@ -82,7 +87,8 @@ impl Observer<'_> {
             "mounts" => lines = lines.iter().map(|line| mount(line)).collect(),
             "environment" => lines.sort(),
             "processes" => {
-                lines.retain(|line| !line.contains("ps -o") && !line.contains("say()") && !line.contains("sleep 0.1"));
+                let ours = ["ps -o", "say()", "sleep 0.1", "[sleep]"];
+                lines.retain(|line| !ours.iter().any(|part| line.contains(part)));
                 lines.sort();
             }
             "addresses" => lines.retain(|line| !line.contains("inet6 fe80")),
@@ -93,14 +99,14 @@ impl Observer<'_> {
 
     /// Which namespaces are shared by whom.
     async fn namespaces(&mut self, sandbox: &str, main: &str, side: &str) -> Result<()> {
-        let host = links(1);
+        let host = links("self");
         let mut of = BTreeMap::new();
         for (name, container) in [("main", main), ("side", side)] {
             let status = self.cri.container(container).await?;
-            of.insert(name, links(pid(&status.info)?));
+            of.insert(name, links(&pid(&status.info)?.to_string()));
         }
         let status = self.cri.sandbox(sandbox).await?;
-        of.insert("pause", links(pid(&status.info)?));
+        of.insert("pause", links(&pid(&status.info)?.to_string()));
         let mut found = Map::new();
         for kind in KINDS {
             for (one, other) in [("main", "pause"), ("main", "side")] {
@@ -116,7 +122,6 @@ impl Observer<'_> {
                 );
             }
         }
-        self.seen.remove("namespaces of pause");
         self.seen.insert("namespaces".into(), found.into());
         Ok(())
     }
@@ -154,8 +159,8 @@ impl Observer<'_> {
     async fn forward(&mut self, sandbox: &str) -> Result<Value> {
         let end = Instant::now() + SERVE_LIMIT;
         loop {
-            let url = self.cri.port_forward(sandbox, &[PORT]).await?;
-            let mut socket = WebSocket::open(&url, &format!("port={PORT}")).await?;
+            let url = self.cri.port_forward(sandbox, &[self.port.into()]).await?;
+            let mut socket = WebSocket::open(&url, &format!("port={}", self.port)).await?;
             socket.send(0, b"GET /index.html HTTP/1.0\r\n\r\n").await?;
             let said = socket.read("hello from the toolbox").await?;
             let hello = said.values().any(|text| text.contains("hello from the toolbox"));
@@ -178,7 +183,7 @@ fn pid(info: &std::collections::HashMap<String, String>) -> Result<u64> {
     info["pid"].as_u64().context("no pid in the verbose information")
 }
 
-fn mode(pod: &Pod, of: impl Fn(&hullspeed_proto::cri::v1::NamespaceOption) -> i32) -> NamespaceMode {
+fn mode(pod: &Pod, of: fn(&NamespaceOption) -> i32) -> NamespaceMode {
     let context = pod
         .config()
         .linux

@@ -9,9 +9,7 @@ use serde_json::Value;
 
 use super::Observer;
 use crate::cri::Pod;
-
-/// The label that marks hulls.
-const HULL_LABEL: &str = "io.hullspeed.hull";
+use crate::pod_node::HULL_LABEL;
 
 impl Observer<'_> {
     async fn list(&mut self, what: String, filter: Option<PodSandboxFilter>) {

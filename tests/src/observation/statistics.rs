@@ -158,7 +158,13 @@ fn shape(value: Value) -> Value {
         Value::Object(map) if map.len() == 1 && map.get("1").is_some_and(|inner| inner[0].is_number()) => {
             "<number>".into()
         }
-        Value::Object(map) => map.into_iter().map(|(key, value)| (key, shape(value))).collect(),
+        Value::Object(mut map) => {
+            // A container's disk usage (field 4, beside attributes with an id) is measured every ten seconds.
+            if map.get("1").is_some_and(|attributes| attributes[0]["1"][0].is_string()) {
+                map.remove("4");
+            }
+            map.into_iter().map(|(key, value)| (key, shape(value))).collect()
+        }
         other => other,
     }
 }

@@ -22,7 +22,7 @@ use crate::relay::{Failure, Messages};
 
 mod track;
 
-use track::{Step, Tracks, Trigger};
+use track::{Exit, Step, Tracks, Trigger};
 
 /// containerd's namespace of everything that CRI makes.
 const NAMESPACE: &str = "k8s.io";
@@ -191,18 +191,24 @@ fn trigger(envelope: &Envelope) -> Option<Trigger> {
         return None;
     }
     let payload = envelope.event.as_ref()?.value.as_slice();
+    let mut exit = None;
     let (id, step) = match envelope.topic.as_str() {
         "/containers/create" => (ContainerCreate::decode(payload).ok()?.id, Step::Created),
         "/tasks/start" => (TaskStart::decode(payload).ok()?.container_id, Step::Started),
         "/tasks/exit" => {
-            let exit = TaskExit::decode(payload).ok()?;
+            let ended = TaskExit::decode(payload).ok()?;
+            let at = ended.exited_at.unwrap_or_default();
+            exit = Some(Exit {
+                code: ended.exit_status,
+                at: at.seconds.saturating_mul(1_000_000_000).saturating_add(at.nanos.into()),
+            });
             // Others are of processes that were executed in the container.
-            (exit.container_id == exit.id).then_some((exit.container_id, Step::Stopped))?
+            (ended.container_id == ended.id).then_some((ended.container_id, Step::Stopped))?
         }
         "/containers/delete" => (ContainerDelete::decode(payload).ok()?.id, Step::Deleted),
         _ => return None,
     };
-    (!id.is_empty()).then_some(Trigger { id, step })
+    (!id.is_empty()).then_some(Trigger { id, step, exit })
 }
 
 #[cfg(test)]
@@ -226,6 +232,8 @@ mod tests {
         let exit = |id: &str| TaskExit {
             container_id: "abc".into(),
             id: id.into(),
+            exit_status: 7,
+            exited_at: Some(prost_types::Timestamp { seconds: 2, nanos: 3 }),
             ..Default::default()
         };
         let own = trigger(&envelope("/tasks/exit", exit("abc").encode_to_vec()));
@@ -233,7 +241,11 @@ mod tests {
             own,
             Some(Trigger {
                 id: "abc".into(),
-                step: Step::Stopped
+                step: Step::Stopped,
+                exit: Some(Exit {
+                    code: 7,
+                    at: 2_000_000_003
+                }),
             })
         );
         assert_eq!(trigger(&envelope("/tasks/exit", exit("exec-1").encode_to_vec())), None);

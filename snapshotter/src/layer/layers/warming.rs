@@ -222,7 +222,10 @@ impl Shared {
                 self.let_go(&used.slot, fetch).await;
             }
         }
-        work.progress.end();
+        // Who is told of the end finds the place free.
+        let progress = work.progress.clone();
+        drop(work);
+        progress.end();
     }
 
     /// Brings the tables of contents into the cache.

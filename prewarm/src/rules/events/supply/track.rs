@@ -4,15 +4,15 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hullspeed_proto::cri::v1::ContainerEventType;
+use hullspeed_proto::cri::v1::{ContainerEventType, ContainerState, PodSandboxState};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::super::{event, id_of, now};
 use crate::containerd::Containerd;
-use crate::rules::parts::{inner, number, text};
+use crate::rules::parts::{inner, number, put_text, text, without};
 use crate::rules::question;
-use crate::wire::fields;
+use crate::wire::{fields, put_varint};
 
 /// How long CRI's state may lag behind an event. containerd itself gives up on an event after 10 s.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -57,6 +57,38 @@ impl Step {
 pub(super) struct Trigger {
     pub(super) id: String,
     pub(super) step: Step,
+    /// How its process ended, if that is what happened.
+    pub(super) exit: Option<Exit>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Exit {
+    /// Its exit code.
+    pub(super) code: u32,
+    /// When, in nanoseconds since the epoch.
+    pub(super) at: i64,
+}
+
+/// Fields of `ContainerStatus`; the first one also of `PodSandboxStatus`.
+const STATE: u32 = 3;
+const FINISHED_AT: u32 = 6;
+const EXIT_CODE: u32 = 7;
+const REASON: u32 = 10;
+
+impl Exit {
+    /// A container's last status, as CRI would have shown it after this end.
+    fn ended(self, last: &[u8]) -> Vec<u8> {
+        let Ok(mut status) = without(last, &[STATE, FINISHED_AT, EXIT_CODE, REASON]) else {
+            return last.to_vec();
+        };
+        let exited = ContainerState::ContainerExited as i32;
+        put_varint(&mut status, STATE, u64::from(exited.unsigned_abs()));
+        put_varint(&mut status, FINISHED_AT, self.at.cast_unsigned());
+        put_varint(&mut status, EXIT_CODE, u64::from(self.code));
+        put_text(&mut status, REASON, if self.code == 0 { "Completed" } else { "Error" });
+        status
+    }
 }
 
 /// A sandbox or a container.
@@ -89,6 +121,9 @@ pub(super) struct Tracks {
     waiting: VecDeque<Waiting>,
     /// The last status of each sandbox, for what is told when it is gone.
     statuses: HashMap<String, Vec<u8>>,
+    /// The last status of each container, and how it ended, for one that is removed before its end is seen.
+    lasts: HashMap<String, Vec<u8>>,
+    exits: HashMap<String, Exit>,
 }
 
 impl Tracks {
@@ -98,6 +133,8 @@ impl Tracks {
             known: HashMap::new(),
             waiting: VecDeque::new(),
             statuses: HashMap::new(),
+            lasts: HashMap::new(),
+            exits: HashMap::new(),
         }
     }
 
@@ -131,6 +168,9 @@ impl Tracks {
         if trigger.step == Step::Deleted {
             self.waiting.retain(|waiting| waiting.trigger.id != trigger.id);
             return self.deleted(&trigger.id).await;
+        }
+        if let (Some(exit), true) = (trigger.exit, self.known.contains_key(&trigger.id)) {
+            self.exits.insert(trigger.id.clone(), exit);
         }
         let (events, arrived) = self.look(&trigger).await;
         if !arrived && self.waiting.len() < MAX_WAITING {
@@ -211,9 +251,9 @@ impl Tracks {
             steps = vec![Step::Deleted];
         }
         let events = self.events(id, &sandbox, &steps).await;
-        if id == sandbox {
-            self.statuses.remove(id);
-        }
+        self.statuses.remove(id);
+        self.lasts.remove(id);
+        self.exits.remove(id);
         events
     }
 
@@ -223,24 +263,44 @@ impl Tracks {
         {
             self.statuses.insert(sandbox.to_owned(), status.into_owned());
         }
-        let without = steps.contains(&Step::Deleted).then_some(id);
-        let containers = self.containers(sandbox, without).await.unwrap_or_default();
+        if id == sandbox && steps.iter().any(|step| *step >= Step::Stopped) {
+            // It may have been removed before its end could be seen.
+            self.statuses.entry(id.to_owned()).and_modify(not_ready);
+        }
+        let containers = self.containers(sandbox).await.unwrap_or_default();
         let status = self.statuses.get(sandbox).map(Vec::as_slice);
-        let told = steps
-            .iter()
-            .map(|step| event(id, step.event(), now(), status, &containers));
-        told.collect()
+        let told = steps.iter().map(|step| {
+            let mut shown: Vec<Vec<u8>> = Vec::new();
+            for (of, container) in &containers {
+                if of != id || *step != Step::Deleted {
+                    shown.push(container.clone());
+                }
+            }
+            if *step == Step::Stopped && containers.iter().all(|(of, _)| of != id) {
+                // It was removed before its end could be seen.
+                shown.extend(
+                    self.exits
+                        .get(id)
+                        .zip(self.lasts.get(id))
+                        .map(|(exit, last)| exit.ended(last)),
+                );
+            }
+            event(id, step.event(), now(), status, &shown)
+        });
+        let told = told.collect();
+        self.lasts.extend(containers.into_iter().filter(|(of, _)| of == id));
+        told
     }
 
-    /// Statuses of a sandbox's containers.
-    async fn containers(&self, sandbox: &str, without: Option<&str>) -> Result<Vec<Vec<u8>>, Status> {
+    /// Statuses of a sandbox's containers, by id.
+    async fn containers(&self, sandbox: &str) -> Result<Vec<(String, Vec<u8>)>, Status> {
         let mut statuses = Vec::new();
         for (id, _) in items(&question::containers(&self.containerd, "", sandbox).await?) {
-            if Some(id.as_str()) == without {
-                continue;
-            }
             match question::container_status(&self.containerd, &id).await {
-                Ok(answer) => statuses.extend(inner(&answer, 1).ok().flatten().map(std::borrow::Cow::into_owned)),
+                Ok(answer) => {
+                    let status = inner(&answer, 1).ok().flatten();
+                    statuses.extend(status.map(|status| (id, status.into_owned())));
+                }
                 Err(status) if status.code() == Code::NotFound => {}
                 Err(status) => return Err(status),
             }
@@ -271,6 +331,15 @@ impl Tracks {
             all.extend(container(&item).map(|shown| (id, shown)));
         }
         Ok(all)
+    }
+}
+
+/// A `PodSandboxStatus` of a sandbox that has stopped.
+fn not_ready(status: &mut Vec<u8>) {
+    if let Ok(mut stopped) = without(status, &[STATE]) {
+        let state = PodSandboxState::SandboxNotready as i32;
+        put_varint(&mut stopped, STATE, u64::from(state.unsigned_abs()));
+        *status = stopped;
     }
 }
 
@@ -309,6 +378,29 @@ fn container(item: &[u8]) -> Option<Shown> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hullspeed_proto::cri::v1::ContainerStatus;
+    use prost::Message as _;
+
+    #[test]
+    fn an_end_that_was_not_seen() {
+        let running = ContainerStatus {
+            id: "c".into(),
+            state: ContainerState::ContainerRunning.into(),
+            started_at: 5,
+            log_path: "log".into(),
+            ..Default::default()
+        };
+        let exit = Exit { code: 3, at: 9 };
+        let ended = ContainerStatus::decode(exit.ended(&running.encode_to_vec()).as_slice()).unwrap();
+        let expected = ContainerStatus {
+            state: ContainerState::ContainerExited.into(),
+            finished_at: 9,
+            exit_code: 3,
+            reason: "Error".into(),
+            ..running
+        };
+        assert_eq!(ended, expected);
+    }
 
     #[test]
     fn steps_since() {

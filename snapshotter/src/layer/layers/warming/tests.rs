@@ -241,3 +241,56 @@ async fn privileged_a_mount_and_a_warm_of_a_layer_are_one_and_a_warmed_layer_nee
     layers.shutdown().await;
     assert!(!is_mount_point(&mount.path));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_image_of_an_index_is_the_one_for_the_platform() {
+    let registry = Registry::start();
+    let [first, second] = samples();
+    let other = registry.push(&[first]).await;
+    let own = registry.push(&[second]).await;
+    let entry = |digest: Digest, platform: &Platform| {
+        let name = platform.to_string();
+        let (os, architecture) = name.split_once('/').unwrap();
+        serde_json::json!({
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": digest,
+            "size": 1,
+            "platform": {"os": os, "architecture": architecture},
+        })
+    };
+    let kind = "application/vnd.oci.image.index.v1+json";
+    let nonesuch: Platform = "linux/nonesuch".parse().unwrap();
+    let entries = [entry(other, &nonesuch), entry(own, &Platform::own())];
+    let index = serde_json::json!({"schemaVersion": 2, "mediaType": kind, "manifests": entries});
+    let image = Reference::parse(&registry.image().replace(":1", ":index")).unwrap();
+    let client = hullspeed_registry::Client::new(hullspeed_registry::ClientOptions::default()).unwrap();
+    let bytes = serde_json::to_vec(&index).unwrap().into();
+    client
+        .put_manifest(&image, &image.version(), bytes, kind)
+        .await
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, _) = layers(dir.path());
+    let warmer = layers.warmer().unwrap();
+    let request = |platform: Platform| WarmRequest {
+        image: image.to_string(),
+        manifest: None,
+        share: Share::Toc,
+        platform,
+    };
+    for (platform, manifest) in [(nonesuch, other), (Platform::own(), own)] {
+        let report = last(&mut warmer.warm(request(platform)).await.unwrap()).await;
+        assert_eq!(report.manifest, manifest);
+        assert_eq!(states(&report), [LayerState::Resident]);
+    }
+    let error = warmer
+        .warm(request("windows/amd64".parse().unwrap()))
+        .await
+        .err()
+        .unwrap();
+    assert!(
+        matches!(&error, WarmError::Manifest { source, .. } if source.class() == "not_found"),
+        "{error}"
+    );
+    layers.shutdown().await;
+}
