@@ -102,10 +102,15 @@ impl Node {
     }
 
     fn keep(&self, options: PoolOptions, take_back: Vec<String>) -> Kept {
+        let kept = self.keep_before_recovery(options);
+        kept.pool.take_back(take_back);
+        kept
+    }
+
+    fn keep_before_recovery(&self, options: PoolOptions) -> Kept {
         let ledger = Ledger::new(Mark::new(MARK.into()));
         let client = hullspeed_prewarm::containerd::Containerd::at(&self.containerd.socket());
         let pool = Pool::new(options, client, ledger.clone(), Metrics::unregistered());
-        pool.take_back(take_back);
         let stopping = CancellationToken::new();
         let keeper = tokio::spawn({
             let (pool, stopping) = (pool.clone(), stopping.clone());
@@ -285,7 +290,9 @@ async fn fills_and_hands_out(release: Release) {
         there.len()
     );
     // The default handler's own name is served from the same shelf; others are not.
+    let asked = Instant::now();
     let first = pool.take("").unwrap();
+    println!("taken within {:?}", asked.elapsed());
     let second = pool.take("runc").unwrap();
     assert!(first.id != second.id && first.is_alive() && there.contains(&first.id) && there.contains(&second.id));
     assert_eq!(pool.take("other").unwrap_err(), Miss::Handler);
@@ -523,8 +530,14 @@ async fn restarts(release: Release) {
     assert_eq!(node.count().await, 3);
     assert_eq!(kept.pool.snapshot().audit.lost, 0);
     kept.stop().await;
-    // The daemon, knowing nothing: they are removed and made anew.
-    let kept = node.keep(node.options(3), Vec::new());
+    // The daemon, before it knows which sandboxes are pods': nothing happens.
+    let kept = node.keep_before_recovery(node.options(3));
+    until("an answer", &kept.pool, async || kept.pool.snapshot().off.is_none()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(kept.pool.take("").unwrap_err(), Miss::Stale);
+    assert_eq!(node.ready().await, now);
+    // None is its own: they are removed and made anew.
+    kept.pool.take_back(Vec::new());
     until("a new pool", &kept.pool, async || {
         let snapshot = kept.pool.snapshot();
         snapshot.handlers[0].idle == 3 && snapshot.removing == 0 && node.ready().await.is_disjoint(&now)

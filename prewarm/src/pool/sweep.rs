@@ -110,6 +110,12 @@ impl Shared {
     /// A marked sandbox that nobody answers for.
     async fn judge(&self, id: &str, is_candidate: bool) -> Result<(), Status> {
         let is_pods = self.is_pods(id).await?;
+        if let Err(CreationError::Status { source, .. }) = creation::inspect(&self.containerd, id).await
+            && source.code() == Code::NotFound
+        {
+            // A pod's, removed since the list was made.
+            return Ok(());
+        }
         let mut state = self.state();
         // It may have been adopted while we asked.
         if is_pods || self.ledger.adoption(id).is_some() {
