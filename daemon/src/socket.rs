@@ -47,6 +47,12 @@ impl SocketError {
     }
 }
 
+/// The name under which a process binds a socket before it moves it to `path`; the kernel's table goes on showing it.
+#[must_use]
+pub fn bound_name(path: &Path, process: u32) -> PathBuf {
+    path.with_extension(process.to_string())
+}
+
 /// A listening socket in the file system.
 #[derive(Debug)]
 pub struct Socket {
@@ -113,7 +119,7 @@ impl Socket {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(unusable(error)),
         }
-        let temporary = path.with_extension(format!("{}", std::process::id()));
+        let temporary = bound_name(path, std::process::id());
         let made = Self::make(&temporary, path);
         if made.is_err() {
             let _ = fs::remove_file(&temporary);

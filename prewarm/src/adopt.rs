@@ -24,7 +24,7 @@ mod source;
 #[cfg(test)]
 mod testing;
 
-pub use adopter::{Adopter, AdopterError, Options};
+pub use adopter::{Adopter, AdopterError, JOURNAL, Options};
 pub use observer::{Observer, Outcome};
 pub use recovery::{IdleHull, Recovered, RecoveryError};
 pub use source::{HullSource, Miss};

@@ -23,6 +23,8 @@ use crate::mark::{self, MarkError};
 use crate::metrics::Metrics;
 use parts::Parts;
 
+pub(crate) use parts::pool_options;
+
 mod parts;
 mod recovery;
 #[cfg(test)]

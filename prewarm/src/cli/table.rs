@@ -62,7 +62,7 @@ pub(super) fn pool(pool: &api::PoolStatus) -> String {
         audit,
     } = pool;
     let mut text = format!("pool              {state}");
-    if !reason.is_empty() {
+    if !reason.is_empty() && reason != state {
         let _ = write!(text, " ({reason}: {detail})");
     }
     text.push('\n');

@@ -12,9 +12,8 @@ use super::{ANSWER_LIMIT, Report};
 use crate::config::Config;
 use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
-
-/// Type of the runtime whose sandboxes can be hulls.
-const RUNC: &str = "io.containerd.runc.v2";
+use crate::pool::{Preview, preview};
+use crate::run::pool_options;
 
 /// What containerd says, if it answers.
 pub(super) async fn examine(config: &Config, report: &mut Report) -> Option<Facts> {
@@ -112,20 +111,19 @@ fn examine_annotations(information: &HashMap<String, String>, report: &mut Repor
 }
 
 fn examine_facts(config: &Config, facts: &Facts, report: &mut Report) {
-    for name in &config.pool.handlers {
-        let shown = if name.is_empty() { "(default)" } else { name };
-        match facts.handler(name) {
-            None => report.warn(
-                "handler",
-                format!("containerd has no runtime handler {shown}"),
-                "correct pool.handlers, or containerd's runtimes",
+    let Preview { off, handlers } = preview(facts, &pool_options(config));
+    if let Some(off) = off {
+        report.warn("pool", format!("would be off: {}", off.detail), advice(off.reason));
+    }
+    for (name, networks) in handlers {
+        let shown = if name.is_empty() { "(default)" } else { &name };
+        match networks {
+            Ok(networks) => report.ok("hulls for", format!("{shown}: possible, in {}", networks.join(", "))),
+            Err(off) => report.warn(
+                "hulls for",
+                format!("{shown}: none, because {}", off.detail),
+                advice(off.reason),
             ),
-            Some(handler) if handler.runtime_type != RUNC => report.warn(
-                "handler",
-                format!("{shown} is {}, whose sandboxes cannot be hulls", handler.runtime_type),
-                "take it out of pool.handlers",
-            ),
-            Some(_) => report.ok("handler", format!("{shown} is {RUNC}")),
         }
     }
     let image = if facts.sandbox_image.is_empty() {
@@ -139,14 +137,20 @@ fn examine_facts(config: &Config, facts: &Facts, report: &mut Report) {
     } else {
         report.ok("pause", format!("{image} is there"));
     }
-    let directory = facts.cni_conf_dir.display();
-    match std::fs::read_dir(&facts.cni_conf_dir).map(Iterator::count) {
-        Ok(0) => report.fail("cni", format!("{directory} is empty"), "install a network"),
-        Ok(_) => report.ok(
-            "cni",
-            format!("configured in {directory}; the pool's state says whether hulls are allowed"),
-        ),
-        Err(error) => report.fail("cni", format!("{directory}: {error}"), "install a network"),
+}
+
+/// What can be done about hulls that are not made.
+pub(super) fn advice(reason: &str) -> &'static str {
+    match reason {
+        "cni_absent" | "cni_invalid" => "install a network as containerd needs it",
+        "cni_loading" => "wait a moment; if it stays, restart containerd",
+        "nri" => "if the NRI plugins may see a hull's name instead of its pod's, set pool.allow_nri",
+        "config" => "nothing, if that is wanted; the keys are pool.enabled, adoption.enabled and cni.override",
+        reason if reason.starts_with("cni") => {
+            "hulls need a network that does not depend on the pod; if yours does not, cni.allow or cni.override say so"
+        }
+        reason if reason.starts_with("handler") => "correct pool.handlers",
+        _ => "see the daemon's log",
     }
 }
 
@@ -200,7 +204,8 @@ mod tests {
     }
 
     #[test]
-    fn handlers_and_the_pause_image_are_looked_up() {
+    fn networks_handlers_and_the_pause_image_are_looked_at() {
+        let place = tempfile::tempdir().unwrap();
         let mut config = Config::default();
         config.pool.handlers = vec![String::new(), "kata".to_owned(), "none".to_owned()];
         let handler = |runtime_type: &str| crate::containerd::facts::Handler {
@@ -209,15 +214,31 @@ mod tests {
         };
         let facts = Facts {
             default_handler: "runc".to_owned(),
-            handlers: [("runc", RUNC), ("kata", "io.containerd.kata.v2")]
+            handlers: [("runc", "io.containerd.runc.v2"), ("kata", "io.containerd.kata.v2")]
                 .map(|(name, kind)| (name.to_owned(), handler(kind)))
                 .into(),
-            cni_conf_dir: "/none".into(),
+            cni_conf_dir: place.path().to_owned(),
             ..Facts::default()
         };
-        let mut report = Report::default();
-        examine_facts(&config, &facts, &mut report);
-        let levels: Vec<_> = report.findings.iter().map(|finding| finding.level).collect();
-        assert_eq!(levels, [Level::Ok, Level::Warn, Level::Warn, Level::Warn, Level::Fail]);
+        let says = |plugin: &str| {
+            let text = format!(r#"{{"cniVersion":"0.4.0","name":"net","plugins":[{{"type":"{plugin}"}}]}}"#);
+            std::fs::write(place.path().join("1.conflist"), text).unwrap();
+            let mut report = Report::default();
+            examine_facts(&config, &facts, &mut report);
+            let lines = report.findings.iter().filter(|finding| finding.check != "pool");
+            lines
+                .map(|finding| (finding.level, finding.says.clone()))
+                .collect::<Vec<_>>()
+        };
+        let calico = says("calico");
+        let levels: Vec<_> = calico.iter().map(|(level, _)| *level).collect();
+        assert_eq!(levels, [Level::Warn; 4]);
+        assert!(
+            calico[0].1.contains("(default)") && calico[0].1.contains("calico"),
+            "{calico:?}"
+        );
+        let bandwidth = says("bandwidth");
+        assert_eq!(bandwidth[0], (Level::Ok, "(default): possible, in net".to_owned()));
+        assert!(bandwidth[1].1.contains("kata") && bandwidth[2].1.contains("none"));
     }
 }

@@ -6,6 +6,7 @@ use hullspeed_proto::cri::v1::{ListPodSandboxRequest, PodSandboxState};
 
 use super::Report;
 use super::containerd::limited;
+use crate::adopt::JOURNAL;
 use crate::config::Config;
 use crate::containerd::Containerd;
 use crate::ledger::HULL_LABEL;
@@ -37,7 +38,7 @@ pub(super) async fn examine(config: &Config, containerd: bool, daemon: bool, rep
             ),
         }
     }
-    let journal = config.state.join("journal");
+    let journal = config.state.join(JOURNAL);
     match fs::metadata(&journal) {
         Ok(metadata) => report.ok("journal", format!("{} has {} bytes", journal.display(), metadata.len())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

@@ -1,14 +1,16 @@
 //! The sockets: who serves the kubelet, whether the daemon and the snapshotter answer.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use hullspeed_daemon::error::chain;
+use hullspeed_daemon::socket::bound_name;
 use hullspeed_proto::cri::v1::VersionRequest;
 use tokio::time::timeout;
 
-use super::containerd::limited;
+use super::containerd::{advice, limited};
 use super::{ANSWER_LIMIT, Places, Report, kubelet};
 use crate::client::Client;
 use crate::config::Config;
@@ -75,32 +77,33 @@ fn examine_relay(config: &Config, places: &Places, report: &mut Report) -> bool 
     }
 }
 
-/// Processes (with their names) that hold the listener of this path. Found without connecting, since a connection would
+/// Processes (with their names) that hold a listener of this path. Found without connecting, since a connection would
 /// start a daemon with socket activation.
 fn owners(socket: &Path, proc: &Path) -> Vec<(u32, String)> {
     let table = kubelet::read(&proc.join("net/unix")).unwrap_or_default();
-    let path = socket.to_string_lossy();
     // Num RefCount Protocol Flags Type St Inode Path
-    let listener = table.lines().find_map(|line| {
+    let listeners = table.lines().filter_map(|line| {
         let mut fields = line.split_ascii_whitespace();
         let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
         let inode = fields.nth(2)?;
-        (flags & ACCEPTS != 0 && fields.next() == Some(&*path)).then(|| format!("socket:[{inode}]"))
+        let path = Path::new(fields.next()?);
+        let same = path.file_stem() == socket.file_stem() && path.parent() == socket.parent();
+        (flags & ACCEPTS != 0 && same).then(|| (format!("socket:[{inode}]"), path))
     });
-    let Some(listener) = listener else { return Vec::new() };
-    let holds = |process: &Path| {
-        let descriptors = fs::read_dir(process.join("fd"))
-            .into_iter()
-            .flatten()
-            .filter_map(Result::ok);
-        descriptors
-            .filter_map(|descriptor| fs::read_link(descriptor.path()).ok())
-            .any(|target| target.as_os_str() == listener.as_str())
+    let listeners: HashMap<_, _> = listeners.collect();
+    if listeners.is_empty() {
+        return Vec::new();
+    }
+    let holds = |number: u32, process: &Path| {
+        let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten();
+        let targets = descriptors.filter_map(|descriptor| fs::read_link(descriptor.ok()?.path()).ok());
+        let mut paths = targets.filter_map(|target| listeners.get(target.to_str()?));
+        paths.any(|path| *path == socket || *path == bound_name(socket, number))
     };
     let entries = fs::read_dir(proc).into_iter().flatten().filter_map(Result::ok);
     entries
         .filter_map(|entry| Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path())))
-        .filter(|(_, process)| holds(process))
+        .filter(|(number, process)| holds(*number, process))
         .map(|(number, process)| {
             let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             (number, name.trim_end().to_owned())
@@ -166,17 +169,6 @@ async fn examine_control(config: &Config, report: &mut Report) -> bool {
     true
 }
 
-/// What can be done about a pool that is off.
-fn advice(reason: &str) -> &'static str {
-    match reason {
-        reason if reason.starts_with("cni") => {
-            "hulls need a network that does not depend on the pod; if yours does not, cni.allow or cni.override say so"
-        }
-        "nri" => "if the NRI plugins may see a hull's name instead of its pod's, set pool.allow_nri",
-        _ => "see the keys pool, cni and adoption of the configuration, and the daemon's log",
-    }
-}
-
 async fn examine_way_through(config: &Config, report: &mut Report) {
     let relay = Containerd::at(&config.socket);
     match limited(relay.runtime().version(VersionRequest::default())).await {
@@ -198,20 +190,30 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn who_listens_is_found_without_a_connection() {
+    #[tokio::test]
+    async fn who_listens_is_found_without_a_connection() {
         let place = tempfile::tempdir().unwrap();
-        let path = place.path().join("s");
+        let path = place.path().join("s.sock");
         let proc = Path::new("/proc");
+        let is_found = || {
+            let found = owners(&path, proc);
+            assert!(found.iter().all(|(_, name)| !name.is_empty() && !name.ends_with('\n')));
+            found.iter().map(|(process, _)| *process).collect::<Vec<_>>() == [std::process::id()]
+        };
         assert_eq!(owners(&path, proc), []);
+        // As a service manager makes it.
         let listener = UnixListener::bind(&path).unwrap();
-        let found = owners(&path, proc);
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].0, std::process::id());
-        assert!(!found[0].1.is_empty() && !found[0].1.ends_with('\n'));
+        assert!(is_found());
         listener.set_nonblocking(true).unwrap();
         assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
         drop(listener);
         assert_eq!(owners(&path, proc), []);
+        // As the daemon makes it.
+        let socket = hullspeed_daemon::socket::Socket::bind(&path).await.unwrap();
+        assert!(is_found());
+        drop(socket);
+        let other = UnixListener::bind(place.path().join("s.7")).unwrap();
+        assert_eq!(owners(&path, proc), [], "a socket of another name");
+        drop(other);
     }
 }

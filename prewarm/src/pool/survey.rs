@@ -36,8 +36,16 @@ pub(super) async fn survey(shared: &Shared) -> Result<(), FactsError> {
             return Err(error);
         }
     };
+    // One that was started anew has forgotten what it was told, though nothing of its configuration may have changed.
+    let restarted = {
+        let state = shared.state();
+        state
+            .current
+            .as_ref()
+            .is_none_or(|current| current.instance != instance)
+    };
     shared.facts.send_if_modified(|known| {
-        let changed = known.as_ref() != Some(&facts);
+        let changed = restarted || known.as_ref() != Some(&facts);
         *known = Some(Arc::clone(&facts));
         changed
     });
@@ -94,7 +102,7 @@ fn apply(shared: &Shared, current: Arc<Current>, offs: Vec<Option<Off>>, objecti
     state.off = if shared.options.enabled {
         objection
     } else {
-        Some(Off::new("config", "the pool is off by configuration"))
+        Some(off_by_configuration())
     };
     let change = before.and_then(|before| current.fingerprint.change_since(&before.fingerprint));
     if let Some(reason) = change {
@@ -169,4 +177,46 @@ fn handler_objection(facts: &Facts, name: &str) -> Option<Off> {
         return Some(Off::new("handler_sandboxer", detail));
     }
     None
+}
+
+/// What a pool with these options would make of this node.
+#[derive(Debug)]
+pub struct Preview {
+    /// Why there would be no pool at all.
+    pub off: Option<Off>,
+    /// The networks that each handler's hulls would be attached to, or why it would have none.
+    pub handlers: Vec<(String, Result<Vec<String>, Off>)>,
+}
+
+/// Looks as the pool does, and changes nothing.
+#[must_use]
+pub fn preview(facts: &Facts, options: &PoolOptions) -> Preview {
+    let off = if options.enabled {
+        let nri = (!options.allow_nri).then(|| nri::objection(&nri::Places::default()));
+        nri.flatten()
+    } else {
+        Some(off_by_configuration())
+    };
+    let handler = |name: &String| {
+        let (directory, max, own) = conf_dir(facts, name);
+        let loaded = facts.cni_loaded.as_deref().filter(|_| !own);
+        let networks = match handler_objection(facts, name) {
+            Some(off) => Err(off),
+            None => look(&directory, max, options, loaded).assessed,
+        };
+        let names = networks.map(|networks| networks.into_iter().map(|network| network.name).collect());
+        (name.clone(), names)
+    };
+    Preview {
+        off,
+        handlers: options
+            .handlers
+            .iter()
+            .map(|pool| handler(&pool.runtime_handler))
+            .collect(),
+    }
+}
+
+fn off_by_configuration() -> Off {
+    Off::new("config", "the pool is off by configuration")
 }

@@ -43,6 +43,7 @@ impl Parts {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
             supply: config.events.supply == Supply::Auto,
+            metrics: metrics.clone(),
         });
         let adopter = Adopter::new(adopt::Options {
             containerd: containerd.clone(),
@@ -102,7 +103,8 @@ fn policy(config: &Config) -> Policy {
     }
 }
 
-fn pool_options(config: &Config) -> PoolOptions {
+/// The pool's part of the configuration.
+pub(crate) fn pool_options(config: &Config) -> PoolOptions {
     let pool = &config.pool;
     PoolOptions {
         enabled: pool.enabled && config.adoption.enabled && config.cni.verdict != CniVerdict::Deny,
@@ -132,7 +134,6 @@ fn pool_options(config: &Config) -> PoolOptions {
         },
         allow_nri: pool.allow_nri,
         cgroup: pool.cgroup.clone(),
-        ..PoolOptions::default()
     }
 }
 

@@ -19,18 +19,18 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 pub(super) async fn run(containerd: Containerd, adopter: Adopter, pool: Pool, stopping: CancellationToken) {
     // Before the pool runs: it removes what nobody knows.
     tokio::select! {
-        () = recover(&containerd, &adopter, &pool) => {}
+        recovered = recover(&containerd, &adopter) => pool.take_back(ready(recovered)),
         () = stopping.cancelled() => return,
     }
     let mut facts = pool.facts();
     let follow = async {
-        // The first that the pool reads are those of the recovery before, or newer.
         while facts.changed().await.is_ok() {
             let there = facts.borrow_and_update().is_some();
             if there {
-                recover(&containerd, &adopter, &pool).await;
+                // The pool knows its own hulls by now, and finds the others.
+                drop(recover(&containerd, &adopter).await);
             } else {
-                adopter.suspend();
+                adopter.suspend().await;
             }
         }
     };
@@ -41,12 +41,20 @@ pub(super) async fn run(containerd: Containerd, adopter: Adopter, pool: Pool, st
 }
 
 /// Tries until it succeeds.
-async fn recover(containerd: &Containerd, adopter: &Adopter, pool: &Pool) {
+async fn recover(containerd: &Containerd, adopter: &Adopter) -> Recovered {
     let mut wait = FIRST_WAIT;
     loop {
         let error = match Facts::read(containerd).await {
             Ok(facts) => match adopter.recover(Arc::new(facts)).await {
-                Ok(recovered) => return settle(pool, recovered),
+                Ok(recovered) => {
+                    tracing::info!(
+                        hulls = recovered.idle.len(),
+                        adopted = recovered.adopted.len(),
+                        dropped = recovered.dropped.len(),
+                        "sandboxes of before are known"
+                    );
+                    return recovered;
+                }
                 Err(error) => chain(&error),
             },
             Err(error) => chain(&error),
@@ -57,15 +65,8 @@ async fn recover(containerd: &Containerd, adopter: &Adopter, pool: &Pool) {
     }
 }
 
-fn settle(pool: &Pool, recovered: Recovered) {
-    let Recovered { idle, adopted, dropped } = recovered;
-    tracing::info!(
-        hulls = idle.len(),
-        adopted = adopted.len(),
-        dropped = dropped.len(),
-        "sandboxes of before are known"
-    );
-    // What is not taken back, the pool removes as it does with every hull that nobody knows.
-    let ready = idle.into_iter().filter(|hull| hull.ready).map(|hull| hull.id);
-    pool.take_back(ready.collect());
+/// Hulls that the pool may take back. Every other is removed by the pool, as one that nobody knows.
+fn ready(recovered: Recovered) -> Vec<String> {
+    let ready = recovered.idle.into_iter().filter(|hull| hull.ready);
+    ready.map(|hull| hull.id).collect()
 }
