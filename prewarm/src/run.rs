@@ -112,6 +112,11 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
         parts.control.pool.clone(),
         stopping.clone(),
     ));
+    let logins = tokio::spawn(optional(parts.logins.map(|logins| logins.run(stopping.clone()))));
+    let warm = tokio::spawn(optional(parts.warm.clone().map(|agent| {
+        let stopping = stopping.clone();
+        async move { agent.run(stopping).await }
+    })));
     let relay = tokio::spawn({
         let (relay, listener, stopping) = (parts.relay.clone(), socket.take_listener(), stopping.clone());
         let drain = config.stop_timeout;
@@ -127,12 +132,25 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
     stopping.cancel();
     finish(
         &parts.adopter,
-        [("relay", relay), ("pool", pool), ("control", control)],
+        [
+            ("relay", relay),
+            ("pool", pool),
+            ("control", control),
+            ("logins", logins),
+            ("warm", warm),
+        ],
         config.stop_timeout,
     )
     .await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// A part that may be switched off.
+async fn optional(part: Option<impl Future<Output = ()>>) {
+    if let Some(part) = part {
+        part.await;
+    }
 }
 
 /// Waits for the parts to end, each within a bound, the relay first: its calls need the others.
