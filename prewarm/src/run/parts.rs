@@ -1,9 +1,9 @@
 //! The daemon's parts, made from its configuration.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use hullspeed_proto::cri::v1::AuthConfig;
 use tonic::Code;
 
 use crate::adopt::eligibility::Policy;
@@ -11,6 +11,7 @@ use crate::adopt::{self, Adopter, AdopterError, gojson};
 use crate::config::{CniVerdict, Config, RunAs, Supply};
 use crate::containerd::Containerd;
 use crate::control::Control;
+use crate::credentials::{HandOver, HandOvers};
 use crate::ledger::{Ledger, Mark};
 use crate::metrics::Metrics;
 use crate::metrics::defs::CallLabels;
@@ -18,7 +19,13 @@ use crate::pool::{CniPermissions, HandlerPool, Pool, PoolOptions};
 use crate::relay::{Call, Limits, Relay, RelayOptions, Reply, Watch};
 use crate::requests::Requests;
 use crate::rules::events::EventOptions;
-use crate::rules::{CredentialSink, CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
+use crate::rules::{CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
+use crate::snapshotter::Snapshotter;
+use crate::warm::seen::SeenImages;
+use crate::warm::{WarmAgent, WarmOptions};
+
+/// How often the tag of an image that is kept warm is resolved again.
+const RESOLVE_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Everything that runs.
 pub(super) struct Parts {
@@ -26,6 +33,10 @@ pub(super) struct Parts {
     pub(super) adopter: Adopter,
     pub(super) relay: Relay,
     pub(super) control: Control,
+    /// Passes logins on, where the configuration wants it.
+    pub(super) logins: Option<HandOvers>,
+    /// Keeps images warm, where there is a policy.
+    pub(super) warm: Option<WarmAgent>,
 }
 
 impl Parts {
@@ -53,13 +64,27 @@ impl Parts {
             events: events.clone(),
             observer: Arc::new(requests.clone()),
         })?;
+        let images = SeenImages::default();
+        let (credentials, logins) = logins(config, images.clone(), metrics.clone());
+        let warm = config.warm.policy.clone().map(|policy| {
+            WarmAgent::new(WarmOptions {
+                policy,
+                snapshotter: Snapshotter::at(&config.warm.snapshotter),
+                containerd: containerd.clone(),
+                images,
+                quiet: Arc::new(pool.clone()),
+                max_parallel: config.warm.max_parallel,
+                resolve_every: RESOLVE_INTERVAL,
+                metrics: metrics.clone(),
+            })
+        });
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
             sandboxes: Arc::new(Adopting(adopter.clone())),
             hulls: Arc::new(pool.clone()),
             hooks: Arc::new(Flushing(pool.clone())),
-            credentials: Arc::new(Ignored),
+            credentials: Arc::new(credentials),
             events,
             config_json: gojson::value,
         });
@@ -79,8 +104,18 @@ impl Parts {
                 ledger,
                 requests,
             },
+            logins,
+            warm,
         })
     }
+}
+
+fn logins(config: &Config, images: SeenImages, metrics: Metrics) -> (HandOver, Option<HandOvers>) {
+    if !config.warm.credentials {
+        return (HandOver::names_only(images, metrics), None);
+    }
+    let (taker, passer) = HandOver::new(Snapshotter::at(&config.warm.snapshotter), images, metrics);
+    (taker, Some(passer))
 }
 
 fn limits(config: &Config) -> Limits {
@@ -157,13 +192,6 @@ impl PoolHooks for Flushing {
     fn flush(&self, reason: &'static str) {
         self.0.flush(reason);
     }
-}
-
-/// Credentials that nobody wants.
-struct Ignored;
-
-impl CredentialSink for Ignored {
-    fn seen(&self, _image: &str, _auth: &AuthConfig) {}
 }
 
 /// Metrics of the relay.
