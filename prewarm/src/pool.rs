@@ -56,10 +56,16 @@ impl Pool {
         }
     }
 
-    /// Hulls of an earlier run of this daemon, as recovery found them: they are taken back if they are alive and of the
-    /// present configuration. To be called before [`Self::run`], which removes every other hull that it finds.
+    /// The ledger knows every adopted sandbox now, and these are hulls of an earlier run, as recovery found them: they are
+    /// taken back if they are alive and of the present configuration. Before the first call (which may name none) no
+    /// sandbox can be told from a lost hull, so nothing is handed out, made or removed; after it every hull that is in no
+    /// book goes.
     pub fn take_back(&self, ids: Vec<String>) {
-        self.shared.state().candidates.extend(ids);
+        let mut state = self.shared.state();
+        state.candidates.get_or_insert_default().extend(ids);
+        state.sweep_at = None;
+        drop(state);
+        self.shared.wake.notify_one();
     }
 
     /// Keeps the pool until `stopping`. Hulls that are being made then are waited for; all stay for the next run.

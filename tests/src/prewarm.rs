@@ -39,6 +39,8 @@ pub struct PrewarmOptions {
     pub containerd: PathBuf,
     /// Hulls to keep ready; 0 turns the pool off.
     pub hulls: u32,
+    /// Whether the pool is refilled as it is by default, when starts are over, and not at once.
+    pub as_shipped: bool,
     /// Appended to the configuration file, whose last section is `[pool]`.
     pub extra: String,
 }

@@ -3,22 +3,27 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::HashMap;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hullspeed_prewarm::adopt::Outcome;
+use hullspeed_prewarm::adopt::{Outcome, fault};
+use hullspeed_prewarm::containerd::Containerd as Client;
+use hullspeed_prewarm::containerd::facts::Facts;
 use hullspeed_prewarm::ledger::HULL_LABEL;
 use hullspeed_proto::containerd::services::sandbox::v1::StoreGetRequest;
 use hullspeed_proto::cri::v1::{DnsConfig, PodSandboxFilter};
 use hullspeed_tests::cri::Pod;
 use hullspeed_tests::process;
 use hullspeed_tests::release::Release;
+use prost::Message as _;
 use serde_json::Value;
 
 #[path = "adoption/node.rs"]
 mod node;
 
-use node::{LIMIT, Node, inside, seen_by};
+use node::{LIMIT, Life, Node, inside, seen_by};
 
 /// A pod with everything that adoption has to put right.
 fn demanding(node: &Node, name: &str) -> Pod {
@@ -76,7 +81,7 @@ async fn adopted_equals_native(release: Release) {
     let id = node.run_pod(&pod).await.unwrap();
     assert_eq!(id, hull);
     assert_eq!(*node.life().counts.requests.lock().unwrap(), [(Outcome::Hit, "")]);
-    assert_eq!(*node.life().hulls.begun.lock().unwrap(), [id.clone()]);
+    assert_eq!(*node.life().hulls.begun.lock().unwrap(), std::slice::from_ref(&id));
     // The same pod from containerd itself.
     let twin = demanding(&node, "natives-pod");
     let native = node.cri.run_sandbox(&twin).await.unwrap();
@@ -349,6 +354,102 @@ async fn what_cannot_be_adopted_is_made_by_containerd() {
     node.cri.remove_everything().await.unwrap();
 }
 
+/// Where the relay that is to be killed finds its request; socket, state, hull and pause process are beside it.
+const CHILD: &str = "HULLSPEED_TEST_CHILD";
+
+/// A relay of one adoption.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started, and killed, by the test below"]
+async fn a_relay_to_be_killed() {
+    let spec: Value = serde_json::from_str(&std::env::var(CHILD).unwrap()).unwrap();
+    let client = Client::at(spec["socket"].as_str().unwrap().as_ref());
+    let facts = Arc::new(Facts::read(&client).await.unwrap());
+    let life = Life::begin(&client, spec["state"].as_str().unwrap().as_ref());
+    life.adopter.recover(facts.clone()).await.unwrap();
+    let pid = i32::try_from(spec["pid"].as_i64().unwrap()).unwrap();
+    life.stock(spec["hull"].as_str().unwrap(), pid, &facts);
+    let request = hex::decode(spec["request"].as_str().unwrap()).unwrap();
+    let id = life.run_pod(&client, request).await.unwrap();
+    println!("answered {id}");
+    tokio::time::sleep(LIMIT).await;
+}
+
+/// Runs an adoption in a process that kills itself at `point`; whether it has answered before.
+async fn die_at(point: &str, node: &mut Node, pod: &Pod) -> (String, bool) {
+    let (hull, pid) = node.hull().await;
+    let spec = serde_json::json!({
+        "socket": node.containerd.socket(),
+        "state": node.state,
+        "hull": hull,
+        "pid": pid,
+        "request": hex::encode(pod.request().encode_to_vec()),
+    });
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--ignored", "--exact", "a_relay_to_be_killed", "--nocapture"]);
+    child.env(CHILD, spec.to_string()).env(fault::VARIABLE, point);
+    let output = tokio::task::spawn_blocking(move || child.output())
+        .await
+        .unwrap()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.signal(), Some(9), "at {point}: {text}{errors}");
+    (hull, text.contains("answered"))
+}
+
+async fn killed_at_every_step(release: Release) {
+    let mut node = Node::new(release).await;
+    for (index, point) in fault::POINTS.into_iter().enumerate() {
+        let pod = demanding(&node, &format!("pod-{point}"));
+        let (hull, answered) = die_at(point, &mut node, &pod).await;
+        assert!(!answered || index >= 6, "an answer before {point}");
+        node.begin_life();
+        let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
+        assert!(found.dropped.is_empty());
+        if point == "taken" {
+            assert_eq!(found.idle.iter().map(|idle| &idle.id).collect::<Vec<_>>(), [&hull]);
+            node.life().adopter.shutdown().await;
+            node.cri.remove_sandbox(&hull).await.unwrap();
+            continue;
+        }
+        assert!(found.idle.is_empty(), "after {point}");
+        let adoption = found
+            .adopted
+            .iter()
+            .find(|adoption| adoption.sandbox_id == hull)
+            .unwrap();
+        assert_eq!(adoption.config, *pod.config(), "after {point}");
+        let looks = looks(&mut node, &hull).await;
+        let expected = |what: &str| looks.iter().find(|(name, _)| *name == what).unwrap().1.clone();
+        assert_eq!(expected("hostname"), format!("pod-{point}"));
+        assert_eq!(expected("hostname file"), format!("pod-{point}\n"));
+        assert_eq!(expected("port start"), "80", "after {point}");
+        assert_eq!(expected("rmid"), "1", "after {point}");
+        node.run_pod(&pod).await.unwrap_err();
+        node.rebranded(&hull).await;
+        node.life().adopter.shutdown().await;
+    }
+    node.restart_containerd().await;
+    let listed = node.cri.sandboxes(PodSandboxFilter::default()).await.unwrap();
+    let mut names: Vec<_> = listed.into_iter().map(|one| one.metadata.unwrap().name).collect();
+    names.sort();
+    let mut expected: Vec<_> = fault::POINTS[1..].iter().map(|point| format!("pod-{point}")).collect();
+    expected.sort();
+    assert_eq!(names, expected);
+    node.cri.remove_everything().await.unwrap();
+    assert_eq!(node.addresses(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_step_an_adoption_is_whole_or_has_not_been() {
+    killed_at_every_step(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_step_before_containerd_2() {
+    killed_at_every_step(Release::Two).await;
+}
+
 /// Not a test of speed, which needs a quiet machine: it prints, and notices only what is far off.
 #[tokio::test(flavor = "multi_thread")]
 async fn adoption_takes_a_moment() {
@@ -358,7 +459,9 @@ async fn adoption_takes_a_moment() {
     node.life().adopter.recover(node.facts.clone()).await.unwrap();
     for index in 0..PODS {
         let hull = node.stock().await;
-        let pod = demanding(&node, &format!("pod-{index}"));
+        let pod = node
+            .pod(&format!("pod-{index}"))
+            .dns(&["10.96.0.10"], &["svc"], &["ndots:5"]);
         assert_eq!(node.run_pod(&pod).await.unwrap(), hull);
         node.rebranded(&hull).await;
     }

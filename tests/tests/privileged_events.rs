@@ -12,6 +12,7 @@ use hullspeed_prewarm::adopt::hull::Hull;
 use hullspeed_prewarm::adopt::{HullSource, Miss};
 use hullspeed_prewarm::containerd::Containerd as Client;
 use hullspeed_prewarm::ledger::{Adoption, HULL_LABEL, Ledger, Mark};
+use hullspeed_prewarm::metrics::Metrics;
 use hullspeed_prewarm::relay::{Answer, Api, Call, Failure, Messages, Method, Reply, Rules as _, Upstream};
 use hullspeed_prewarm::rules::events::EventOptions;
 use hullspeed_prewarm::rules::{CredentialSink, CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
@@ -42,6 +43,7 @@ const QUIET: Duration = Duration::from_millis(1500);
 struct Setting {
     rules: CriRules,
     events: Events,
+    metrics: Metrics,
     ledger: Ledger,
     client: Client,
     cri: Cri,
@@ -156,10 +158,12 @@ impl Setting {
         cri.pull(&image).await.unwrap();
         let ledger = Ledger::new(Mark::new(MARK.into()));
         let client = Client::at(&containerd.socket());
+        let metrics = Metrics::unregistered();
         let events = Events::new(EventOptions {
             ledger: ledger.clone(),
             containerd: client.clone(),
             supply: true,
+            metrics: metrics.clone(),
         });
         let around = Arc::new(Around(ledger.clone()));
         let rules = CriRules::new(RuleOptions {
@@ -175,6 +179,7 @@ impl Setting {
         Self {
             rules,
             events,
+            metrics,
             ledger,
             client,
             cri,
@@ -370,7 +375,7 @@ async fn native_lives_are_told(release: Release) {
         assert_eq!(lines(&told.take(8).await, &sandbox), a_life());
         told.is_quiet().await;
     }
-    assert_eq!(setting.events.supplied() > 0, release == Release::One);
+    assert_eq!(setting.metrics.events_supplied.get() > 0, release == Release::One);
     setting.cri.remove_everything().await.unwrap();
 }
 

@@ -102,10 +102,15 @@ impl Node {
     }
 
     fn keep(&self, options: PoolOptions, take_back: Vec<String>) -> Kept {
+        let kept = self.keep_before_recovery(options);
+        kept.pool.take_back(take_back);
+        kept
+    }
+
+    fn keep_before_recovery(&self, options: PoolOptions) -> Kept {
         let ledger = Ledger::new(Mark::new(MARK.into()));
         let client = hullspeed_prewarm::containerd::Containerd::at(&self.containerd.socket());
         let pool = Pool::new(options, client, ledger.clone(), Metrics::unregistered());
-        pool.take_back(take_back);
         let stopping = CancellationToken::new();
         let keeper = tokio::spawn({
             let (pool, stopping) = (pool.clone(), stopping.clone());
@@ -285,7 +290,9 @@ async fn fills_and_hands_out(release: Release) {
         there.len()
     );
     // The default handler's own name is served from the same shelf; others are not.
+    let asked = Instant::now();
     let first = pool.take("").unwrap();
+    println!("taken within {:?}", asked.elapsed());
     let second = pool.take("runc").unwrap();
     assert!(first.id != second.id && first.is_alive() && there.contains(&first.id) && there.contains(&second.id));
     assert_eq!(pool.take("other").unwrap_err(), Miss::Handler);
@@ -437,6 +444,54 @@ async fn hulls_give_their_addresses_back() {
     node.assert_nothing_is_left().await;
 }
 
+/// Hulls are made while no pod starts; but a load that does not end does not keep the pool empty for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn hulls_are_made_between_starts() {
+    let mut node = Node::start(Release::One).await;
+    let options = PoolOptions {
+        quiet: Duration::from_secs(2),
+        max_deferral: Duration::from_secs(20),
+        start_limit: Duration::from_secs(30),
+        ..node.options(2)
+    };
+    let kept = node.keep(options, Vec::new());
+    let pool = &kept.pool;
+    filled(pool, 2).await;
+    pool.start_begins("pod");
+    let hull = pool.take("").unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(node.count().await, 2, "a hull was made while a pod started");
+    pool.start_ended("pod");
+    let ended = Instant::now();
+    filled(pool, 2).await;
+    assert!(ended.elapsed() >= Duration::from_secs(2));
+    // Now a start is always under way, and pods take what there is.
+    pool.start_begins("first");
+    let mut taken = vec![hull];
+    taken.extend(take_all(pool));
+    let begun = Instant::now();
+    for round in 0.. {
+        pool.start_begins(&format!("pod-{round}"));
+        taken.extend(pool.take("").ok());
+        if taken.len() >= 6 {
+            break;
+        }
+        assert!(begun.elapsed() < LIMIT, "starved: {:#?}", pool.snapshot());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(
+        begun.elapsed() > Duration::from_secs(5),
+        "the starts were in the way of nothing"
+    );
+    assert_eq!(ids(&taken).len(), taken.len());
+    for hull in taken {
+        pool.discard(hull, "test");
+    }
+    pool.drain().await;
+    kept.stop().await;
+    node.assert_nothing_is_left().await;
+}
+
 async fn restarts(release: Release) {
     let mut node = Node::start(release).await;
     // The very first hull is made without knowing the pause image, and so cannot prove what it was made with.
@@ -475,8 +530,14 @@ async fn restarts(release: Release) {
     assert_eq!(node.count().await, 3);
     assert_eq!(kept.pool.snapshot().audit.lost, 0);
     kept.stop().await;
-    // The daemon, knowing nothing: they are removed and made anew.
-    let kept = node.keep(node.options(3), Vec::new());
+    // The daemon, before it knows which sandboxes are pods': nothing happens.
+    let kept = node.keep_before_recovery(node.options(3));
+    until("an answer", &kept.pool, async || kept.pool.snapshot().off.is_none()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(kept.pool.take("").unwrap_err(), Miss::Stale);
+    assert_eq!(node.ready().await, now);
+    // None is its own: they are removed and made anew.
+    kept.pool.take_back(Vec::new());
     until("a new pool", &kept.pool, async || {
         let snapshot = kept.pool.snapshot();
         snapshot.handlers[0].idle == 3 && snapshot.removing == 0 && node.ready().await.is_disjoint(&now)

@@ -151,6 +151,12 @@ impl Journal {
         self.lock().contents.clone()
     }
 
+    /// Whether it knows that containerd's record of this adopted sandbox is the pod's.
+    #[must_use]
+    pub fn is_branded(&self, id: &str) -> bool {
+        self.lock().contents.adopted.get(id).is_some_and(|entry| entry.branded)
+    }
+
     /// Writes a record. When this returns, it outlives this process.
     pub fn append(&self, record: Record) -> Result<(), JournalError> {
         let mut encoded = Vec::new();

@@ -114,7 +114,10 @@ impl Keeper {
         let sweep = {
             let state = shared.state();
             let due = state.unchecked || state.sweep_at.is_none_or(|at| at <= now);
-            state.current.clone().filter(|_| due && state.away.is_none())
+            state
+                .current
+                .clone()
+                .filter(|_| due && state.away.is_none() && state.candidates.is_some())
         };
         if let Some(current) = sweep {
             let again = match shared.sweep(&current).await {

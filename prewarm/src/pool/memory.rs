@@ -1,5 +1,6 @@
-//! What a hull costs: the proportional share of memory of its pause process and its shim. The text that all shims share
-//! counts once.
+//! What one more hull costs: memory that its pause process and its shim do not share with those of other hulls. The
+//! text of the programs, which all map, costs the same however many hulls there are; what the kernel keeps for them, some
+//! hundred KiB, is not counted.
 
 use std::io;
 use std::path::Path;
@@ -18,7 +19,7 @@ pub(super) fn per_hull(pauses: &[i32]) -> Option<u64> {
 }
 
 fn of_hull(pause: i32) -> io::Result<u64> {
-    Ok(proportional(pause)? + proportional(parent(pause)?)?)
+    Ok(own(pause)? + own(parent(pause)?)?)
 }
 
 /// The shim is the parent of the pause process.
@@ -32,12 +33,16 @@ fn parent(pid: i32) -> io::Result<i32> {
         .ok_or_else(|| io::Error::other("a process without a parent"))
 }
 
-fn proportional(pid: i32) -> io::Result<u64> {
+/// Proportional shares of all memory that is not a file's.
+fn own(pid: i32) -> io::Result<u64> {
     let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps_rollup"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-    let kib: Option<u64> = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
-    kib.map(|kib| kib << 10)
-        .ok_or_else(|| io::Error::other("no Pss in smaps_rollup"))
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    let kib = field("Pss_Anon:").zip(field("Pss_Shmem:"));
+    kib.map(|(anonymous, shared)| (anonymous + shared) << 10)
+        .ok_or_else(|| io::Error::other("smaps_rollup without shares by kind"))
 }
 
 #[cfg(test)]

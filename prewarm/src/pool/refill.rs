@@ -27,6 +27,7 @@ struct Made {
     shelf: usize,
     name: String,
     began: Instant,
+    generation: u64,
     current: Arc<Current>,
     outcome: Result<(Hull, i32), (Option<String>, CreationError)>,
 }
@@ -51,7 +52,7 @@ impl Shared {
                     return 0;
                 }
                 let config = &shelf.config;
-                let wanted = shelf.demand.wanted(refill, config.min, config.max.max(config.min), now);
+                let wanted = shelf.demand.wanted(refill, config.min, config.max, now);
                 shelf.steady.update(wanted, options.release_interval, now)
             })
             .collect();
@@ -91,6 +92,7 @@ impl Shared {
                     return state.backoff.until();
                 }
             };
+            let generation = state.generation;
             state.expected.insert(order.name.clone());
             state.last_creation = Some(now);
             if let Some(shelf) = state.shelves.get_mut(shelf) {
@@ -106,6 +108,7 @@ impl Shared {
                     shelf,
                     name: order.name,
                     began: now,
+                    generation,
                     current,
                     outcome,
                 });
@@ -205,7 +208,11 @@ impl Shared {
                     (3 * state.creation_time + took) / 4
                 };
                 let idle = Idle { hull, pid, born: now };
-                self.shelve(&mut state, made.shelf, idle, &made.current, now);
+                if made.generation == state.generation {
+                    self.shelve(&mut state, made.shelf, idle, &made.current, now);
+                } else {
+                    self.condemn(&mut state, &idle.hull.id, "stale", now);
+                }
             }
             Err((id, error)) => {
                 let reason = cni::describe(&error);

@@ -75,7 +75,10 @@ pub(super) struct State {
     pub(super) drained: bool,
     pub(super) held_until: Option<Instant>,
     pub(super) current: Option<Arc<Current>>,
-    pub(super) candidates: Vec<String>,
+    /// Hulls of an earlier run that are to be taken back; `None` before recovery has said which.
+    pub(super) candidates: Option<HashSet<String>>,
+    /// Rises with every flush: hulls that were begun before it are not kept.
+    pub(super) generation: u64,
     /// Names of hulls that containerd is making.
     pub(super) expected: HashSet<String>,
     /// Hulls that were handed out, until the ledger or we know what became of them.
@@ -131,7 +134,8 @@ impl Shared {
             drained: false,
             held_until: None,
             current: None,
-            candidates: Vec::new(),
+            candidates: None,
+            generation: 0,
             expected: HashSet::new(),
             lent: HashMap::new(),
             condemned: HashMap::new(),
@@ -234,10 +238,11 @@ impl Shared {
         });
     }
 
-    /// Every idle hull is removed.
+    /// Every idle hull is removed, and those being made once they are there.
     pub(super) fn condemn_idle(&self, reason: &'static str) {
         let now = Instant::now();
         let mut state = self.state();
+        state.generation += 1;
         let idle: Vec<Idle> = state
             .shelves
             .iter_mut()

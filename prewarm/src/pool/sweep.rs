@@ -2,6 +2,7 @@
 //! and marked sandboxes that nobody answers for are removed. Never one with containers in it, nor one whose record has
 //! been rewritten for a pod.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use hullspeed_proto::containerd::services::containers::v1::GetContainerRequest;
@@ -19,11 +20,13 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 impl Shared {
     /// One comparison.
     pub(super) async fn sweep(&self, current: &Current) -> Result<(), Status> {
-        let candidates = std::mem::take(&mut self.state().candidates);
+        let candidates = self.state().candidates.as_mut().map(std::mem::take);
+        // Before recovery, a marked sandbox may be a pod's.
+        let Some(candidates) = candidates else { return Ok(()) };
         let outcome = self.compare(current, &candidates).await;
         let mut state = self.state();
         if outcome.is_err() {
-            state.candidates.extend(candidates);
+            state.candidates.get_or_insert_default().extend(candidates);
             return outcome;
         }
         state.settle_lent(&self.ledger, Instant::now());
@@ -32,7 +35,7 @@ impl Shared {
         outcome
     }
 
-    async fn compare(&self, current: &Current, candidates: &[String]) -> Result<(), Status> {
+    async fn compare(&self, current: &Current, candidates: &HashSet<String>) -> Result<(), Status> {
         let asked_at = Instant::now();
         let listed = creation::marked(&self.containerd, self.ledger.mark()).await?;
         self.drop_missing(&listed, asked_at);
@@ -107,6 +110,12 @@ impl Shared {
     /// A marked sandbox that nobody answers for.
     async fn judge(&self, id: &str, is_candidate: bool) -> Result<(), Status> {
         let is_pods = self.is_pods(id).await?;
+        if let Err(CreationError::Status { source, .. }) = creation::inspect(&self.containerd, id).await
+            && source.code() == Code::NotFound
+        {
+            // A pod's, removed since the list was made.
+            return Ok(());
+        }
         let mut state = self.state();
         // It may have been adopted while we asked.
         if is_pods || self.ledger.adoption(id).is_some() {

@@ -1,7 +1,6 @@
 //! Container events: containerd's, freed of hulls and told of adoptions, or supplied where containerd has none.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +13,7 @@ use super::parts::{inner, put_text, text};
 use super::{overlay, question};
 use crate::containerd::Containerd;
 use crate::ledger::{Adoption, Ledger};
+use crate::metrics::Metrics;
 use crate::relay::{Call, Messages};
 use crate::wire::{put_bytes, put_varint};
 
@@ -37,6 +37,8 @@ pub struct EventOptions {
     pub containerd: Containerd,
     /// Whether events are supplied for a containerd that has none.
     pub supply: bool,
+    /// Where supplied events are counted.
+    pub metrics: Metrics,
 }
 
 /// The events' hub. Cheap to clone.
@@ -57,7 +59,7 @@ struct Hub {
     identities: Arc<Identities>,
     containerd: Containerd,
     supply: bool,
-    supplied: AtomicU64,
+    metrics: Metrics,
     announced: broadcast::Sender<Arc<Announced>>,
     /// Adoptions that nobody has heard of. Its lock is held while subscribers come and adoptions are announced, so that
     /// each adoption is either parked or sent.
@@ -74,7 +76,7 @@ impl Events {
             identities: Arc::new(Identities::new(options.ledger)),
             containerd: options.containerd,
             supply: options.supply,
-            supplied: AtomicU64::new(0),
+            metrics: options.metrics,
             announced: broadcast::Sender::new(QUEUE),
             parked: Mutex::default(),
             running: Mutex::default(),
@@ -97,12 +99,6 @@ impl Events {
                 parked.pop_front();
             }
         }
-    }
-
-    /// Events that were made because containerd has none.
-    #[must_use]
-    pub fn supplied(&self) -> u64 {
-        self.hub.supplied.load(Ordering::Relaxed)
     }
 
     /// The answer to `GetContainerEvents`.

@@ -54,6 +54,7 @@ impl Parts {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
             supply: config.events.supply == Supply::Auto,
+            metrics: metrics.clone(),
         });
         let adopter = Adopter::new(adopt::Options {
             containerd: containerd.clone(),

@@ -27,17 +27,17 @@ use prost::Message as _;
 use serde_json::Value;
 
 /// How long anything in the background may take.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 /// The mark of the test's hulls.
-pub const MARK: &str = "of-the-test";
+pub(crate) const MARK: &str = "of-the-test";
 
 /// The pool: what is put into it.
 #[derive(Default)]
-pub struct Hulls {
-    pub hulls: Mutex<Vec<Hull>>,
-    pub discarded: Mutex<Vec<(String, &'static str)>>,
-    pub begun: Mutex<Vec<String>>,
+pub(crate) struct Hulls {
+    pub(crate) hulls: Mutex<Vec<Hull>>,
+    pub(crate) discarded: Mutex<Vec<(String, &'static str)>>,
+    pub(crate) begun: Mutex<Vec<String>>,
 }
 
 impl HullSource for Hulls {
@@ -58,9 +58,9 @@ impl HullSource for Hulls {
 
 /// What was counted.
 #[derive(Default)]
-pub struct Counts {
-    pub requests: Mutex<Vec<(Outcome, &'static str)>>,
-    pub took: Mutex<Vec<Duration>>,
+pub(crate) struct Counts {
+    pub(crate) requests: Mutex<Vec<(Outcome, &'static str)>>,
+    pub(crate) took: Mutex<Vec<Duration>>,
 }
 
 impl Observer for Counts {
@@ -95,33 +95,88 @@ impl Upstream for Real {
 }
 
 /// The state directory, the pool and the adopter of one life of the relay.
-pub struct Life {
-    pub adopter: Adopter,
-    pub hulls: Arc<Hulls>,
-    pub counts: Arc<Counts>,
-    pub ledger: Ledger,
+pub(crate) struct Life {
+    pub(crate) adopter: Adopter,
+    pub(crate) hulls: Arc<Hulls>,
+    pub(crate) counts: Arc<Counts>,
+    pub(crate) ledger: Ledger,
+}
+
+impl Life {
+    pub(crate) fn begin(client: &Client, state: &Path) -> Self {
+        let hulls = Arc::new(Hulls::default());
+        let counts = Arc::new(Counts::default());
+        let ledger = Ledger::new(Mark::new(MARK.into()));
+        let options = Options {
+            containerd: client.clone(),
+            ledger: ledger.clone(),
+            hulls: Arc::clone(&hulls) as Arc<dyn HullSource>,
+            events: Events::new(EventOptions {
+                ledger: ledger.clone(),
+                containerd: client.clone(),
+                supply: false,
+            }),
+            observer: Arc::clone(&counts) as Arc<dyn Observer>,
+            state: state.to_owned(),
+            policy: Policy::default(),
+        };
+        let adopter = Adopter::new(options).unwrap();
+        Self {
+            adopter,
+            hulls,
+            counts,
+            ledger,
+        }
+    }
+
+    /// Puts a hull into the pool.
+    pub(crate) fn stock(&self, id: &str, pid: i32, facts: &Facts) {
+        let hull = Hull::open(id, "", pid, facts).unwrap();
+        assert!(hull.is_alive());
+        self.ledger.add_hull(id);
+        self.hulls.hulls.lock().unwrap().push(hull);
+    }
+
+    /// RunPodSandbox through the adopter.
+    pub(crate) async fn run_pod(&self, client: &Client, request: Vec<u8>) -> Result<String, tonic::Status> {
+        match self.adopter.run_pod_sandbox(call(client, request)).await {
+            Reply::One(answer) => Ok(RunPodSandboxResponse::decode(answer.message).unwrap().pod_sandbox_id),
+            Reply::Failed(failure) => Err(failure.status().clone()),
+            Reply::Stream(_) => unreachable!("RunPodSandbox does not stream"),
+        }
+    }
+}
+
+/// RunPodSandbox as the relay hands it over.
+pub(crate) fn call(client: &Client, request: Vec<u8>) -> Call {
+    Call {
+        method: Method::RunPodSandbox,
+        api: Api::V1,
+        message: request.into(),
+        upstream: Box::new(Real(client.clone())),
+    }
 }
 
 /// The machine.
-pub struct Node {
-    pub life: Option<Life>,
-    pub cri: Cri,
-    pub containerd: Containerd,
-    pub client: Client,
-    pub facts: Arc<Facts>,
-    pub image: String,
-    pub state: PathBuf,
+pub(crate) struct Node {
+    pub(crate) life: Option<Life>,
+    pub(crate) cri: Cri,
+    pub(crate) containerd: Containerd,
+    pub(crate) client: Client,
+    pub(crate) facts: Arc<Facts>,
+    pub(crate) image: String,
+    pub(crate) state: PathBuf,
     ipam: PathBuf,
     logs: PathBuf,
     made: u32,
     _registry: Registry,
     _network: Network,
     // Declared last: what is above is dropped first.
-    pub run: RunDir,
+    pub(crate) run: RunDir,
 }
 
 impl Node {
-    pub async fn new(release: Release) -> Self {
+    pub(crate) async fn new(release: Release) -> Self {
         requirements::check().unwrap();
         let run = RunDir::temporary().unwrap();
         let registry = Registry::start(&run, &run.directory("storage").unwrap()).unwrap();
@@ -161,14 +216,14 @@ impl Node {
     }
 
     /// A pod of the run.
-    pub fn pod(&self, name: &str) -> Pod {
+    pub(crate) fn pod(&self, name: &str) -> Pod {
         Pod::new(name, &self.logs, &self.run.names().cgroup).security(|security| {
             security.seccomp = Some(SecurityProfile::default());
         })
     }
 
     /// A sandbox as the pool makes them.
-    pub async fn hull(&mut self) -> (String, i32) {
+    pub(crate) async fn hull(&mut self) -> (String, i32) {
         self.made += 1;
         let pod = self.pod(&format!("hull-{:016x}", self.made)).label(HULL_LABEL, MARK);
         let id = self.cri.run_sandbox(&pod).await.unwrap();
@@ -177,78 +232,44 @@ impl Node {
     }
 
     /// The pause process of a sandbox.
-    pub async fn pid(&mut self, id: &str) -> i32 {
+    pub(crate) async fn pid(&mut self, id: &str) -> i32 {
         let info = self.cri.sandbox(id).await.unwrap().info;
         let info: Value = serde_json::from_str(&info["info"]).unwrap();
         i32::try_from(info["pid"].as_i64().unwrap()).unwrap()
     }
 
     /// A relay starts: the state directory as it is, everything else from nothing.
-    pub fn begin_life(&mut self) -> &Life {
-        let hulls = Arc::new(Hulls::default());
-        let counts = Arc::new(Counts::default());
-        let ledger = Ledger::new(Mark::new(MARK.into()));
-        let options = Options {
-            containerd: self.client.clone(),
-            ledger: ledger.clone(),
-            hulls: Arc::clone(&hulls) as Arc<dyn HullSource>,
-            events: Events::new(EventOptions {
-                ledger: ledger.clone(),
-                containerd: self.client.clone(),
-                supply: false,
-            }),
-            observer: Arc::clone(&counts) as Arc<dyn Observer>,
-            state: self.state.clone(),
-            policy: Policy::default(),
-        };
-        let adopter = Adopter::new(options).unwrap();
-        self.life.insert(Life {
-            adopter,
-            hulls,
-            counts,
-            ledger,
-        })
+    pub(crate) fn begin_life(&mut self) -> &Life {
+        self.life.insert(Life::begin(&self.client, &self.state))
     }
 
-    pub fn life(&self) -> &Life {
+    pub(crate) fn life(&self) -> &Life {
         self.life.as_ref().unwrap()
     }
 
     /// Puts a new hull into the pool.
-    pub async fn stock(&mut self) -> String {
+    pub(crate) async fn stock(&mut self) -> String {
         let (id, pid) = self.hull().await;
-        let hull = Hull::open(&id, "", pid, &self.facts).unwrap();
-        assert!(hull.is_alive());
-        self.life().ledger.add_hull(&id);
-        self.life().hulls.hulls.lock().unwrap().push(hull);
+        self.life().stock(&id, pid, &self.facts);
         id
     }
 
-    pub fn call(&self, pod: &Pod) -> Call {
-        Call {
-            method: Method::RunPodSandbox,
-            api: Api::V1,
-            message: pod.request().encode_to_vec().into(),
-            upstream: Box::new(Real(self.client.clone())),
-        }
+    pub(crate) fn call(&self, pod: &Pod) -> Call {
+        call(&self.client, pod.request().encode_to_vec())
     }
 
     /// RunPodSandbox through the adopter.
-    pub async fn run_pod(&self, pod: &Pod) -> Result<String, tonic::Status> {
-        match self.life().adopter.run_pod_sandbox(self.call(pod)).await {
-            Reply::One(answer) => Ok(RunPodSandboxResponse::decode(answer.message).unwrap().pod_sandbox_id),
-            Reply::Failed(failure) => Err(failure.status().clone()),
-            Reply::Stream(_) => unreachable!("RunPodSandbox does not stream"),
-        }
+    pub(crate) async fn run_pod(&self, pod: &Pod) -> Result<String, tonic::Status> {
+        self.life().run_pod(&self.client, pod.request().encode_to_vec()).await
     }
 
     /// A file of a sandbox, as it is on disk.
-    pub fn file(&self, id: &str, name: &str) -> String {
+    pub(crate) fn file(&self, id: &str, name: &str) -> String {
         std::fs::read_to_string(self.facts.root.join("sandboxes").join(id).join(name)).unwrap()
     }
 
     /// containerd's record of a sandbox: labels and metadata.
-    pub async fn record(&self, id: &str) -> (std::collections::HashMap<String, String>, Value) {
+    pub(crate) async fn record(&self, id: &str) -> (std::collections::HashMap<String, String>, Value) {
         let request = GetContainerRequest { id: id.into() };
         let container = self
             .client
@@ -264,7 +285,7 @@ impl Node {
     }
 
     /// Waits until containerd's record is the pod's and the journal knows.
-    pub async fn rebranded(&self, id: &str) {
+    pub(crate) async fn rebranded(&self, id: &str) {
         let end = Instant::now() + LIMIT;
         while self.record(id).await.1["Metadata"]["Config"]["labels"][HULL_LABEL] == MARK {
             assert!(Instant::now() < end, "the record is not rewritten");
@@ -275,7 +296,7 @@ impl Node {
     }
 
     /// Addresses that are given out.
-    pub fn addresses(&self) -> Vec<String> {
+    pub(crate) fn addresses(&self) -> Vec<String> {
         let mut found = Vec::new();
         for network in std::fs::read_dir(&self.ipam).unwrap() {
             for file in std::fs::read_dir(network.unwrap().path()).unwrap() {
@@ -290,14 +311,14 @@ impl Node {
     }
 
     /// containerd is restarted, as by an upgrade.
-    pub async fn restart_containerd(&mut self) {
+    pub(crate) async fn restart_containerd(&mut self) {
         self.containerd.restart(&self.run).await.unwrap();
         self.cri = self.containerd.cri().await.unwrap();
     }
 }
 
 /// What a program prints in namespaces of a process.
-pub fn inside(pid: i32, namespaces: &[&str], program: &[&str]) -> String {
+pub(crate) fn inside(pid: i32, namespaces: &[&str], program: &[&str]) -> String {
     let mut command = Command::new("nsenter");
     for namespace in namespaces {
         command.arg(format!("--{namespace}=/proc/{pid}/ns/{namespace}"));
@@ -307,6 +328,6 @@ pub fn inside(pid: i32, namespaces: &[&str], program: &[&str]) -> String {
 }
 
 /// A file as a process sees it.
-pub fn seen_by(pid: i64, path: &str) -> String {
+pub(crate) fn seen_by(pid: i64, path: &str) -> String {
     std::fs::read_to_string(Path::new(&format!("/proc/{pid}/root")).join(path)).unwrap()
 }

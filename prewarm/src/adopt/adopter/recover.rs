@@ -88,13 +88,7 @@ impl Shared {
             }));
         }
         if branded {
-            if !self
-                .journal
-                .contents()
-                .adopted
-                .get(id)
-                .is_some_and(|entry| entry.branded)
-            {
+            if !self.journal.is_branded(id) {
                 self.append(Record::Branded(id.clone()));
             }
             return adoption;

@@ -1,3 +1,5 @@
+//! Every row of the table of fields.
+
 use std::collections::BTreeMap;
 
 use hullspeed_proto::cri::v1::{

@@ -1,3 +1,5 @@
+//! Crashes, damage, mutations.
+
 use proptest::prelude::*;
 
 use super::*;

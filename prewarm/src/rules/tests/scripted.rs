@@ -136,6 +136,7 @@ impl World {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
             supply: true,
+            metrics: crate::metrics::Metrics::unregistered(),
         });
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
