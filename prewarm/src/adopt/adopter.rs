@@ -29,7 +29,7 @@ mod recover;
 use adoption::Attempt;
 
 /// The journal's name in the state directory.
-const JOURNAL: &str = "journal";
+pub const JOURNAL: &str = "journal";
 
 /// After a failure that is not the pod's doing, hulls are left alone for so long: each attempt costs one.
 const PAUSE: Duration = Duration::from_secs(10);
