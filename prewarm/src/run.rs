@@ -96,7 +96,7 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
     let endpoint = Endpoint::bind(&config.metrics).await?;
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
-    let parts = Parts::new(&config, mark, metrics)?;
+    let mut parts = Parts::new(&config, mark, metrics)?;
     root.keep();
 
     let stopping = CancellationToken::new();
@@ -112,11 +112,7 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
         parts.control.pool.clone(),
         stopping.clone(),
     ));
-    let logins = tokio::spawn(optional(parts.logins.map(|logins| logins.run(stopping.clone()))));
-    let warm = tokio::spawn(optional(parts.warm.clone().map(|agent| {
-        let stopping = stopping.clone();
-        async move { agent.run(stopping).await }
-    })));
+    warm(&mut parts, &stopping);
     let relay = tokio::spawn({
         let (relay, listener, stopping) = (parts.relay.clone(), socket.take_listener(), stopping.clone());
         let drain = config.stop_timeout;
@@ -132,13 +128,7 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
     stopping.cancel();
     finish(
         &parts.adopter,
-        [
-            ("relay", relay),
-            ("pool", pool),
-            ("control", control),
-            ("logins", logins),
-            ("warm", warm),
-        ],
+        [("relay", relay), ("pool", pool), ("control", control)],
         config.stop_timeout,
     )
     .await;
@@ -146,10 +136,14 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
     Ok(())
 }
 
-/// A part that may be switched off.
-async fn optional(part: Option<impl Future<Output = ()>>) {
-    if let Some(part) = part {
-        part.await;
+/// Starts what warms images. Nothing of it must be finished; it ends with the runtime at the latest.
+fn warm(parts: &mut Parts, stopping: &CancellationToken) {
+    if let Some(logins) = parts.logins.take() {
+        tokio::spawn(logins.run(stopping.clone()));
+    }
+    if let Some(warm) = parts.warm.take() {
+        let stopping = stopping.clone();
+        tokio::spawn(async move { warm.run(stopping).await });
     }
 }
 

@@ -62,7 +62,7 @@ impl Parts {
             observer: Arc::new(requests.clone()),
         })?;
         let images = SeenImages::default();
-        let logins = Logins::new(config, &images, &metrics);
+        let (credentials, logins) = logins(config, images.clone(), metrics.clone());
         let warm = warm_agent(config, &containerd, images, &pool, &metrics);
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
@@ -70,7 +70,7 @@ impl Parts {
             sandboxes: Arc::new(Adopting(adopter.clone())),
             hulls: Arc::new(pool.clone()),
             hooks: Arc::new(Flushing(pool.clone())),
-            credentials: Arc::new(logins.taker),
+            credentials: Arc::new(credentials),
             events,
             config_json: gojson::value,
         });
@@ -91,10 +91,18 @@ impl Parts {
                 requests,
                 warm: warm.clone(),
             },
-            logins: logins.passer,
+            logins,
             warm,
         })
     }
+}
+
+fn logins(config: &Config, images: SeenImages, metrics: Metrics) -> (HandOver, Option<HandOvers>) {
+    if !config.warm.credentials {
+        return (HandOver::names_only(images, metrics), None);
+    }
+    let (taker, passer) = HandOver::new(Snapshotter::at(&config.warm.snapshotter), images, metrics);
+    (taker, Some(passer))
 }
 
 fn limits(config: &Config) -> Limits {
@@ -170,27 +178,6 @@ struct Flushing(Pool);
 impl PoolHooks for Flushing {
     fn flush(&self, reason: &'static str) {
         self.0.flush(reason);
-    }
-}
-
-/// The way of logins from pulls to the snapshotter.
-struct Logins {
-    taker: HandOver,
-    passer: Option<HandOvers>,
-}
-
-impl Logins {
-    fn new(config: &Config, images: &SeenImages, metrics: &Metrics) -> Self {
-        if !config.warm.credentials {
-            let taker = HandOver::names_only(images.clone(), metrics.clone());
-            return Self { taker, passer: None };
-        }
-        let snapshotter = Snapshotter::at(&config.warm.snapshotter);
-        let (taker, passer) = HandOver::new(snapshotter, images.clone(), metrics.clone());
-        Self {
-            taker,
-            passer: Some(passer),
-        }
     }
 }
 
