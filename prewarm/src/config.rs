@@ -181,6 +181,8 @@ pub struct WarmConfig {
     pub snapshotter: PathBuf,
     /// Images warmed at once.
     pub max_parallel: usize,
+    /// How often a tag is resolved again.
+    pub resolve_interval: Duration,
     /// Whether credentials of pulls are handed to the snapshotter.
     pub credentials: bool,
 }
@@ -219,6 +221,7 @@ impl Default for Config {
                 policy: Some("/etc/hullspeed/warm.toml".into()),
                 snapshotter: "/run/hullspeed/snapshotter.sock".into(),
                 max_parallel: 2,
+                resolve_interval: Duration::from_secs(600),
                 credentials: true,
             },
         }

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::ledger::Ledger;
 use crate::pool::Pool;
 use crate::requests::Requests;
+use crate::warm::WarmAgent;
 
 mod view;
 
@@ -41,6 +42,8 @@ pub struct Control {
     pub ledger: Ledger,
     /// What became of requests.
     pub requests: Requests,
+    /// Image warming, where it is on.
+    pub warm: Option<WarmAgent>,
 }
 
 impl Control {
@@ -72,6 +75,7 @@ impl Control {
             pool: Some(view::pool(self.pool.snapshot())),
             adopted: self.ledger.adoptions().len() as u64,
             requests: self.requests.counts().into_iter().map(count).collect(),
+            warm: self.warm.as_ref().map(|agent| view::warm(agent.status())),
         }
     }
 

@@ -6,7 +6,7 @@
 //! Handing out ([`HullSource::take`]) is synchronous: a lock, a few stats ([`fingerprint`]), a look at two processes.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +16,7 @@ use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
+use crate::warm::Quiet;
 
 mod cgroup;
 mod cni;
@@ -109,6 +110,14 @@ impl Pool {
     #[must_use]
     pub fn snapshot(&self) -> PoolSnapshot {
         self.shared.snapshot(Instant::now())
+    }
+}
+
+impl Quiet for Pool {
+    fn quiet_in(&self) -> Duration {
+        let now = Instant::now();
+        let quiet_at = self.shared.state().starts.quiet_at(now, self.shared.options.quiet);
+        quiet_at.saturating_duration_since(now)
     }
 }
 

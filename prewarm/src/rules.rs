@@ -55,7 +55,7 @@ pub trait PoolHooks: Send + Sync + 'static {
 
 /// Takes the credentials of pulls; they are never written down.
 pub trait CredentialSink: Send + Sync + 'static {
-    /// The kubelet pulls `image` with these. Must not wait.
+    /// The kubelet pulls `image` with these, which are empty where it has none. Must not wait.
     fn seen(&self, image: &str, auth: &AuthConfig);
 }
 

@@ -96,7 +96,7 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
     let endpoint = Endpoint::bind(&config.metrics).await?;
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
-    let parts = Parts::new(&config, mark, metrics)?;
+    let mut parts = Parts::new(&config, mark, metrics)?;
     root.keep();
 
     let stopping = CancellationToken::new();
@@ -112,6 +112,7 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
         parts.control.pool.clone(),
         stopping.clone(),
     ));
+    warm(&mut parts, &stopping);
     let relay = tokio::spawn({
         let (relay, listener, stopping) = (parts.relay.clone(), socket.take_listener(), stopping.clone());
         let drain = config.stop_timeout;
@@ -133,6 +134,17 @@ pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output
     .await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Starts what warms images. Nothing of it must be finished; it ends with the runtime at the latest.
+fn warm(parts: &mut Parts, stopping: &CancellationToken) {
+    if let Some(logins) = parts.logins.take() {
+        tokio::spawn(logins.run(stopping.clone()));
+    }
+    if let Some(warm) = parts.warm.take() {
+        let stopping = stopping.clone();
+        tokio::spawn(async move { warm.run(stopping).await });
+    }
 }
 
 /// Waits for the parts to end, each within a bound, the relay first: its calls need the others.

@@ -16,6 +16,7 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         pool,
         adopted,
         requests,
+        warm,
     } = status;
     let containerd_version = if containerd_version.is_empty() {
         "has not answered yet"
@@ -45,6 +46,33 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         text.push('\n');
         text.push_str(&self::pool(pool));
     }
+    if let Some(warm) = warm {
+        text.push_str(&self::warm(warm));
+    }
+    text
+}
+
+fn warm(warm: &api::WarmStatus) -> String {
+    let api::WarmStatus { policy_problem, images } = warm;
+    let mut text = String::new();
+    if !policy_problem.is_empty() {
+        let _ = writeln!(text, "warming           the policy is not used: {policy_problem}");
+    }
+    if images.is_empty() {
+        return text;
+    }
+    let mut table = empty(&["IMAGE", "SHARE", "STATE", "LAYERS", "MIB", "PROBLEM"]);
+    for image in images {
+        table.add_row([
+            image.image.clone(),
+            image.share.clone(),
+            image.state.clone(),
+            format!("{}/{}", image.layers_resident, image.layers),
+            format!("{}/{}", image.bytes_resident >> 20, image.bytes_wanted >> 20),
+            image.problem.clone(),
+        ]);
+    }
+    let _ = writeln!(text, "\n{}", aligned(table, 3..5));
     text
 }
 
@@ -195,6 +223,19 @@ mod tests {
             count,
         };
         api::StatusResponse {
+            warm: Some(api::WarmStatus {
+                policy_problem: String::new(),
+                images: vec![api::WarmedImage {
+                    image: "registry.example/app:1".into(),
+                    share: "hot".into(),
+                    state: "warming".into(),
+                    layers: 5,
+                    layers_resident: 2,
+                    bytes_wanted: 64 << 20,
+                    bytes_resident: 16 << 20,
+                    ..Default::default()
+                }],
+            }),
             version: "1".to_owned(),
             containerd_version: "2.1.9".to_owned(),
             adopted: 7,

@@ -66,5 +66,6 @@ section!(pub(super) WarmFile {
     policy,
     snapshotter,
     max_parallel,
+    resolve_interval,
     credentials
 });

@@ -97,6 +97,7 @@ const EVERY_KEY: &str = r#"
     policy = "/w.toml"
     snapshotter = "/n.sock"
     max_parallel = 14
+    resolve_interval = "15s"
     credentials = false
 "#;
 
@@ -160,6 +161,7 @@ fn every_value_is_taken_over() {
             policy: Some("/w.toml".into()),
             snapshotter: "/n.sock".into(),
             max_parallel: 14,
+            resolve_interval: 15 * second,
             credentials: false,
         },
     };

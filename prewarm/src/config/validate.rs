@@ -282,6 +282,7 @@ fn checked_warm(check: &mut Check, section: Section<WarmFile>, default: WarmConf
         policy,
         snapshotter,
         max_parallel,
+        resolve_interval,
         credentials,
         unknown,
     } = check.enter("warm", section);
@@ -294,6 +295,7 @@ fn checked_warm(check: &mut Check, section: Section<WarmFile>, default: WarmConf
         }),
         snapshotter: check.socket("snapshotter", snapshotter, default.snapshotter),
         max_parallel: check.count("max_parallel", max_parallel, default.max_parallel, 1..=16),
+        resolve_interval: check.duration("resolve_interval", resolve_interval, default.resolve_interval, WINDOW),
         credentials: check.switch("credentials", credentials, default.credentials),
     }
 }

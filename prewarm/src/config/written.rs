@@ -139,11 +139,12 @@ fn rule_lines(cni: &CniConfig, adoption: &AdoptionConfig, events: &EventsConfig)
     ]
 }
 
-fn warm_lines(warm: &WarmConfig) -> [String; 5] {
+fn warm_lines(warm: &WarmConfig) -> [String; 6] {
     let WarmConfig {
         policy,
         snapshotter,
         max_parallel,
+        resolve_interval,
         credentials,
     } = warm;
     let policy = policy.as_deref().map_or_else(|| text(&""), path);
@@ -152,6 +153,7 @@ fn warm_lines(warm: &WarmConfig) -> [String; 5] {
         format!("policy = {policy}"),
         format!("snapshotter = {}", path(snapshotter)),
         format!("max_parallel = {max_parallel}"),
+        format!("resolve_interval = {}", time(*resolve_interval)),
         format!("credentials = {credentials}"),
     ]
 }

@@ -33,6 +33,7 @@ impl Daemon {
         let ledger = Ledger::new(Mark::new("m".to_owned()));
         let containerd = Containerd::at(&place.path().join("none.sock"));
         let control = Control {
+            warm: None,
             pool: Pool::new(PoolOptions::default(), containerd, ledger.clone(), metrics.clone()),
             config: Arc::new(config),
             ledger,

@@ -5,11 +5,46 @@ use std::time::Duration;
 use hullspeed_proto::hullspeed::prewarm::v1 as api;
 
 use crate::pool::{CreationFailure, HandlerSnapshot, Off, PoolSnapshot};
+use crate::warm::{ImageStatus, WarmStatus};
 
 /// Hulls that exist or are about to.
 pub(super) fn left(pool: &PoolSnapshot) -> u64 {
     let hulls = |handler: &HandlerSnapshot| handler.idle + handler.creating;
     (pool.handlers.iter().map(hulls).sum::<usize>() + pool.removing) as u64
+}
+
+pub(super) fn warm(status: WarmStatus) -> api::WarmStatus {
+    api::WarmStatus {
+        policy_problem: status.policy_problem.unwrap_or_default(),
+        images: status.images.into_iter().map(image).collect(),
+    }
+}
+
+fn image(status: ImageStatus) -> api::WarmedImage {
+    let ImageStatus {
+        target,
+        state,
+        manifest: _,
+        layers,
+        layers_resident,
+        layers_not_lazy,
+        bytes_wanted,
+        bytes_resident,
+        problem,
+        due_in: _,
+    } = status;
+    api::WarmedImage {
+        image: target.key.image,
+        platform: target.key.platform,
+        share: target.share.name().to_owned(),
+        state: state.name().to_owned(),
+        layers: layers as u64,
+        layers_resident: layers_resident as u64,
+        layers_not_lazy: layers_not_lazy as u64,
+        bytes_wanted,
+        bytes_resident,
+        problem: problem.unwrap_or_default(),
+    }
 }
 
 pub(super) fn pool(pool: PoolSnapshot) -> api::PoolStatus {

@@ -121,8 +121,9 @@ impl CriRules {
     pub(super) async fn pull(&self, call: &Call) -> Answered {
         // A copy, only looked at. What cannot be decoded has no credentials for us, and containerd says what is wrong.
         if let Ok(request) = PullImageRequest::decode(call.message.clone())
-            && let (Some(image), Some(auth)) = (request.image, request.auth)
+            && let Some(image) = request.image
         {
+            let auth = request.auth.unwrap_or_default();
             self.options.credentials.seen(&image.image, &auth);
         }
         call.upstream.unary(call.message.clone()).await

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use hullspeed_proto::cri::v1::AuthConfig;
 use tonic::Code;
 
 use crate::adopt::eligibility::Policy;
@@ -11,6 +10,7 @@ use crate::adopt::{self, Adopter, AdopterError, gojson};
 use crate::config::{CniVerdict, Config, RunAs, Supply};
 use crate::containerd::Containerd;
 use crate::control::Control;
+use crate::credentials::{HandOver, HandOvers};
 use crate::ledger::{Ledger, Mark};
 use crate::metrics::Metrics;
 use crate::metrics::defs::CallLabels;
@@ -18,7 +18,10 @@ use crate::pool::{CniPermissions, HandlerPool, Pool, PoolOptions};
 use crate::relay::{Call, Limits, Relay, RelayOptions, Reply, Watch};
 use crate::requests::Requests;
 use crate::rules::events::EventOptions;
-use crate::rules::{CredentialSink, CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
+use crate::rules::{CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
+use crate::snapshotter::Snapshotter;
+use crate::warm::seen::SeenImages;
+use crate::warm::{WarmAgent, WarmOptions};
 
 /// Everything that runs.
 pub(super) struct Parts {
@@ -26,6 +29,10 @@ pub(super) struct Parts {
     pub(super) adopter: Adopter,
     pub(super) relay: Relay,
     pub(super) control: Control,
+    /// Where logins are handed over.
+    pub(super) logins: Option<HandOvers>,
+    /// Where images are warmed.
+    pub(super) warm: Option<WarmAgent>,
 }
 
 impl Parts {
@@ -54,13 +61,16 @@ impl Parts {
             events: events.clone(),
             observer: Arc::new(requests.clone()),
         })?;
+        let images = SeenImages::default();
+        let (credentials, logins) = logins(config, images.clone(), metrics.clone());
+        let warm = warm_agent(config, &containerd, images, &pool, &metrics);
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
             sandboxes: Arc::new(Adopting(adopter.clone())),
             hulls: Arc::new(pool.clone()),
             hooks: Arc::new(Flushing(pool.clone())),
-            credentials: Arc::new(Ignored),
+            credentials: Arc::new(credentials),
             events,
             config_json: gojson::value,
         });
@@ -79,9 +89,20 @@ impl Parts {
                 pool,
                 ledger,
                 requests,
+                warm: warm.clone(),
             },
+            logins,
+            warm,
         })
     }
+}
+
+fn logins(config: &Config, images: SeenImages, metrics: Metrics) -> (HandOver, Option<HandOvers>) {
+    if !config.warm.credentials {
+        return (HandOver::names_only(images, metrics), None);
+    }
+    let (taker, passer) = HandOver::new(Snapshotter::at(&config.warm.snapshotter), images, metrics);
+    (taker, Some(passer))
 }
 
 fn limits(config: &Config) -> Limits {
@@ -160,11 +181,24 @@ impl PoolHooks for Flushing {
     }
 }
 
-/// Credentials that nobody wants.
-struct Ignored;
-
-impl CredentialSink for Ignored {
-    fn seen(&self, _image: &str, _auth: &AuthConfig) {}
+fn warm_agent(
+    config: &Config,
+    containerd: &Containerd,
+    images: SeenImages,
+    pool: &Pool,
+    metrics: &Metrics,
+) -> Option<WarmAgent> {
+    let policy = config.warm.policy.clone()?;
+    Some(WarmAgent::new(WarmOptions {
+        policy,
+        snapshotter: Snapshotter::at(&config.warm.snapshotter),
+        containerd: containerd.clone(),
+        images,
+        quiet: Arc::new(pool.clone()),
+        max_parallel: config.warm.max_parallel,
+        resolve_every: config.warm.resolve_interval,
+        metrics: metrics.clone(),
+    }))
 }
 
 /// Metrics of the relay.

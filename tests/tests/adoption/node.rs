@@ -115,6 +115,7 @@ impl Life {
                 ledger: ledger.clone(),
                 containerd: client.clone(),
                 supply: false,
+                metrics: hullspeed_prewarm::metrics::Metrics::unregistered(),
             }),
             observer: Arc::clone(&counts) as Arc<dyn Observer>,
             state: state.to_owned(),
