@@ -17,7 +17,8 @@ const HULLS: u32 = 2;
 /// What may differ: in the verbose status, the OCI specification of the process that holds the sandbox's namespaces. It
 /// was started as a hull's, in the cgroup of hulls, and always with the runtime's seccomp profile.
 fn allowed(path: &str) -> bool {
-    let pause = ["/verbose status", "/status when stopped"].map(|status| format!("{status}/2[0]/2[0]/json/runtimeSpec"));
+    let pause =
+        ["/verbose status", "/status when stopped"].map(|status| format!("{status}/2[0]/2[0]/json/runtimeSpec"));
     let Some(part) = pause.iter().find_map(|prefix| path.strip_prefix(prefix.as_str())) else {
         return false;
     };
@@ -62,9 +63,7 @@ async fn pods_are_equal(release: Release) {
                     eprintln!("{native:#}");
                 }
                 let found = raw::differences(&native, &relayed);
-                let found = found
-                    .iter()
-                    .filter(|(path, ..)| !allowed(path));
+                let found = found.iter().filter(|(path, ..)| !allowed(path));
                 faults.extend(
                     found.map(|(path, native, relayed)| format!("{}: {path}: {native} != {relayed}", spec.note)),
                 );

@@ -76,7 +76,8 @@ async fn containerd_2_comes_later() {
 fn abuse(socket: &std::path::Path) {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     let mut dice = Dice::new(3);
-    let mut random = |length: usize| -> Vec<u8> { (0..length).map(|_| u8::try_from(dice.below(256)).unwrap()).collect() };
+    let mut random =
+        |length: usize| -> Vec<u8> { (0..length).map(|_| u8::try_from(dice.below(256)).unwrap()).collect() };
     let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0].to_vec();
     // A HEADERS frame that promises more than comes; a DATA frame on a stream that is none; an unknown kind of frame.
     let truncated = [0, 64, 0, 1, 4, 0, 0, 0, 1, 0x82].to_vec();
@@ -121,13 +122,32 @@ async fn abuse_is_survived(release: Release) {
         "Version",
         "NoSuchMethod",
     ] {
-        let status = client.call(&format!("{RUNTIME}/{method}"), vec![0_u8; LARGE]).await.unwrap_err();
-        let expected = [Code::ResourceExhausted, Code::Unimplemented, Code::Unavailable, Code::Cancelled];
+        let status = client
+            .call(&format!("{RUNTIME}/{method}"), vec![0_u8; LARGE])
+            .await
+            .unwrap_err();
+        let expected = [
+            Code::ResourceExhausted,
+            Code::Unimplemented,
+            Code::Unavailable,
+            Code::Cancelled,
+        ];
         assert!(expected.contains(&status.code()), "{method}: {status:?}");
-        assert!(matches!(method, "NoSuchMethod" | "Version") || status.code() == Code::ResourceExhausted, "{method}: {status:?}");
+        assert!(
+            matches!(method, "NoSuchMethod" | "Version") || status.code() == Code::ResourceExhausted,
+            "{method}: {status:?}"
+        );
         // And what is no message at all.
-        let status = client.call(&format!("{RUNTIME}/{method}"), vec![0xff_u8; 1000]).await.unwrap_err();
-        let expected = [Code::Internal, Code::InvalidArgument, Code::Unimplemented, Code::Unknown];
+        let status = client
+            .call(&format!("{RUNTIME}/{method}"), vec![0xff_u8; 1000])
+            .await
+            .unwrap_err();
+        let expected = [
+            Code::Internal,
+            Code::InvalidArgument,
+            Code::Unimplemented,
+            Code::Unknown,
+        ];
         assert!(expected.contains(&status.code()), "{method}: {status:?}");
     }
 
@@ -171,7 +191,8 @@ async fn cycles(node: &mut PodNode, name: &str) {
         let mut cri = node.relayed().await.unwrap();
         // All in one cgroup: that of a pod is the kubelet's to remove.
         let pod = node.pod(&format!("pod-{name}-{number}"));
-        let pod = pod.with(|config| config.linux.as_mut().unwrap().cgroup_parent = format!("/{}/pods", node.run.names().cgroup));
+        let pod = pod
+            .with(|config| config.linux.as_mut().unwrap().cgroup_parent = format!("/{}/pods", node.run.names().cgroup));
         let (sandbox, _) = node.run_pod(&mut cri, &pod).await.unwrap();
         cri.remove_sandbox(&sandbox).await.unwrap();
     }
@@ -215,7 +236,11 @@ async fn nothing_leaks(release: Release) {
     node.prewarm().unwrap().control(&["drain", "--wait"]).unwrap();
     assert_eq!(census::addresses(&node.run).unwrap(), Vec::<String>::new());
     let left = census::take(&node.run).unwrap();
-    assert_eq!((left["shims"], left["network namespaces"], left["bridge ports"]), (0, 0, 0), "{left:?}");
+    assert_eq!(
+        (left["shims"], left["network namespaces"], left["bridge ports"]),
+        (0, 0, 0),
+        "{left:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

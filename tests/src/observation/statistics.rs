@@ -61,7 +61,10 @@ impl Observer<'_> {
             if let Ok(answer) = answer {
                 let stats = answer.into_inner().stats.into_iter();
                 let ids: Vec<_> = stats.map(|stats| stats.attributes.unwrap_or_default().id).collect();
-                anyhow::ensure!(ids == [sandbox], "the list of all stats holds {ids:?}, not {sandbox} alone");
+                anyhow::ensure!(
+                    ids == [sandbox],
+                    "the list of all stats holds {ids:?}, not {sandbox} alone"
+                );
             }
         }
         let request = ContainerStatsRequest {
