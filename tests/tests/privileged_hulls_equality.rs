@@ -15,14 +15,16 @@ const RANDOM: usize = 20;
 const HULLS: u32 = 2;
 
 /// What may differ: in the verbose status, the OCI specification of the process that holds the sandbox's namespaces. It
-/// was started as a hull's, in the cgroup of hulls, and always with the runtime's seccomp profile.
+/// was started as a hull's: in the cgroup of hulls, always with the runtime's seccomp profile, and by the image's user.
 fn allowed(path: &str) -> bool {
     let pause =
         ["/verbose status", "/status when stopped"].map(|status| format!("{status}/2[0]/2[0]/json/runtimeSpec"));
     let Some(part) = pause.iter().find_map(|prefix| path.strip_prefix(prefix.as_str())) else {
         return false;
     };
-    part == "/linux/cgroupsPath" || part.starts_with("/linux/seccomp")
+    ["/linux/cgroupsPath", "/linux/seccomp", "/process/user/"]
+        .iter()
+        .any(|allowed| part.starts_with(allowed))
 }
 
 async fn pods_are_equal(release: Release) {
