@@ -1,3 +1,5 @@
+//! Verdicts on networks: configurations as plugins document them, odd ones, hostile ones.
+
 use std::fs;
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Targets of made-up demand, and properties that hold for any.
+
 use proptest::prelude::*;
 
 use super::*;
