@@ -13,6 +13,7 @@ use hullspeed_proto::cri::v1::{
 };
 
 use super::glob;
+use crate::containerd::Release;
 use crate::containerd::facts::{Facts, Handler};
 
 /// containerd's limit on a label's key and value together.
@@ -230,11 +231,7 @@ pub enum EmptyDns {
 /// As this version of containerd does; none for a version that we cannot read.
 #[must_use]
 pub fn empty_dns(version: &str) -> Option<EmptyDns> {
-    let mut numbers = version.trim_start_matches('v').split('.').map(|part| {
-        let digits = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
-        part[..digits].parse::<u32>().ok()
-    });
-    let (major, minor, patch) = (numbers.next()??, numbers.next()??, numbers.next().flatten());
+    let Release { major, minor, patch } = Release::of(version)?;
     let since = match (major, minor) {
         (1, ..=5) => return Some(EmptyDns::Host),
         (1, 6) => 34,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hullspeed_daemon::error::chain;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -108,7 +109,7 @@ impl Keeper {
         if (wanting && is_due(self.surveyed, TICK / 10, now)) || is_due(self.surveyed, interval, now) {
             self.surveyed = Some(now);
             if let Err(error) = survey(shared).await {
-                tracing::debug!("containerd: {}", cni::describe(&error));
+                tracing::debug!("containerd: {}", chain(&error));
             }
         }
         let sweep = {
