@@ -51,8 +51,8 @@ const SAFE_SYSCTLS: [&str; 12] = [
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Whether a pod must not differ from its hull even in what only the pause process has: user, groups, seccomp
-    /// profile.
+    /// Whether a pod must not differ from its hull even in what only the pause process has: user, groups, and an absent
+    /// seccomp profile. Any profile but the runtime's default is refused in either case.
     pub strict: bool,
     /// Whether privileged pods may have a hull, where SELinux is off.
     pub privileged: bool,
@@ -118,6 +118,31 @@ pub enum Ineligible {
 }
 
 impl Ineligible {
+    /// Every reason.
+    pub const ALL: [Self; 21] = [
+        Self::Metadata,
+        Self::Handler,
+        Self::Windows,
+        Self::HostPort,
+        Self::Network,
+        Self::Pid,
+        Self::Ipc,
+        Self::SharedPid,
+        Self::UserNamespace,
+        Self::Selinux,
+        Self::Seccomp,
+        Self::Privileged,
+        Self::RunAs,
+        Self::Sysctls,
+        Self::Bandwidth,
+        Self::Untrusted,
+        Self::Annotation,
+        Self::Label,
+        Self::Hostname,
+        Self::Dns,
+        Self::CgroupParent,
+    ];
+
     /// A short, stable name.
     #[must_use]
     pub fn reason(self) -> &'static str {

@@ -51,6 +51,12 @@ const MAX_WAITING: usize = 4096;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// How the work on a record can end: labels of a metric.
+pub const RESULTS: [&str; 3] = [DONE, GONE, FAILED];
+const DONE: &str = "ok";
+const GONE: &str = "gone";
+const FAILED: &str = "failed";
+
 /// Attempts on a record that containerd answers about but that cannot be rewritten.
 const MAX_REFUSALS: u32 = 8;
 
@@ -210,17 +216,17 @@ impl Rebrander {
         let result = loop {
             // Removed by its pod meanwhile, it is nobody's.
             let Some(adoption) = self.shared.ledger.adoption(id) else {
-                break "gone";
+                break GONE;
             };
             match rebrand(&self.shared.containerd, &adoption).await {
                 Ok(()) => break self.done(id),
-                Err(error) if error.code() == Some(Code::NotFound) => break "gone",
+                Err(error) if error.code() == Some(Code::NotFound) => break GONE,
                 Err(error) => {
                     refusals += u32::from(!error.is_absence());
                     if refusals >= MAX_REFUSALS {
                         tracing::error!(sandbox_id = id, error = %chain(&error), "a sandbox's record stays its hull's");
                         self.refuse(id);
-                        break "failed";
+                        break FAILED;
                     }
                     tracing::warn!(sandbox_id = id, error = %chain(&error), "a sandbox's record could not be rewritten yet");
                 }
@@ -236,7 +242,7 @@ impl Rebrander {
             tracing::warn!(sandbox_id = id, error = %chain(&error), "the journal does not know of a rewritten record");
         }
         fault::point("rebranded");
-        "ok"
+        DONE
     }
 }
 

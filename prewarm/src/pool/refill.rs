@@ -193,6 +193,11 @@ impl Shared {
             .hull_creations
             .get_or_create(&ResultLabels { result: label })
             .inc();
+        // What a failure costs, a refill costs, too.
+        self.metrics
+            .hull_creation_duration
+            .get_or_create(&ResultLabels { result: label })
+            .observe(took.as_secs_f64());
         let mut state = self.state();
         state.expected.remove(&made.name);
         if let Some(shelf) = state.shelves.get_mut(made.shelf) {
@@ -200,7 +205,6 @@ impl Shared {
         }
         match made.outcome {
             Ok((hull, pid)) => {
-                self.metrics.hull_creation_duration.observe(took.as_secs_f64());
                 state.backoff.succeeded();
                 state.creation_time = if state.creation_time.is_zero() {
                     took
