@@ -5,24 +5,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use hullspeed_prewarm::adopt::fault::POINTS;
 use hullspeed_proto::cri::v1::{PodSandbox, PodSandboxFilter};
 use hullspeed_tests::cri::{Cri, Pod};
 use hullspeed_tests::pod_node::{HULL_LABEL, PodNode};
 use hullspeed_tests::pod_spec::Dice;
 use hullspeed_tests::release::Release;
-
-/// Steps of an adoption, in their order.
-const POINTS: [&str; 9] = [
-    "taken",
-    "journalled",
-    "hostname",
-    "files",
-    "sysctls",
-    "published",
-    "answered",
-    "rebranding",
-    "rebranded",
-];
 
 /// Kills of one daemon or both, in a row.
 const ROUNDS: usize = 6;

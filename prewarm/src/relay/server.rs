@@ -26,6 +26,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// For calls that are ended to be said so, and for connections to close.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// Between looks, while the relay ends, at whether a connection has calls. One without any at two looks is closed: its
+/// client does not heed that it was told to go.
+const IDLE_GRACE: Duration = Duration::from_millis(500);
+
 /// How a relay ends: step by step.
 #[derive(Clone, Default)]
 struct Stages {
@@ -118,7 +122,7 @@ async fn connection(shared: Arc<Shared>, stream: UnixStream, stages: Stages, tas
         }
     };
     let link = Arc::new(Link::new(&shared.options.containerd_socket, shared.options.limits));
-    let mut going = false;
+    let (mut going, mut was_idle) = (false, false);
     loop {
         let accepted = tokio::select! {
             biased;
@@ -129,6 +133,15 @@ async fn connection(shared: Arc<Shared>, stream: UnixStream, stages: Stages, tas
             }
             () = stages.closed.cancelled() => return,
             accepted = connection.accept() => accepted,
+            () = tokio::time::sleep(IDLE_GRACE), if going => {
+                // Each call holds the link. What ended just now may still have an answer to be written.
+                let is_idle = Arc::strong_count(&link) == 1;
+                if is_idle && was_idle {
+                    return;
+                }
+                was_idle = is_idle;
+                continue;
+            }
         };
         match accepted {
             Some(Ok((request, respond))) => {

@@ -58,7 +58,7 @@ impl CriRules {
                 let era = self.era(&adoption).await?;
                 let status = overlay::status(&status, &adoption, era).map_err(wrong)?;
                 let message = with_inner(&answer.message, 1, &status).map_err(wrong)?;
-                let message = info::dressed(&message, &adoption, self.options.config_json).map_err(wrong)?;
+                let message = info::dressed(&message, &adoption).map_err(wrong)?;
                 Ok(answer.with(message))
             }
         }

@@ -7,6 +7,7 @@ use hullspeed_proto::cri::v1::PodSandboxConfig;
 use serde_json::{Map, Value};
 
 use super::parts::{put_text, text};
+use crate::adopt::gojson;
 use crate::ledger::{Adoption, sandbox_name};
 use crate::wire::{Edit, WireError, edit, put_bytes};
 
@@ -18,11 +19,7 @@ const DOCUMENT: &str = "info";
 const CRI: &str = "io.kubernetes.cri.";
 
 /// A `PodSandboxStatusResponse` with the pod in its document. A document that is not JSON stays as it is.
-pub(crate) fn dressed(
-    response: &[u8],
-    adoption: &Adoption,
-    config_json: fn(&PodSandboxConfig) -> Value,
-) -> Result<Vec<u8>, WireError> {
+pub(crate) fn dressed(response: &[u8], adoption: &Adoption) -> Result<Vec<u8>, WireError> {
     edit(response, |field| {
         let (INFO, Some(entry)) = (field.number, field.value.bytes()) else {
             return Ok(Edit::Keep);
@@ -33,7 +30,7 @@ pub(crate) fn dressed(
         let Ok(Value::Object(mut document)) = serde_json::from_str(&text(entry, 2)?) else {
             return Ok(Edit::Keep);
         };
-        edit_document(&mut document, adoption, &config_json(&adoption.config));
+        edit_document(&mut document, adoption, &gojson::value(&adoption.config));
         let mut out = Vec::new();
         put_text(&mut out, 1, DOCUMENT);
         put_bytes(&mut out, 2, Value::Object(document).to_string().as_bytes());

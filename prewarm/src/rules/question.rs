@@ -14,7 +14,7 @@ use tonic::{Request, Status};
 
 use super::overlay::Era;
 use super::parts::text;
-use crate::containerd::{Containerd, MAX_MESSAGE_BYTES};
+use crate::containerd::{Containerd, MAX_MESSAGE_BYTES, Release};
 
 /// Limit on one question; containerd answers all of these from memory.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -124,10 +124,8 @@ pub(crate) async fn era(containerd: &Containerd) -> Result<Era, Status> {
 }
 
 fn era_of(version: &str) -> Era {
-    let mut numbers = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
-    let mut next = || numbers.next().and_then(|number| number.parse::<u32>().ok());
-    match (next(), next()) {
-        (Some(1), Some(minor)) if minor < 7 => Era::Modes,
+    match Release::of(version) {
+        Some(Release { major: 1, minor, .. }) if minor < 7 => Era::Modes,
         _ => Era::AsGiven,
     }
 }

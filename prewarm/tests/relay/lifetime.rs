@@ -255,3 +255,18 @@ async fn what_does_not_finish_is_ended() {
     assert!(start.elapsed() < Duration::from_secs(4));
     drop(deaf);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_heed_the_end_and_has_no_call_holds_nothing_up() {
+    let rule = Rule::forward(&[Method::ListPodSandbox]);
+    let stand = Stand::with(rule, Limits::default(), Duration::from_secs(60));
+    // Says that it speaks HTTP/2, with empty settings, and then nothing.
+    let deaf = UnixStream::connect(stand.socket()).await.unwrap();
+    deaf.try_write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    stand.stopping.cancel();
+    // Much less than the relay would wait for a call.
+    soon(stand.served).await.unwrap();
+    drop(deaf);
+}
