@@ -1,6 +1,7 @@
 //! The daemon's own connection to containerd, typed. It reconnects by itself; nothing here waits for containerd to come.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hullspeed_proto::containerd::services::containers::v1::containers_client::ContainersClient;
@@ -10,18 +11,23 @@ use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
 use hullspeed_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 pub mod facts;
+pub mod sysctls;
 
 /// Limit on connecting to a Unix socket whose server does not accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Largest message that we accept, as containerd's own clients do.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// Whole lists, each up to [`MAX_MESSAGE_BYTES`], that are in memory at once for questions that calls of clients cause.
+const MAX_LISTS: usize = 4;
 
 /// containerd's namespace of everything that CRI makes.
 const NAMESPACE: &str = "k8s.io";
@@ -43,6 +49,7 @@ impl tonic::service::Interceptor for InNamespace {
 pub struct Containerd {
     socket: PathBuf,
     channel: Channel,
+    lists: Arc<Semaphore>,
 }
 
 impl Containerd {
@@ -59,6 +66,7 @@ impl Containerd {
         Self {
             socket: socket.to_owned(),
             channel: endpoint.connect_with_connector_lazy(connector),
+            lists: Arc::new(Semaphore::new(MAX_LISTS)),
         }
     }
 
@@ -72,6 +80,12 @@ impl Containerd {
     #[must_use]
     pub fn channel(&self) -> Channel {
         self.channel.clone()
+    }
+
+    /// Turns to hold an answer that lists all that there is.
+    #[must_use]
+    pub fn lists(&self) -> &Arc<Semaphore> {
+        &self.lists
     }
 
     /// CRI's runtime service.

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::*;
+use crate::containerd::facts::Facts;
 use crate::rules::identity::Identities;
 use crate::rules::listing::{self, Asked, List};
 use crate::rules::overlay::{self, Era};
@@ -211,7 +212,7 @@ proptest! {
         at_top in unknown(),
         at_linux in unknown(),
         at_namespaces in unknown(),
-        era in prop::sample::select(vec![Era::Modes, Era::AsGiven]),
+        era in prop::sample::select(vec![Era::Until1_6, Era::Since1_7]),
         given in any::<bool>(),
     ) {
         let mut adoption = adoption("abc", "pod", own);
@@ -250,8 +251,8 @@ proptest! {
         let options = decoded.linux.unwrap().namespaces.unwrap().options;
         let expected = match (given, era) {
             (true, _) => Some(NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }),
-            (false, Era::Modes) => Some(NamespaceOption::default()),
-            (false, Era::AsGiven) => None,
+            (false, Era::Until1_6) => Some(NamespaceOption::default()),
+            (false, Era::Since1_7) => None,
         };
         prop_assert_eq!(options, expected);
         prop_assert!(same_without(&seen, &message, &[2, 4, 6, 7, 8, 9]));
@@ -268,11 +269,11 @@ proptest! {
         let identities = Identities::new(ledger);
         let reading = Reading { at: 1, cpu: 1, memory: None, pressure: [None; 3] };
         for bytes in [bytes, other] {
-            let _ = overlay::status(&bytes, &one, Era::Modes);
+            let _ = overlay::status(&bytes, &one, Era::Until1_6);
             let _ = overlay::sandbox(&bytes, &one);
             let _ = stats::dressed(&bytes, &one, &reading, &Rates::default());
             let _ = samples::dressed(&bytes, &one);
-            let _ = info::dressed(&bytes, &one, |_| serde_json::Value::Null);
+            let _ = info::dressed(&bytes, &one, None, |_| serde_json::Value::Null);
             let _ = listing::items(&bytes, |item| listing::sandbox(item, &identities, &HashMap::new()));
             let _ = listing::visible(&bytes, &identities);
             if let Ok(asked) = Asked::of(List::Stats, &bytes) {
@@ -391,7 +392,7 @@ fn metrics_get_the_pods_name_and_namespace() {
 
 #[test]
 fn the_verbose_document_names_the_pod_and_keeps_the_rest() {
-    let document = r#"{"pid":5,"config":{"metadata":{"name":"hull"}},"runtimeHandler":"","runtimeSpec":{"hostname":"hull","annotations":{"io.kubernetes.cri.sandbox-name":"hull","other":"1"},"linux":{"cgroupsPath":"/hullspeed/abc"}},"sandboxMetadata":{"Version":"v1","Metadata":{"ID":"abc","Name":"hull_","Config":null}},"new":{"a":18446744073709551615}}"#;
+    let document = r#"{"pid":5,"config":{"metadata":{"name":"hull"}},"runtimeHandler":"","runtimeSpec":{"hostname":"hull","annotations":{"io.kubernetes.cri.sandbox-name":"hull","io.hullspeed.made-with":"x","other":"1"},"linux":{"cgroupsPath":"/hullspeed/abc"}},"sandboxMetadata":{"Version":"v1","Metadata":{"ID":"abc","Name":"hull_","Config":null}},"new":{"a":18446744073709551615}}"#;
     let mut entry = Vec::new();
     put_bytes(&mut entry, 1, b"info");
     put_bytes(&mut entry, 2, document.as_bytes());
@@ -399,11 +400,23 @@ fn the_verbose_document_names_the_pod_and_keeps_the_rest() {
     put_bytes(&mut response, 2, &entry);
     let mut pod = adoption("abc", "pod", HashMap::new());
     pod.config.linux.as_mut().unwrap().sysctls = pairs(&[("net.core.somaxconn", "9")]);
-    let seen = info::dressed(&response, &pod, |_| serde_json::json!({"pod": true})).unwrap();
+    let seen = info::dressed(&response, &pod, None, |_| serde_json::json!({"pod": true})).unwrap();
     let seen = hullspeed_proto::cri::v1::PodSandboxStatusResponse::decode(seen.as_slice()).unwrap();
     let expected = r#"{"pid":5,"config":{"pod":true},"runtimeHandler":"runc","runtimeSpec":{"hostname":"pod-host","annotations":{"io.kubernetes.cri.sandbox-name":"pod","other":"1"},"linux":{"cgroupsPath":"/hullspeed/abc","sysctl":{"net.core.somaxconn":"9"}}},"sandboxMetadata":{"Version":"v1","Metadata":{"ID":"abc","Name":"pod_shop_uid-pod_3","Config":{"pod":true}}},"new":{"a":18446744073709551615}}"#;
     assert_eq!(seen.info["info"], expected);
+    // containerd's own sysctls are shown where containerd puts them.
+    let facts = Facts {
+        enable_unprivileged_ports: true,
+        ..Facts::default()
+    };
+    let shown = |config: &PodSandboxConfig| serde_json::json!(config.linux.as_ref().map(|linux| linux.sysctls.len()));
+    let seen = info::dressed(&response, &pod, Some(&facts), shown).unwrap();
+    let seen = hullspeed_proto::cri::v1::PodSandboxStatusResponse::decode(seen.as_slice()).unwrap();
+    assert!(seen.info["info"].contains(r#""config":2,"#) && seen.info["info"].contains(r#""Config":2}"#));
     // Another document, or none, stays.
     let same = with_inner(&response, 2, b"\x0a\x04info\x12\x03{no").unwrap();
-    assert_eq!(info::dressed(&same, &pod, |_| serde_json::Value::Null).unwrap(), same);
+    assert_eq!(
+        info::dressed(&same, &pod, None, |_| serde_json::Value::Null).unwrap(),
+        same
+    );
 }
