@@ -1,6 +1,7 @@
 //! The daemon's own connection to containerd, typed. It reconnects by itself; nothing here waits for containerd to come.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hullspeed_daemon::grpc::connect_lazily;
@@ -9,6 +10,7 @@ use hullspeed_proto::containerd::services::events::v1::events_client::EventsClie
 use hullspeed_proto::containerd::services::sandbox::v1::store_client::StoreClient;
 use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
 use hullspeed_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
+use tokio::sync::Semaphore;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -16,6 +18,7 @@ use tonic::{Request, Status};
 
 pub mod facts;
 mod release;
+pub mod sysctls;
 
 pub use release::Release;
 
@@ -24,6 +27,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Largest message that we accept, as containerd's own clients do.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// Whole lists, each up to [`MAX_MESSAGE_BYTES`], that are in memory at once for questions that calls of clients cause.
+const MAX_LISTS: usize = 4;
 
 /// containerd's namespace of everything that CRI makes.
 const NAMESPACE: &str = "k8s.io";
@@ -73,6 +79,7 @@ impl tonic::service::Interceptor for InNamespace {
 pub struct Containerd {
     socket: PathBuf,
     channel: Channel,
+    lists: Arc<Semaphore>,
 }
 
 impl Containerd {
@@ -82,6 +89,7 @@ impl Containerd {
         Self {
             socket: socket.to_owned(),
             channel: connect_lazily(socket, CONNECT_LIMIT),
+            lists: Arc::new(Semaphore::new(MAX_LISTS)),
         }
     }
 
@@ -95,6 +103,12 @@ impl Containerd {
     #[must_use]
     pub fn channel(&self) -> Channel {
         self.channel.clone()
+    }
+
+    /// Turns to hold an answer that lists all that there is.
+    #[must_use]
+    pub fn lists(&self) -> &Arc<Semaphore> {
+        &self.lists
     }
 
     /// CRI's runtime service.

@@ -118,9 +118,14 @@ impl Rules for CriRules {
             Method::ListPodSandbox => self.list_sandboxes(&call).await,
             Method::ListPodSandboxStats => self.list_stats(&call).await,
             Method::ListPodSandboxMetrics => self.list_metrics(&call).await,
+            Method::ListContainers | Method::ListContainerStats => self.list_containers(&call).await,
             Method::UpdateRuntimeConfig => self.configure(&call).await,
             Method::PullImage => self.pull(&call).await,
-            Method::StreamPodSandboxes | Method::StreamPodSandboxStats | Method::StreamPodSandboxMetrics => {
+            Method::StreamPodSandboxes
+            | Method::StreamPodSandboxStats
+            | Method::StreamPodSandboxMetrics
+            | Method::StreamContainers
+            | Method::StreamContainerStats => {
                 return match self.streamed(call).await {
                     Ok(messages) => Reply::Stream(messages),
                     Err(failure) => Reply::Failed(failure),

@@ -56,6 +56,10 @@ pub struct Facts {
     pub systemd_cgroup: bool,
     /// Whether SELinux labels are put on containers.
     pub selinux: bool,
+    /// Whether pods with a network of their own may use low ports without a capability.
+    pub enable_unprivileged_ports: bool,
+    /// Whether everybody in them may send ICMP echo requests.
+    pub enable_unprivileged_icmp: bool,
     /// Directory of CNI configurations.
     pub cni_conf_dir: PathBuf,
     /// How many of them are used, in the order of their names; 0 means all.
@@ -144,6 +148,8 @@ impl Facts {
             handlers,
             systemd_cgroup,
             selinux: at(&["enableSelinux"]).flag()?,
+            enable_unprivileged_ports: at(&["enableUnprivilegedPorts"]).flag()?,
+            enable_unprivileged_icmp: at(&["enableUnprivilegedICMP"]).flag()?,
             cni_conf_dir: at(&["cni", "confDir"]).directory()?,
             cni_max_conf_num: at(&["cni", "maxConfNum"]).count()?,
             cni_loaded: information.get("cniconfig").cloned(),
@@ -289,6 +295,7 @@ mod tests {
                 "kata": {"runtimeType": "io.containerd.kata.v2", "PodAnnotations": [], "options": null,
                     "cniConfDir": "/etc/cni/kata.d", "cniMaxConfNum": 2, "sandboxer": "shim"}}},
             "cni": {"binDir": "", "binDirs": ["/usr/lib/cni"], "confDir": "/etc/cni/net.d", "maxConfNum": 0},
+            "enableUnprivilegedPorts": true, "enableUnprivilegedICMP": true,
             "enableSelinux": true, "rootDir": "/var/lib/containerd/io.containerd.grpc.v1.cri",
         })
     }
@@ -303,10 +310,12 @@ mod tests {
         assert_eq!((facts.default_handler.as_str(), facts.cni_max_conf_num), ("runc", 1));
         assert_eq!(facts.sandbox_image, "registry.k8s.io/pause:3.6");
         assert!(facts.systemd_cgroup && !facts.selinux);
+        assert!(!facts.enable_unprivileged_ports && !facts.enable_unprivileged_icmp);
         assert_eq!(facts.handler("").unwrap().pod_annotations, ["a.b/*"]);
         assert_eq!(facts.handler(""), facts.handler("runc"));
         let facts = parse(&of_2_1()).unwrap();
         assert!(!facts.systemd_cgroup && facts.selinux && facts.sandbox_image.is_empty());
+        assert!(facts.enable_unprivileged_ports && facts.enable_unprivileged_icmp);
         let kata = facts.handler("kata").unwrap();
         assert_eq!((kata.sandboxer.as_str(), kata.cni_max_conf_num), ("shim", 2));
         assert_eq!(kata.cni_conf_dir, Some(PathBuf::from("/etc/cni/kata.d")));

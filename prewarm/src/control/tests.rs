@@ -50,6 +50,7 @@ impl Daemon {
             events: Events::new(EventOptions {
                 ledger: ledger.clone(),
                 containerd,
+                facts: pool.facts(),
                 supply: false,
                 metrics: metrics.clone(),
             }),

@@ -6,7 +6,7 @@ use super::{Api, Method};
 pub(super) const OTHER: &str = "other";
 
 /// CRI's methods that no rule may want, for metrics.
-const PLAIN: [&str; 23] = [
+const PLAIN: [&str; 19] = [
     "Attach",
     "CheckpointContainer",
     "ContainerStats",
@@ -15,8 +15,6 @@ const PLAIN: [&str; 23] = [
     "ExecSync",
     "ImageFsInfo",
     "ImageStatus",
-    "ListContainerStats",
-    "ListContainers",
     "ListImages",
     "ListMetricDescriptors",
     "RemoveContainer",
@@ -25,8 +23,6 @@ const PLAIN: [&str; 23] = [
     "RuntimeConfig",
     "Status",
     "StopContainer",
-    "StreamContainerStats",
-    "StreamContainers",
     "StreamImages",
     "UpdateContainerResources",
     "Version",
@@ -89,6 +85,10 @@ fn method(name: &str) -> Option<(Method, &'static str)> {
         StreamPodSandboxes,
         CreateContainer,
         StartContainer,
+        ListContainers,
+        StreamContainers,
+        ListContainerStats,
+        StreamContainerStats,
         PortForward,
         PodSandboxStats,
         ListPodSandboxStats,

@@ -14,12 +14,20 @@ use super::lookup::{self, Meant};
 use super::overlay::{self, Era};
 use super::parts::{inner, map, text, with_inner};
 use super::{CriRules, info, listing, malformed_answer, malformed_request, question, samples};
+use crate::containerd::Containerd;
 use crate::ledger::Adoption;
 use crate::relay::{Answer, Call, Failure, Messages, Method};
 use crate::wire::WireError;
 
 /// Field of every request for one sandbox that holds its id.
 const ID: u32 = 1;
+
+/// Field of every request for a list that holds its filter.
+const FILTER: u32 = 1;
+
+/// `ContainerFilter.pod_sandbox_id` and `ContainerStatsFilter.pod_sandbox_id`.
+const CONTAINER_FILTER_SANDBOX: u32 = 3;
+const STATS_FILTER_SANDBOX: u32 = 2;
 
 pub(super) type Answered = Result<Answer, Failure>;
 
@@ -58,7 +66,8 @@ impl CriRules {
                 let era = self.era(&adoption).await?;
                 let status = overlay::status(&status, &adoption, era).map_err(wrong)?;
                 let message = with_inner(&answer.message, 1, &status).map_err(wrong)?;
-                let message = info::dressed(&message, &adoption).map_err(wrong)?;
+                let facts = self.options.events.facts();
+                let message = info::dressed(&message, &adoption, facts.as_deref()).map_err(wrong)?;
                 Ok(answer.with(message))
             }
         }
@@ -66,9 +75,9 @@ impl CriRules {
 
     async fn era(&self, adoption: &Adoption) -> Result<Era, Failure> {
         if overlay::era_matters(adoption) {
-            Ok(question::era(&self.options.containerd).await?)
+            Ok(self.options.events.era().await?)
         } else {
-            Ok(Era::AsGiven)
+            Ok(Era::Since1_7)
         }
     }
 
@@ -129,6 +138,32 @@ impl CriRules {
         call.upstream.unary(call.message.clone()).await
     }
 
+    /// The request for a list of containers, which may be about those of one sandbox. containerd takes the beginning of
+    /// a sandbox's id there, too; the list itself never shows a hull, which has no containers.
+    async fn containers_request(&self, call: &Call) -> Result<Bytes, Failure> {
+        let wrong = |error: WireError| malformed_request(&error);
+        let Some(filter) = inner(&call.message, FILTER).map_err(wrong)? else {
+            return Ok(call.message.clone());
+        };
+        let number = match call.method {
+            Method::ListContainerStats | Method::StreamContainerStats => STATS_FILTER_SANDBOX,
+            _ => CONTAINER_FILTER_SANDBOX,
+        };
+        let id = text(&filter, number).map_err(wrong)?;
+        let id = match self.meant(&id).await? {
+            Meant::AsAsked => return Ok(call.message.clone()),
+            Meant::Full(full) => full,
+            Meant::Nobody => lookup::nobody(&id),
+        };
+        let filter = with_inner(&filter, number, id.as_bytes()).map_err(wrong)?;
+        let request = with_inner(&call.message, FILTER, &filter).map_err(wrong)?;
+        Ok(request.into())
+    }
+
+    pub(super) async fn list_containers(&self, call: &Call) -> Answered {
+        call.upstream.unary(self.containers_request(call).await?).await
+    }
+
     /// The list request as containerd is to get it, and what to select by afterwards.
     pub(super) async fn list_request(&self, list: List, request: &Bytes) -> Result<(Asked, Bytes), Failure> {
         let asked = Asked::of(list, request).map_err(|error| malformed_request(&error))?;
@@ -150,25 +185,9 @@ impl CriRules {
         Ok(answer.with(message))
     }
 
-    /// Ids of the hulls that containerd has now: metrics come without labels by which to know one.
-    async fn hull_ids(&self) -> Result<HashSet<String>, Failure> {
-        let list = question::sandboxes(&self.options.containerd, "").await?;
-        let wrong = |error: WireError| malformed_answer("ListPodSandbox", &error);
-        let mut hulls = HashSet::new();
-        listing::items(&list, |item| {
-            let id = text(item, 1)?;
-            if matches!(self.identities().sight(&id, &map(item, 5)?), Sight::Hidden) {
-                hulls.insert(id);
-            }
-            Ok(None)
-        })
-        .map_err(wrong)?;
-        Ok(hulls)
-    }
-
     pub(super) async fn list_metrics(&self, call: &Call) -> Answered {
         let answer = call.upstream.unary(call.message.clone()).await?;
-        let hulls = self.hull_ids().await?;
+        let hulls = hull_ids(self.identities(), &self.options.containerd).await?;
         let message = metrics_items(&answer.message, self.identities(), &hulls)
             .map_err(|error| malformed_answer("ListPodSandboxMetrics", &error))?;
         Ok(answer.with(message))
@@ -180,13 +199,24 @@ impl CriRules {
         match call.method {
             Method::StreamPodSandboxMetrics => {
                 let pieces = call.upstream.stream(call.message.clone()).await?;
-                let hulls = self.hull_ids().await?;
-                Ok(pieces_of(pieces, move |piece| {
-                    metrics_items(piece, &identities, &hulls)
-                        .map_err(|error| malformed_answer("StreamPodSandboxMetrics", &error))
-                }))
+                let containerd = self.options.containerd.clone();
+                let seen = pieces.then(move |piece| {
+                    let (identities, containerd) = (Arc::clone(&identities), containerd.clone());
+                    async move {
+                        let piece = piece?;
+                        // Asked after each piece, so that no hull in it is younger than the answer.
+                        let hulls = hull_ids(&identities, &containerd).await?;
+                        let seen = metrics_items(&piece, &identities, &hulls);
+                        let seen = seen.map_err(|error| malformed_answer("StreamPodSandboxMetrics", &error))?;
+                        Ok(Bytes::from(seen))
+                    }
+                });
+                Ok(seen.filter(has_items).boxed())
             }
             Method::StreamPodSandboxStats => self.stream_stats(&call).await,
+            Method::StreamContainers | Method::StreamContainerStats => {
+                call.upstream.stream(self.containers_request(&call).await?).await
+            }
             _ => {
                 let (asked, request) = self.list_request(List::Sandboxes, &call.message).await?;
                 let pieces = call.upstream.stream(request).await?;
@@ -215,6 +245,21 @@ pub(super) async fn unknown(call: &Call, id: &str) -> Answered {
 /// A list of sandboxes, as it may be seen.
 pub(super) fn sandbox_items(answer: &[u8], identities: &Identities, asked: &Asked) -> Result<Vec<u8>, WireError> {
     listing::items(answer, |item| listing::sandbox(item, identities, &asked.selector))
+}
+
+/// Ids of the hulls that containerd has now: metrics come without labels by which to know one.
+async fn hull_ids(identities: &Identities, containerd: &Containerd) -> Result<HashSet<String>, Failure> {
+    let list = question::sandboxes(containerd, "").await?;
+    let mut hulls = HashSet::new();
+    listing::items::<WireError>(&list, |item| {
+        let id = text(item, 1)?;
+        if matches!(identities.sight(&id, &map(item, 5)?), Sight::Hidden) {
+            hulls.insert(id);
+        }
+        Ok(None)
+    })
+    .map_err(|error| malformed_answer("ListPodSandbox", &error))?;
+    Ok(hulls)
 }
 
 fn metrics_items(answer: &[u8], identities: &Identities, hulls: &HashSet<String>) -> Result<Vec<u8>, WireError> {

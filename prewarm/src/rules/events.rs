@@ -6,12 +6,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use hullspeed_proto::cri::v1::ContainerEventType;
-use tokio::sync::{OnceCell, broadcast};
+use tokio::sync::{OnceCell, broadcast, watch};
+use tonic::Status;
 
 use super::identity::Identities;
+use super::overlay::{self, Era};
 use super::parts::{inner, put_text, text};
-use super::{overlay, question};
+use super::question;
 use crate::containerd::Containerd;
+use crate::containerd::facts::Facts;
 use crate::ledger::{Adoption, Ledger};
 use crate::metrics::Metrics;
 use crate::relay::{Call, Messages};
@@ -35,6 +38,8 @@ pub struct EventOptions {
     pub ledger: Ledger,
     /// The daemon's own connection.
     pub containerd: Containerd,
+    /// What containerd is, once that is known.
+    pub facts: watch::Receiver<Option<Arc<Facts>>>,
     /// Whether events are supplied for a containerd that has none.
     pub supply: bool,
     /// Where supplied events are counted.
@@ -58,6 +63,7 @@ struct Announced {
 struct Hub {
     identities: Arc<Identities>,
     containerd: Containerd,
+    facts: watch::Receiver<Option<Arc<Facts>>>,
     supply: bool,
     metrics: Metrics,
     announced: broadcast::Sender<Arc<Announced>>,
@@ -75,6 +81,7 @@ impl Events {
         let hub = Hub {
             identities: Arc::new(Identities::new(options.ledger)),
             containerd: options.containerd,
+            facts: options.facts,
             supply: options.supply,
             metrics: options.metrics,
             announced: broadcast::Sender::new(QUEUE),
@@ -104,6 +111,16 @@ impl Events {
     /// The answer to `GetContainerEvents`.
     pub(super) fn stream(&self, call: Call) -> Messages {
         merge::stream(Arc::clone(&self.hub), call)
+    }
+
+    /// What containerd is, if that is known.
+    pub(super) fn facts(&self) -> Option<Arc<Facts>> {
+        self.hub.facts.borrow().clone()
+    }
+
+    /// Which containerd this is.
+    pub(super) async fn era(&self) -> Result<Era, Status> {
+        self.hub.era().await
     }
 
     pub(super) fn identities(&self) -> &Arc<Identities> {
@@ -147,12 +164,21 @@ impl Hub {
         self.dress(&status, adoption).await
     }
 
+    /// Which containerd this is. It is asked only as long as its facts are not known.
+    async fn era(&self) -> Result<Era, Status> {
+        let facts = self.facts.borrow().clone();
+        match facts {
+            Some(facts) => Ok(Era::of(&facts.version)),
+            None => question::era(&self.containerd).await,
+        }
+    }
+
     /// A status with the pod's identity.
     async fn dress(&self, status: &[u8], adoption: &Adoption) -> Option<Vec<u8>> {
         let era = if overlay::era_matters(adoption) {
-            question::era(&self.containerd).await.ok()?
+            self.era().await.ok()?
         } else {
-            overlay::Era::AsGiven
+            Era::Since1_7
         };
         overlay::status(status, adoption, era).ok()
     }

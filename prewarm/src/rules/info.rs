@@ -3,11 +3,15 @@
 //! It is edited as a tree, so what containerd adds to it survives. Where the pause process runs (its cgroup, its
 //! namespaces, its image) is what containerd says: that is a fact about the hull, not a name.
 
+use std::borrow::Cow;
+
 use hullspeed_proto::cri::v1::PodSandboxConfig;
 use serde_json::{Map, Value};
 
 use super::parts::{put_text, text};
 use crate::adopt::gojson;
+use crate::containerd::facts::Facts;
+use crate::containerd::sysctls::stored;
 use crate::ledger::{Adoption, sandbox_name};
 use crate::wire::{Edit, WireError, edit, put_bytes};
 
@@ -18,8 +22,11 @@ const DOCUMENT: &str = "info";
 /// Prefix of the annotations that containerd puts on a sandbox's specification.
 const CRI: &str = "io.kubernetes.cri.";
 
+/// Prefix of the annotations that the pool puts on a hull. A handler may let all annotations through to specifications.
+const OURS: &str = "io.hullspeed.";
+
 /// A `PodSandboxStatusResponse` with the pod in its document. A document that is not JSON stays as it is.
-pub(crate) fn dressed(response: &[u8], adoption: &Adoption) -> Result<Vec<u8>, WireError> {
+pub(crate) fn dressed(response: &[u8], adoption: &Adoption, facts: Option<&Facts>) -> Result<Vec<u8>, WireError> {
     edit(response, |field| {
         let (INFO, Some(entry)) = (field.number, field.value.bytes()) else {
             return Ok(Edit::Keep);
@@ -30,7 +37,8 @@ pub(crate) fn dressed(response: &[u8], adoption: &Adoption) -> Result<Vec<u8>, W
         let Ok(Value::Object(mut document)) = serde_json::from_str(&text(entry, 2)?) else {
             return Ok(Edit::Keep);
         };
-        edit_document(&mut document, adoption, &gojson::value(&adoption.config));
+        let config = facts.map_or(Cow::Borrowed(&adoption.config), |facts| stored(&adoption.config, facts));
+        edit_document(&mut document, adoption, &gojson::value(&config));
         let mut out = Vec::new();
         put_text(&mut out, 1, DOCUMENT);
         put_bytes(&mut out, 2, Value::Object(document).to_string().as_bytes());
@@ -73,6 +81,7 @@ fn edit_specification(specification: &mut Map<String, Value>, config: &PodSandbo
     }
     let linux = config.linux.as_ref();
     if let Some(Value::Object(annotations)) = specification.get_mut("annotations") {
+        annotations.retain(|key, _| !key.starts_with(OURS) || config.annotations.contains_key(key));
         let metadata = config.metadata.clone().unwrap_or_default();
         let identity = [
             ("sandbox-name", metadata.name),

@@ -40,13 +40,18 @@ pub(crate) struct Asked {
     pub(crate) id: String,
     /// The labels to select by.
     pub(crate) selector: HashMap<String, String>,
+    /// Whether there is a filter at all, if only an empty one.
+    pub(crate) has_filter: bool,
     list: List,
 }
 
 impl Asked {
     pub(crate) fn of(list: List, request: &[u8]) -> Result<Self, WireError> {
-        let filter = inner(request, FILTER)?.unwrap_or_default();
+        let filter = inner(request, FILTER)?;
+        let has_filter = filter.is_some();
+        let filter = filter.unwrap_or_default();
         Ok(Self {
+            has_filter,
             id: text(&filter, FILTER_ID)?,
             selector: map(&filter, list.selector())?,
             list,

@@ -3,6 +3,7 @@
 use prost::Message as _;
 
 use super::parts::{inner, put_map, put_text, with_inner, without};
+use crate::containerd::Release;
 use crate::ledger::Adoption;
 use crate::wire::{WireError, put_message, put_varint};
 
@@ -78,18 +79,29 @@ pub(crate) fn attributes(message: &[u8], adoption: &Adoption) -> Result<Vec<u8>,
     dress(message, &ATTRIBUTES, adoption)
 }
 
-/// How containerd shows a sandbox's namespace options.
+/// Which containerd it is, where its answers differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Era {
-    /// Until 1.6: always there, the three modes only.
-    Modes,
-    /// Since 1.7: as the pod gave them, or not at all.
-    AsGiven,
+    /// A status always has namespace options, the three modes only. A list of stats fails with its first sandbox.
+    Until1_6,
+    /// Namespace options are as the pod gave them, or not there. A list of stats goes on without sandboxes that are
+    /// going away, and says what all the others failed with.
+    Since1_7,
+}
+
+impl Era {
+    /// The era of a version, such as `1.6.20~ds1`.
+    pub(crate) fn of(version: &str) -> Self {
+        match Release::of(version) {
+            Some(Release { major: 1, minor, .. }) if minor < 7 => Self::Until1_6,
+            _ => Self::Since1_7,
+        }
+    }
 }
 
 /// Whether the two eras show this pod's options differently.
 pub(crate) fn era_matters(adoption: &Adoption) -> bool {
-    namespace_options(adoption, Era::Modes) != namespace_options(adoption, Era::AsGiven)
+    namespace_options(adoption, Era::Until1_6) != namespace_options(adoption, Era::Since1_7)
 }
 
 fn namespace_options(adoption: &Adoption, era: Era) -> Option<Vec<u8>> {
@@ -97,8 +109,8 @@ fn namespace_options(adoption: &Adoption, era: Era) -> Option<Vec<u8>> {
     let context = linux.and_then(|linux| linux.security_context.as_ref());
     let given = context.and_then(|context| context.namespace_options.clone());
     match era {
-        Era::AsGiven => given.map(|options| options.encode_to_vec()),
-        Era::Modes => {
+        Era::Since1_7 => given.map(|options| options.encode_to_vec()),
+        Era::Until1_6 => {
             let mut options = given.unwrap_or_default();
             options.target_id.clear();
             options.userns_options = None;
@@ -122,4 +134,18 @@ pub(crate) fn status(message: &[u8], adoption: &Adoption, era: Era) -> Result<Ve
     };
     let linux = with_inner(&linux, NAMESPACES, &namespaces)?;
     with_inner(&out, LINUX, &linux)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eras_by_version() {
+        assert_eq!(Era::of("1.6.20~ds1"), Era::Until1_6);
+        assert_eq!(Era::of("v1.6.20"), Era::Until1_6);
+        assert_eq!(Era::of("1.7.24"), Era::Since1_7);
+        assert_eq!(Era::of("2.1.9"), Era::Since1_7);
+        assert_eq!(Era::of("unknown"), Era::Since1_7);
+    }
 }

@@ -1,23 +1,29 @@
 //! The rules' own questions to containerd. Answers stay bytes, so that what we do not know in them is not lost.
 
+use std::ops::Deref;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use http::uri::PathAndQuery;
 use hullspeed_proto::cri::v1::{
     ContainerFilter, ContainerStatusRequest, ListContainersRequest, ListPodSandboxRequest, PodSandboxFilter,
-    PodSandboxStatusRequest, VersionRequest,
+    PodSandboxStatsRequest, PodSandboxStatusRequest, VersionRequest,
 };
 use prost::Message;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::{Request, Status};
 
 use super::overlay::Era;
 use super::parts::text;
-use crate::containerd::{Containerd, MAX_MESSAGE_BYTES, Release};
+use crate::containerd::{Containerd, MAX_MESSAGE_BYTES};
 
-/// Limit on one question; containerd answers all of these from memory.
+/// Limit on one question; containerd answers nearly all of these from memory.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// Limit on waiting for a turn to read a list.
+const TURN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Messages as bytes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -58,8 +64,11 @@ impl Decoder for Raw {
 }
 
 async fn ask(containerd: &Containerd, path: &'static str, request: &impl Message) -> Result<Bytes, Status> {
+    ask_raw(containerd, path, request.encode_to_vec().into()).await
+}
+
+async fn ask_raw(containerd: &Containerd, path: &'static str, message: Bytes) -> Result<Bytes, Status> {
     let mut client = tonic::client::Grpc::new(containerd.channel()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-    let message = Bytes::from(request.encode_to_vec());
     let answer = async {
         client
             .ready()
@@ -76,14 +85,61 @@ async fn ask(containerd: &Containerd, path: &'static str, request: &impl Message
     }
 }
 
+/// A list, and the turn to hold it: only few lists are in memory at once. Who holds one must not ask for another.
+pub(crate) struct Listed {
+    message: Bytes,
+    _turn: OwnedSemaphorePermit,
+}
+
+impl Listed {
+    pub(crate) fn new(message: Bytes, turn: OwnedSemaphorePermit) -> Self {
+        Self { message, _turn: turn }
+    }
+}
+
+impl Deref for Listed {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.message
+    }
+}
+
+/// A turn to hold messages that are as large as a list.
+pub(crate) async fn turn(turns: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Status> {
+    let turn = tokio::time::timeout(TURN_LIMIT, Arc::clone(turns).acquire_owned()).await;
+    match turn {
+        Ok(Ok(turn)) => Ok(turn),
+        // The semaphore is never closed.
+        Ok(Err(_)) | Err(_) => Err(Status::resource_exhausted(format!(
+            "hullspeed: too many lists are read at once, no turn within {TURN_LIMIT:?}"
+        ))),
+    }
+}
+
 /// `ListPodSandboxResponse` with all sandboxes, or the one with this id.
-pub(crate) async fn sandboxes(containerd: &Containerd, id: &str) -> Result<Bytes, Status> {
+pub(crate) async fn sandboxes(containerd: &Containerd, id: &str) -> Result<Listed, Status> {
     let filter = (!id.is_empty()).then(|| PodSandboxFilter {
         id: id.to_owned(),
         ..Default::default()
     });
     let request = ListPodSandboxRequest { filter };
-    ask(containerd, "/runtime.v1.RuntimeService/ListPodSandbox", &request).await
+    let turn = turn(containerd.lists()).await?;
+    let message = ask(containerd, "/runtime.v1.RuntimeService/ListPodSandbox", &request).await?;
+    Ok(Listed::new(message, turn))
+}
+
+/// `PodSandboxStatsResponse`, which on the wire is a list of one.
+pub(crate) async fn sandbox_stats(containerd: &Containerd, id: &str) -> Result<Bytes, Status> {
+    let request = PodSandboxStatsRequest {
+        pod_sandbox_id: id.to_owned(),
+    };
+    ask(containerd, "/runtime.v1.RuntimeService/PodSandboxStats", &request).await
+}
+
+/// `ListPodSandboxStatsResponse` to a request as bytes, which is to be about one sandbox.
+pub(crate) async fn listed_stats(containerd: &Containerd, request: Bytes) -> Result<Bytes, Status> {
+    ask_raw(containerd, "/runtime.v1.RuntimeService/ListPodSandboxStats", request).await
 }
 
 /// `PodSandboxStatusResponse`.
@@ -115,31 +171,10 @@ pub(crate) async fn container_status(containerd: &Containerd, id: &str) -> Resul
     ask(containerd, "/runtime.v1.RuntimeService/ContainerStatus", &request).await
 }
 
-/// How this containerd shows namespace options. Asked only for the rare pod for which that matters, so never kept.
+/// Which containerd this is; asked only until its facts are known.
 pub(crate) async fn era(containerd: &Containerd) -> Result<Era, Status> {
     let request = VersionRequest::default();
     let answer = ask(containerd, "/runtime.v1.RuntimeService/Version", &request).await?;
     let version = text(&answer, 3).map_err(|error| Status::internal(format!("answer to Version: {error}")))?;
-    Ok(era_of(&version))
-}
-
-fn era_of(version: &str) -> Era {
-    match Release::of(version) {
-        Some(Release { major: 1, minor, .. }) if minor < 7 => Era::Modes,
-        _ => Era::AsGiven,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn eras_by_version() {
-        assert_eq!(era_of("1.6.20~ds1"), Era::Modes);
-        assert_eq!(era_of("v1.6.20"), Era::Modes);
-        assert_eq!(era_of("1.7.24"), Era::AsGiven);
-        assert_eq!(era_of("2.1.9"), Era::AsGiven);
-        assert_eq!(era_of("unknown"), Era::AsGiven);
-    }
+    Ok(Era::of(&version))
 }

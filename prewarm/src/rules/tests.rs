@@ -11,6 +11,7 @@ use hullspeed_proto::cri::v1::{
 use crate::ledger::{Adoption, HULL_LABEL, Ledger, Mark};
 
 mod handlers;
+mod lists;
 mod messages;
 mod scripted;
 

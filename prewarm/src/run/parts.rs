@@ -49,6 +49,7 @@ impl Parts {
         let events = Events::new(EventOptions {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
+            facts: pool.facts(),
             supply: config.events.supply == Supply::Auto,
             metrics: metrics.clone(),
         });

@@ -11,6 +11,7 @@ use prost::Message;
 
 use super::*;
 use crate::adopt::gojson;
+use crate::containerd::facts::Facts;
 use crate::rules::identity::Identities;
 use crate::rules::listing::{self, Asked, List};
 use crate::rules::overlay::{self, Era};
@@ -212,7 +213,7 @@ proptest! {
         at_top in unknown(),
         at_linux in unknown(),
         at_namespaces in unknown(),
-        era in prop::sample::select(vec![Era::Modes, Era::AsGiven]),
+        era in prop::sample::select(vec![Era::Until1_6, Era::Since1_7]),
         given in any::<bool>(),
     ) {
         let mut adoption = adoption("abc", "pod", own);
@@ -251,8 +252,8 @@ proptest! {
         let options = decoded.linux.unwrap().namespaces.unwrap().options;
         let expected = match (given, era) {
             (true, _) => Some(NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }),
-            (false, Era::Modes) => Some(NamespaceOption::default()),
-            (false, Era::AsGiven) => None,
+            (false, Era::Until1_6) => Some(NamespaceOption::default()),
+            (false, Era::Since1_7) => None,
         };
         prop_assert_eq!(options, expected);
         prop_assert!(same_without(&seen, &message, &[2, 4, 6, 7, 8, 9]));
@@ -269,11 +270,11 @@ proptest! {
         let identities = Identities::new(ledger);
         let reading = Reading { at: 1, cpu: 1, memory: None, pressure: [None; 3] };
         for bytes in [bytes, other] {
-            let _ = overlay::status(&bytes, &one, Era::Modes);
+            let _ = overlay::status(&bytes, &one, Era::Until1_6);
             let _ = overlay::sandbox(&bytes, &one);
             let _ = stats::dressed(&bytes, &one, &reading, &Rates::default());
             let _ = samples::dressed(&bytes, &one);
-            let _ = info::dressed(&bytes, &one);
+            let _ = info::dressed(&bytes, &one, None);
             let _ = listing::items(&bytes, |item| listing::sandbox(item, &identities, &HashMap::new()));
             let _ = listing::visible(&bytes, &identities);
             if let Ok(asked) = Asked::of(List::Stats, &bytes) {
@@ -392,7 +393,7 @@ fn metrics_get_the_pods_name_and_namespace() {
 
 #[test]
 fn the_verbose_document_names_the_pod_and_keeps_the_rest() {
-    let document = r#"{"pid":5,"config":{"metadata":{"name":"hull"}},"runtimeHandler":"","runtimeSpec":{"hostname":"hull","annotations":{"io.kubernetes.cri.sandbox-name":"hull","other":"1"},"linux":{"cgroupsPath":"/hullspeed/abc"}},"sandboxMetadata":{"Version":"v1","Metadata":{"ID":"abc","Name":"hull_","Config":null}},"new":{"a":18446744073709551615}}"#;
+    let document = r#"{"pid":5,"config":{"metadata":{"name":"hull"}},"runtimeHandler":"","runtimeSpec":{"hostname":"hull","annotations":{"io.kubernetes.cri.sandbox-name":"hull","io.hullspeed.made-with":"x","other":"1"},"linux":{"cgroupsPath":"/hullspeed/abc"}},"sandboxMetadata":{"Version":"v1","Metadata":{"ID":"abc","Name":"hull_","Config":null}},"new":{"a":18446744073709551615}}"#;
     let mut entry = Vec::new();
     put_bytes(&mut entry, 1, b"info");
     put_bytes(&mut entry, 2, document.as_bytes());
@@ -400,13 +401,22 @@ fn the_verbose_document_names_the_pod_and_keeps_the_rest() {
     put_bytes(&mut response, 2, &entry);
     let mut pod = adoption("abc", "pod", HashMap::new());
     pod.config.linux.as_mut().unwrap().sysctls = pairs(&[("net.core.somaxconn", "9")]);
-    let seen = info::dressed(&response, &pod).unwrap();
+    let seen = info::dressed(&response, &pod, None).unwrap();
     let seen = hullspeed_proto::cri::v1::PodSandboxStatusResponse::decode(seen.as_slice()).unwrap();
     let config = gojson::encode(&pod.config).unwrap();
     let expected = r#"{"pid":5,"config":CONFIG,"runtimeHandler":"runc","runtimeSpec":{"hostname":"pod-host","annotations":{"io.kubernetes.cri.sandbox-name":"pod","other":"1"},"linux":{"cgroupsPath":"/hullspeed/abc","sysctl":{"net.core.somaxconn":"9"}}},"sandboxMetadata":{"Version":"v1","Metadata":{"ID":"abc","Name":"pod_shop_uid-pod_3","Config":CONFIG}},"new":{"a":18446744073709551615}}"#;
     let expected = expected.replace("CONFIG", &config);
     assert_eq!(seen.info["info"], expected);
+    // containerd's own sysctls are shown where containerd puts them.
+    let facts = Facts {
+        enable_unprivileged_ports: true,
+        ..Facts::default()
+    };
+    let seen = info::dressed(&response, &pod, Some(&facts)).unwrap();
+    let seen = hullspeed_proto::cri::v1::PodSandboxStatusResponse::decode(seen.as_slice()).unwrap();
+    let shown = seen.info["info"].matches("net.ipv4.ip_unprivileged_port_start").count();
+    assert_eq!(shown, 2, "{}", seen.info["info"]);
     // Another document, or none, stays.
     let same = with_inner(&response, 2, b"\x0a\x04info\x12\x03{no").unwrap();
-    assert_eq!(info::dressed(&same, &pod).unwrap(), same);
+    assert_eq!(info::dressed(&same, &pod, None).unwrap(), same);
 }

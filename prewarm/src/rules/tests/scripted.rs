@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{StreamExt as _, stream};
 use hullspeed_proto::cri::v1::AuthConfig;
 use tokio::net::UnixListener;
+use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::body::Body;
 use tonic::server::{Grpc, NamedService, UnaryService};
@@ -19,6 +20,7 @@ use super::*;
 use crate::adopt::hull::Hull;
 use crate::adopt::{HullSource, Miss};
 use crate::containerd::Containerd;
+use crate::containerd::facts::Facts;
 use crate::relay::{Answer, Api, Call, Failure, Messages, Method, Reply, Rules as _, Upstream};
 use crate::rules::events::EventOptions;
 use crate::rules::question::Raw;
@@ -31,6 +33,8 @@ type Answerer = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, Status> + Send + Sync;
 pub(super) struct World {
     pub(super) ledger: Ledger,
     pub(super) rules: CriRules,
+    pub(super) containerd: Containerd,
+    facts: watch::Sender<Option<Arc<Facts>>>,
     pub(super) events: Events,
     /// Messages that reached containerd through a call.
     pub(super) sent: Shared<Vec<Bytes>>,
@@ -132,15 +136,17 @@ impl World {
         let (ledger, containerd) = (ledger(), Containerd::at(&socket));
         let told = Shared::default();
         let around = Arc::new(Around(ledger.clone(), Arc::clone(&told)));
+        let facts = watch::Sender::new(None);
         let events = Events::new(EventOptions {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
+            facts: facts.subscribe(),
             supply: true,
             metrics: crate::metrics::Metrics::unregistered(),
         });
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
-            containerd,
+            containerd: containerd.clone(),
             sandboxes: around.clone(),
             hulls: around.clone(),
             hooks: around.clone(),
@@ -150,6 +156,8 @@ impl World {
         Self {
             ledger,
             rules,
+            containerd,
+            facts,
             events,
             sent: Shared::default(),
             told,
@@ -188,6 +196,11 @@ impl World {
             Reply::Failed(failure) => Err(failure.status().clone()),
             Reply::Stream(_) => panic!("a stream"),
         }
+    }
+
+    /// containerd's facts become known.
+    pub(super) fn learn(&self, facts: Facts) {
+        self.facts.send_replace(Some(Arc::new(facts)));
     }
 
     pub(super) fn last_sent(&self) -> Bytes {
