@@ -96,9 +96,7 @@ async fn answers_that_nobody_reads_hold_up_nobody_else() {
         let client = stand.client().await;
         for _ in 0..3 {
             let mut request = grpc(LIST);
-            request
-                .headers_mut()
-                .insert("x-size", HeaderValue::from(LARGE - 1000));
+            request.headers_mut().insert("x-size", HeaderValue::from(LARGE - 1000));
             let (response, mut upload) = client.begin(request, false).await;
             upload.send_data(framed(b"").into(), true).unwrap();
             unread.push((response, upload));
@@ -120,14 +118,17 @@ async fn small_answers_must_be_read_too() {
         reading: Duration::from_millis(500),
         ..Limits::default()
     };
-    let rules = Rule::new(&[Method::ListPodSandbox, Method::GetContainerEvents], |call| async move {
-        match call.method {
-            Method::GetContainerEvents => {
-                Reply::Stream(stream::repeat_with(|| Ok(Bytes::from_static(&[5; 3000]))).boxed())
+    let rules = Rule::new(
+        &[Method::ListPodSandbox, Method::GetContainerEvents],
+        |call| async move {
+            match call.method {
+                Method::GetContainerEvents => {
+                    Reply::Stream(stream::repeat_with(|| Ok(Bytes::from_static(&[5; 3000]))).boxed())
+                }
+                _ => call.upstream.unary(call.message).await.into(),
             }
-            _ => call.upstream.unary(call.message).await.into(),
-        }
-    });
+        },
+    );
     let stand = Stand::with(rules, limits, Duration::ZERO);
     let _peer = Peer::start(&stand.upstream(), |_, respond| answer(respond, &[1; 1000]));
     let client = Client::with_window(&stand.socket(), 10).await;
@@ -144,7 +145,10 @@ async fn small_answers_must_be_read_too() {
     let mut body = soon(response).await.unwrap().into_body();
     assert_eq!(soon(body.data()).await.unwrap().unwrap(), framed(&[5; 3000]));
     let tail = soon(body.trailers()).await.unwrap().unwrap();
-    assert_eq!(tail["grpc-status"], (Code::ResourceExhausted as i32).to_string().as_str());
+    assert_eq!(
+        tail["grpc-status"],
+        (Code::ResourceExhausted as i32).to_string().as_str()
+    );
     let calls = stand.calls(2).await;
     assert_eq!(
         calls,
