@@ -72,7 +72,11 @@ impl Allowance {
         let small = self.small;
         if bytes <= small {
             let bytes = self.own.take(bytes).await;
-            return Bite { bytes, turn: None, small };
+            return Bite {
+                bytes,
+                turn: None,
+                small,
+            };
         }
         // The turn first: who waits for it holds nothing that others want.
         let turn = Some(acquired(&self.turn, 1).await);

@@ -22,13 +22,16 @@ use crate::relay::{Call, Failure, Messages, Upstream};
 /// Bytes of events that a subscriber may be behind.
 const QUEUE_BYTES: usize = 4 << 20;
 
-/// An event on its way to a subscriber.
-struct Told {
-    event: Bytes,
-    /// The adoption that has been told with this event.
-    completes: Option<Arc<Announced>>,
-    /// Its share of the queue's bytes.
-    bytes: Option<OwnedSemaphorePermit>,
+/// What is on its way to a subscriber.
+enum Queued {
+    /// An event.
+    Event {
+        event: Bytes,
+        /// Its share of the queue's bytes.
+        _bytes: OwnedSemaphorePermit,
+    },
+    /// An adoption. Its events are made when they are read: what containerd is asked for that must not hold up its events.
+    Adoption(Arc<Announced>),
 }
 
 /// One subscriber.
@@ -44,10 +47,11 @@ enum Subscriber {
 /// What a subscriber has not read yet.
 struct Reader {
     hub: Arc<Hub>,
-    /// Adoptions that were parked: they come first.
+    /// Adoptions that are told next, those that were parked first of all.
     parked: VecDeque<Arc<Announced>>,
-    ready: VecDeque<Told>,
-    queue: mpsc::Receiver<Result<Told, Failure>>,
+    /// The adoption whose first event was given, and the second.
+    begun: Option<(Arc<Announced>, Bytes)>,
+    queue: mpsc::Receiver<Result<Queued, Failure>>,
     /// Cancelled if the queue was too short.
     overrun: CancellationToken,
     /// The adoption whose last event was given, and may still be on its way.
@@ -63,7 +67,7 @@ struct Drain {
     /// Whether nothing has come yet: then "unimplemented" means that containerd has no events at all.
     fresh: bool,
     adoptions: broadcast::Receiver<Arc<Announced>>,
-    queue: mpsc::Sender<Result<Told, Failure>>,
+    queue: mpsc::Sender<Result<Queued, Failure>>,
     bytes: Arc<Semaphore>,
     overrun: CancellationToken,
     // Kept as long as the stream is read.
@@ -136,7 +140,7 @@ impl Reader {
         Ok(Self {
             hub,
             parked,
-            ready: VecDeque::new(),
+            begun: None,
             queue,
             overrun,
             given: None,
@@ -148,24 +152,30 @@ impl Reader {
         if let Some(announced) = self.given.take() {
             announced.told();
         }
-        if self.ready.is_empty()
-            && let Some(announced) = self.parked.pop_front()
-        {
-            self.ready.extend(pair(&self.hub, announced).await);
-        }
-        let told = match self.ready.pop_front() {
-            Some(told) if !self.overrun.is_cancelled() => told,
-            _ => tokio::select! {
+        loop {
+            if self.overrun.is_cancelled() {
+                return Some(Err(too_slow()));
+            }
+            if let Some((announced, started)) = self.begun.take() {
+                self.given = Some(announced);
+                return Some(Ok(started));
+            }
+            if let Some(announced) = self.parked.pop_front() {
+                let [created, started] = self.hub.pair(&announced).await;
+                self.begun = Some((announced, started));
+                return Some(Ok(created));
+            }
+            let queued = tokio::select! {
                 biased;
-                () = self.overrun.cancelled() => return Some(Err(too_slow())),
-                told = self.queue.recv() => match told? {
-                    Ok(told) => told,
-                    Err(failure) => return Some(Err(failure)),
-                },
-            },
-        };
-        self.given = told.completes;
-        Some(Ok(told.event))
+                () = self.overrun.cancelled() => continue,
+                queued = self.queue.recv() => queued?,
+            };
+            match queued {
+                Ok(Queued::Event { event, .. }) => return Some(Ok(event)),
+                Ok(Queued::Adoption(announced)) => self.parked.push_back(announced),
+                Err(failure) => return Some(Err(failure)),
+            }
+        }
     }
 }
 
@@ -193,7 +203,7 @@ impl Drain {
             biased;
             announced = self.adoptions.recv() => {
                 return match announced {
-                    Ok(announced) => pair(&self.hub, announced).await.into_iter().try_for_each(|told| self.put(told)),
+                    Ok(announced) => self.queue(Queued::Adoption(announced)),
                     Err(RecvError::Lagged(_)) => Err(End::Overrun),
                     Err(RecvError::Closed) => Err(End::Over(None)),
                 };
@@ -210,37 +220,26 @@ impl Drain {
             Some(Err(failure)) => Err(End::Over(Some(failure))),
             Some(Ok(message)) => match seen(&self.hub, &message).await {
                 Ok(None) => Ok(()),
-                // A copy, because a short message may be a part of a long piece of memory.
-                Ok(Some(event)) => self.put(Told::new(Bytes::copy_from_slice(&event))),
+                Ok(Some(event)) => self.put(&event),
                 Err(failure) => Err(End::Over(Some(failure))),
             },
         }
     }
 
     /// Puts an event into the queue, if there is room.
-    fn put(&self, mut told: Told) -> Result<(), End> {
-        let bytes = u32::try_from(told.event.len().min(QUEUE_BYTES)).unwrap_or(u32::MAX);
+    fn put(&self, event: &Bytes) -> Result<(), End> {
+        let bytes = u32::try_from(event.len().min(QUEUE_BYTES)).unwrap_or(u32::MAX);
         let permit = Arc::clone(&self.bytes).try_acquire_many_owned(bytes);
-        told.bytes = Some(permit.map_err(|_| End::Overrun)?);
-        self.queue.try_send(Ok(told)).map_err(|_| End::Overrun)
+        self.queue(Queued::Event {
+            // A copy, because a short message may be a part of a long piece of memory.
+            event: Bytes::copy_from_slice(event),
+            _bytes: permit.map_err(|_| End::Overrun)?,
+        })
     }
-}
 
-impl Told {
-    fn new(event: Bytes) -> Self {
-        Self {
-            event,
-            completes: None,
-            bytes: None,
-        }
+    fn queue(&self, queued: Queued) -> Result<(), End> {
+        self.queue.try_send(Ok(queued)).map_err(|_| End::Overrun)
     }
-}
-
-/// An adoption's events.
-async fn pair(hub: &Hub, announced: Arc<Announced>) -> [Told; 2] {
-    let [created, started] = hub.pair(&announced).await.map(Told::new);
-    let completes = Some(announced);
-    [created, Told { completes, ..started }]
 }
 
 fn has_no_events(failure: &Failure) -> bool {
