@@ -100,12 +100,20 @@ const HARMLESS: &[(&str, Change)] = &[
     ("seccomp by the runtime", |c| {
         seccomp(c, ProfileType::RuntimeDefault, "")
     }),
-    ("user", |c| security(c).run_as_user = Some(Int64Value { value: 1000 })),
+    // As kubelets ask: with a pid namespace for each container. In a shared one the user of the pause shows.
+    ("user", |c| {
+        by_container(c);
+        security(c).run_as_user = Some(Int64Value { value: 1000 });
+    }),
     ("user and group", |c| {
+        by_container(c);
         security(c).run_as_user = Some(Int64Value { value: 1000 });
         security(c).run_as_group = Some(Int64Value { value: 2000 });
     }),
-    ("groups", |c| security(c).supplemental_groups = vec![3000, 4000]),
+    ("groups", |c| {
+        by_container(c);
+        security(c).supplemental_groups = vec![3000, 4000];
+    }),
     ("read-only root", |c| security(c).readonly_rootfs = true),
     ("port range", |c| {
         sysctl(c, "net.ipv4.ip_local_port_range", "20000 30000")
@@ -116,7 +124,6 @@ const HARMLESS: &[(&str, Change)] = &[
     ("ping groups", |c| sysctl(c, "net.ipv4.ping_group_range", "0 1000")),
     ("syncookies", |c| sysctl(c, "net.ipv4.tcp_syncookies", "0")),
     ("shared memory", |c| sysctl(c, "kernel.shm_rmid_forced", "1")),
-    ("semaphores", |c| sysctl(c, "kernel.sem", "250 32000 100 256")),
     ("resources", |c| {
         let resources = LinuxContainerResources {
             cpu_shares: 512,
@@ -126,13 +133,8 @@ const HARMLESS: &[(&str, Change)] = &[
         c.linux.get_or_insert_default().resources = Some(resources);
         c.linux.get_or_insert_default().overhead = Some(LinuxContainerResources::default());
     }),
-    ("pid namespace by container", |c| {
-        namespaces(c, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod)
-    }),
+    ("pid namespace by container", by_container),
     ("no log directory", |c| c.log_directory.clear()),
-    ("unreadable name", |c| {
-        c.metadata.get_or_insert_default().name += "_with_underscores.and ünïcode"
-    }),
 ];
 
 /// Changes that a hull cannot follow.
@@ -160,6 +162,11 @@ const FOREIGN: &[(&str, Change)] = &[
     ("unconfined", |c| seccomp(c, ProfileType::Unconfined, "")),
     ("a seccomp profile that is not there", |c| {
         seccomp(c, ProfileType::Localhost, "/not/there.json")
+    }),
+    // A namespace's own, but not of the set that Kubernetes calls safe.
+    ("semaphores", |c| sysctl(c, "kernel.sem", "250 32000 100 256")),
+    ("unreadable name", |c| {
+        c.metadata.get_or_insert_default().name += "_with_underscores.and ünïcode"
     }),
     ("windows", |c| c.windows = Some(WindowsPodSandboxConfig {})),
     ("shared pid namespace with a user", |c| {
@@ -249,6 +256,10 @@ fn namespaces(config: &mut PodSandboxConfig, network: NamespaceMode, pid: Namesp
     options.network = network.into();
     options.pid = pid.into();
     options.ipc = ipc.into();
+}
+
+fn by_container(config: &mut PodSandboxConfig) {
+    namespaces(config, NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod);
 }
 
 fn seccomp(config: &mut PodSandboxConfig, kind: ProfileType, localhost: &str) {

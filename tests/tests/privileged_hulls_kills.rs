@@ -99,13 +99,14 @@ async fn finish_pod(node: &PodNode, pod: &Pod, sandbox: String, running: &mut Ru
 /// Exactly the running pods are seen, and they run as they did.
 async fn check_running(cri: &mut Cri, running: &Running) {
     let mut seen = BTreeMap::new();
-    for sandbox in cri.sandboxes(PodSandboxFilter::default()).await.unwrap() {
+    let all = cri.sandboxes(PodSandboxFilter::default()).await.unwrap();
+    for sandbox in all.clone() {
         assert!(!sandbox.labels.contains_key(HULL_LABEL), "a hull is seen: {sandbox:?}");
         assert_eq!(sandbox.state, 0, "not ready: {sandbox:?}");
         let name = sandbox.metadata.unwrap().name;
         assert_eq!(sandbox.labels["io.kubernetes.pod.uid"], name);
         let other = seen.insert(name, sandbox.id);
-        assert_eq!(other, None, "two sandboxes of one name");
+        assert_eq!(other, None, "two sandboxes of one name: {all:?}");
     }
     let expected = running
         .iter()
