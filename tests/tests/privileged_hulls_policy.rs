@@ -75,7 +75,13 @@ async fn demand_raises_the_target(node: &mut PodNode) {
         ..PrewarmOptions::new(node.containerd.socket(), None)
     };
     node.start_prewarm_as(options).unwrap();
-    let target = async |node: &mut PodNode| node.prewarm().unwrap().metric("hullspeed_pool_target", &[]).await.unwrap();
+    let target = async |node: &mut PodNode| {
+        node.prewarm()
+            .unwrap()
+            .metric("hullspeed_pool_target", &[])
+            .await
+            .unwrap()
+    };
     ready(node, FEW).await;
     assert_eq!(target(node).await, f64::from(FEW));
     assert_eq!(hulls(node).await.len(), FEW as usize);
@@ -177,7 +183,8 @@ async fn occupy(node: &mut PodNode, cri: &mut Cri, name: &str, left: usize) -> V
 
 /// Pods that come one after the other find the headroom that was promised, because hulls give way.
 async fn headroom_is_left_to_pods(node: &mut PodNode) {
-    node.start_prewarm(HULLS, &format!("ip_headroom = {HEADROOM}\n")).unwrap();
+    node.start_prewarm(HULLS, &format!("ip_headroom = {HEADROOM}\n"))
+        .unwrap();
     ready(node, HULLS).await;
     let mut cri = node.relayed().await.unwrap();
     let others = usize::from(ADDRESSES) - HEADROOM - 1;

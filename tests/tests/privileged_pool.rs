@@ -336,7 +336,9 @@ async fn a_changed_network_flushes_the_pool() {
     let pool = &kept.pool;
     filled(pool, 2).await;
     let old = node.ready().await;
-    node.network.edit(|list| list["plugins"][0]["mtu"] = 1400.into()).unwrap();
+    node.network
+        .edit(|list| list["plugins"][0]["mtu"] = 1400.into())
+        .unwrap();
     assert_eq!(pool.take("").unwrap_err(), Miss::Stale);
     until("another pool", pool, async || {
         let snapshot = pool.snapshot();
@@ -354,7 +356,9 @@ async fn a_changed_network_flushes_the_pool() {
         })
     })
     .await;
-    node.network.edit(|list| list["plugins"][0]["type"] = "calico".into()).unwrap();
+    node.network
+        .edit(|list| list["plugins"][0]["type"] = "calico".into())
+        .unwrap();
     assert_eq!(pool.take("").unwrap_err(), Miss::Stale);
     until("a refusal", pool, async || {
         let off = pool.snapshot().handlers[0].off.clone();
@@ -364,7 +368,9 @@ async fn a_changed_network_flushes_the_pool() {
     assert_eq!(pool.take("").unwrap_err(), Miss::Off);
     // The plugin that made them is asked to undo it, and that is another now: containerd cannot remove these wholly
     // until the configuration is back.
-    node.network.edit(|list| list["plugins"][0]["type"] = "bridge".into()).unwrap();
+    node.network
+        .edit(|list| list["plugins"][0]["type"] = "bridge".into())
+        .unwrap();
     full(pool).await;
     pool.drain().await;
     kept.stop().await;
@@ -534,7 +540,9 @@ async fn hulls_outlive_restarts_on_2() {
 async fn failing_creations_back_off_and_leave_nothing() {
     let mut node = Node::start(Release::One).await;
     // Valid for us and for containerd, but no bridge can have this name.
-    node.network.edit(|list| list["plugins"][0]["bridge"] = "a-name-that-is-much-too-long".into()).unwrap();
+    node.network
+        .edit(|list| list["plugins"][0]["bridge"] = "a-name-that-is-much-too-long".into())
+        .unwrap();
     let kept = node.keep(node.options(2), Vec::new());
     until("two failures", &kept.pool, async || {
         kept.pool
@@ -548,7 +556,9 @@ async fn failing_creations_back_off_and_leave_nothing() {
     until("a clean containerd", &kept.pool, async || node.count().await == 0).await;
     assert_eq!(census::addresses(&node.run).unwrap(), Vec::<String>::new());
     let name = node.run.names().bridge.clone();
-    node.network.edit(|list| list["plugins"][0]["bridge"] = name.into()).unwrap();
+    node.network
+        .edit(|list| list["plugins"][0]["bridge"] = name.into())
+        .unwrap();
     kept.pool.resume();
     filled(&kept.pool, 2).await;
     assert_eq!(kept.pool.snapshot().failure, None);

@@ -110,7 +110,9 @@ async fn watch(metrics: Metrics, refills: &mut Times) -> Result<Infallible> {
 }
 
 async fn creations(metrics: Metrics) -> Result<(f64, f64)> {
-    let count = metrics.sum("hullspeed_hull_creation_duration_seconds_count", &[]).await?;
+    let count = metrics
+        .sum("hullspeed_hull_creation_duration_seconds_count", &[])
+        .await?;
     let sum = metrics.sum("hullspeed_hull_creation_duration_seconds_sum", &[]).await?;
     Ok((count, sum))
 }
