@@ -111,11 +111,10 @@ async fn check_running(cri: &mut Cri, running: &Running) {
     }
 }
 
-/// Waits until every pod that this relay has given a hull, and at least so many in all, are pods in containerd's records,
-/// too: those that an earlier one was killed over are re-branded by this one.
-async fn rebranded(node: &mut PodNode, least: u64) {
+/// Waits until every pod that this relay has given a hull is a pod in containerd's records, too.
+async fn rebranded(node: &mut PodNode) {
     let prewarm = node.prewarm().unwrap();
-    let wanted = prewarm.requests("hit").await.unwrap().max(least);
+    let wanted = prewarm.requests("hit").await.unwrap();
     let end = Instant::now() + RECOVERY_LIMIT;
     loop {
         let done = prewarm
@@ -132,7 +131,7 @@ async fn rebranded(node: &mut PodNode, least: u64) {
 
 /// The relay goes, containerd is restarted, and a plain client ends the pods.
 async fn leave(mut node: PodNode, running: &Running) {
-    rebranded(&mut node, 1).await;
+    rebranded(&mut node).await;
     let ended = node.prewarm().unwrap().process().stop().unwrap();
     assert!(ended.success(), "{ended}");
     node.containerd.restart(&node.run).await.unwrap();
