@@ -1,16 +1,19 @@
 //! Hands the credentials of pulls to the snapshotter, so that it can read the image's layers.
 //!
 //! A pull does not wait for it: containerd asks its registry for manifest and configuration before it asks the snapshotter for the
-//! first layer, and the way over the socket is shorter than that. Logins go one after the other, so that the newest is the one that
-//! stays. They are in memory between the two calls, and nowhere else: no log line, error or metric has them. A snapshotter that
-//! is not there, or serves no layer lazily, has no use for them, so that is counted and not complained about.
+//! first layer, and the way over the socket is shorter than that. A login goes over as tentative when the pull begins, and is confirmed or
+//! withdrawn when it ends: only then it is known whether it is good. Messages go one after the other, in order. Logins are in
+//! memory until their pull has ended, and nowhere else: no log line, error or metric has them. A snapshotter that is not there, or serves
+//! no layer lazily, has no use for them, so that is counted and not complained about.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use hullspeed_proto::cri::v1::AuthConfig;
 use hullspeed_proto::hullspeed::control::v1 as api;
-use hullspeed_proto::hullspeed::control::v1::set_credentials_request::Place;
-use tokio::sync::mpsc;
+use hullspeed_proto::hullspeed::control::v1::set_credentials_request::{Place, Standing};
+use prost::Message as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request};
 
@@ -22,20 +25,66 @@ use crate::warm::seen::SeenImages;
 
 /// Logins that wait for their turn; a pull that meets more goes without.
 const MAX_WAITING: usize = 256;
+/// Bytes of all of them together.
+const MAX_WAITING_BYTES: usize = 4 << 20;
+/// Longest part of a login that is passed on; the snapshotter takes no longer one.
+const MAX_SECRET: usize = 64 << 10;
+/// Longest name of an image or a registry that is passed on; no reference is as long.
+const MAX_NAME: usize = 2048;
 /// Longest that one login may keep the next waiting.
 const LIMIT: Duration = Duration::from_secs(1);
 
 /// Takes what [`crate::rules`] sees in pulls. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct HandOver {
-    waiting: Option<mpsc::Sender<Box<api::SetCredentialsRequest>>>,
+    waiting: Option<mpsc::Sender<Waiting>>,
+    room: Arc<Semaphore>,
     images: SeenImages,
     metrics: Metrics,
 }
 
+/// A message that waits for its turn, and its part of [`MAX_WAITING_BYTES`].
+struct Waiting {
+    request: Box<api::SetCredentialsRequest>,
+    _room: OwnedSemaphorePermit,
+}
+
+/// A pull under way whose login was seen. Dropped before it [succeeded](Self::succeeded), it has failed.
+pub struct SeenPull {
+    sink: Arc<dyn CredentialSink>,
+    image: String,
+    auth: AuthConfig,
+    succeeded: bool,
+}
+
+impl SeenPull {
+    /// Tells `sink` of a pull that begins.
+    #[must_use]
+    pub fn begin(sink: Arc<dyn CredentialSink>, image: String, auth: AuthConfig) -> Self {
+        sink.seen(&image, &auth);
+        Self {
+            sink,
+            image,
+            auth,
+            succeeded: false,
+        }
+    }
+
+    /// The pull is over, and all went well.
+    pub fn succeeded(mut self) {
+        self.succeeded = true;
+    }
+}
+
+impl Drop for SeenPull {
+    fn drop(&mut self) {
+        self.sink.settled(&self.image, &self.auth, self.succeeded);
+    }
+}
+
 /// Passes the logins on, while it runs.
 pub struct HandOvers {
-    waiting: mpsc::Receiver<Box<api::SetCredentialsRequest>>,
+    waiting: mpsc::Receiver<Waiting>,
     snapshotter: Snapshotter,
     metrics: Metrics,
 }
@@ -47,6 +96,7 @@ impl HandOver {
         let (sender, waiting) = mpsc::channel(MAX_WAITING);
         let taker = Self {
             waiting: Some(sender),
+            room: Arc::new(Semaphore::new(MAX_WAITING_BYTES)),
             images,
             metrics: metrics.clone(),
         };
@@ -63,8 +113,28 @@ impl HandOver {
     pub fn names_only(images: SeenImages, metrics: Metrics) -> Self {
         Self {
             waiting: None,
+            room: Arc::new(Semaphore::new(0)),
             images,
             metrics,
+        }
+    }
+}
+
+impl HandOver {
+    fn pass(&self, image: &str, auth: &AuthConfig, standing: Standing) {
+        let Some(waiting) = &self.waiting else { return };
+        if is_empty(auth) {
+            return;
+        }
+        let entry = fits(image, auth)
+            .then(|| request(image, auth, standing))
+            .and_then(|request| {
+                let bytes = u32::try_from(request.encoded_len()).ok()?;
+                let room = self.room.clone().try_acquire_many_owned(bytes).ok()?;
+                Some(Waiting { request, _room: room })
+            });
+        if entry.is_none_or(|entry| waiting.try_send(entry).is_err()) {
+            count(&self.metrics, "dropped");
         }
     }
 }
@@ -72,21 +142,44 @@ impl HandOver {
 impl CredentialSink for HandOver {
     fn seen(&self, image: &str, auth: &AuthConfig) {
         self.images.add(image);
-        let Some(waiting) = &self.waiting else { return };
-        let Some(request) = request(image, auth) else { return };
-        if waiting.try_send(request).is_err() {
-            count(&self.metrics, "dropped");
-        }
+        self.pass(image, auth, Standing::Tentative);
+    }
+
+    fn settled(&self, image: &str, auth: &AuthConfig, succeeded: bool) {
+        let standing = if succeeded {
+            Standing::Confirmed
+        } else {
+            Standing::Withdrawn
+        };
+        self.pass(image, auth, standing);
     }
 }
 
-/// A login as a message; none if the pull has none.
-fn request(image: &str, auth: &AuthConfig) -> Option<Box<api::SetCredentialsRequest>> {
+/// Whether a pull has no login.
+fn is_empty(auth: &AuthConfig) -> bool {
     let secrets = [&auth.username, &auth.auth, &auth.identity_token, &auth.registry_token];
-    if secrets.iter().all(|secret| secret.is_empty()) {
-        return None;
-    }
-    Some(Box::new(api::SetCredentialsRequest {
+    secrets.iter().all(|secret| secret.is_empty())
+}
+
+/// Whether a login is within the limits, each part of it.
+fn fits(image: &str, auth: &AuthConfig) -> bool {
+    let AuthConfig {
+        username,
+        password,
+        auth,
+        server_address,
+        identity_token,
+        registry_token,
+    } = auth;
+    let secrets = [username, password, auth, identity_token, registry_token];
+    secrets.iter().all(|secret| secret.len() <= MAX_SECRET)
+        && server_address.len() <= MAX_NAME
+        && image.len() <= MAX_NAME
+}
+
+/// A login as a message.
+fn request(image: &str, auth: &AuthConfig, standing: Standing) -> Box<api::SetCredentialsRequest> {
+    Box::new(api::SetCredentialsRequest {
         place: Some(Place::Image(image.to_owned())),
         registry: auth.server_address.clone(),
         username: auth.username.clone(),
@@ -95,14 +188,15 @@ fn request(image: &str, auth: &AuthConfig) -> Option<Box<api::SetCredentialsRequ
         identity_token: auth.identity_token.clone(),
         registry_token: auth.registry_token.clone(),
         ttl_seconds: 0,
-    }))
+        standing: standing.into(),
+    })
 }
 
 impl HandOvers {
     /// Passes logins on until `stopping`.
     pub async fn run(mut self, stopping: CancellationToken) {
         let passing = async {
-            while let Some(request) = self.waiting.recv().await {
+            while let Some(Waiting { request, _room }) = self.waiting.recv().await {
                 self.pass(request).await;
             }
         };
@@ -114,6 +208,7 @@ impl HandOvers {
             Some(Place::Image(image)) => image.clone(),
             Some(Place::Prefix(_)) | None => String::new(),
         };
+        let is_first = request.standing() == Standing::Tentative;
         let mut request = Request::new(*request);
         request.set_timeout(LIMIT);
         let mut control = self.snapshotter.control();
@@ -136,7 +231,10 @@ impl HandOvers {
             Err(_) => "unavailable",
         };
         tracing::debug!(image, result, "a pull's login was handed over");
-        count(&self.metrics, result);
+        // A login counts once, not again at the end of its pull.
+        if is_first {
+            count(&self.metrics, result);
+        }
     }
 }
 
@@ -181,9 +279,52 @@ mod tests {
         }
         stopping.cancel();
         running.await.unwrap();
-        assert!(!format!("{:?} {taker:?}", request("r.io/x:1", &auth())).contains("secret"));
+        assert!(!format!("{:?} {taker:?}", request("r.io/x:1", &auth(), Standing::Tentative)).contains("secret"));
         HandOver::names_only(images, metrics.clone()).seen("r.io/y", &auth());
         assert_eq!(counted(&metrics, "dropped"), 3);
+    }
+
+    #[tokio::test]
+    async fn logins_that_nobody_takes_are_not_kept_and_bytes_are_bounded() {
+        let metrics = Metrics::unregistered();
+        let snapshotter = Snapshotter::at(Path::new("/nonexistent/snapshotter.sock"));
+        let (taker, mut passer) = HandOver::new(snapshotter, SeenImages::default(), metrics.clone());
+        let long = |length: usize| AuthConfig {
+            password: "s".repeat(length),
+            ..auth()
+        };
+        taker.seen("r.io/x:1", &long(MAX_SECRET + 1));
+        taker.seen(&"x".repeat(MAX_NAME + 1), &auth());
+        assert_eq!(counted(&metrics, "dropped"), 2);
+        for _ in 0..MAX_WAITING {
+            taker.seen("r.io/x:1", &long(MAX_SECRET));
+        }
+        let kept = MAX_WAITING_BYTES / (MAX_SECRET + 64);
+        let dropped = u64::try_from(MAX_WAITING - kept).unwrap();
+        assert_eq!(counted(&metrics, "dropped"), 2 + dropped);
+        // What is passed on makes room.
+        drop(passer.waiting.recv().await);
+        taker.seen("r.io/x:1", &long(MAX_SECRET));
+        assert_eq!(counted(&metrics, "dropped"), 2 + dropped);
+    }
+
+    #[tokio::test]
+    async fn a_pull_is_confirmed_if_it_succeeds_and_withdrawn_if_not() {
+        let snapshotter = Snapshotter::at(Path::new("/nonexistent/snapshotter.sock"));
+        let (taker, mut passer) = HandOver::new(snapshotter, SeenImages::default(), Metrics::unregistered());
+        let begin = || SeenPull::begin(Arc::new(taker.clone()), "r.io/x:1".to_owned(), auth());
+        begin().succeeded();
+        drop(begin());
+        for expected in [
+            Standing::Tentative,
+            Standing::Confirmed,
+            Standing::Tentative,
+            Standing::Withdrawn,
+        ] {
+            let request = passer.waiting.recv().await.unwrap().request;
+            assert_eq!(request.standing(), expected);
+            assert_eq!(request.password, "secret");
+        }
     }
 
     use std::path::Path;

@@ -57,6 +57,9 @@ pub trait PoolHooks: Send + Sync + 'static {
 pub trait CredentialSink: Send + Sync + 'static {
     /// The kubelet pulls `image` with these, which are empty where it has none. Must not wait.
     fn seen(&self, image: &str, auth: &AuthConfig);
+
+    /// The pull that was seen with these is over. Must not wait.
+    fn settled(&self, _image: &str, _auth: &AuthConfig, _succeeded: bool) {}
 }
 
 /// What [`CriRules`] works with.

@@ -13,7 +13,7 @@ use url::Url;
 use crate::body;
 use crate::client::Client;
 use crate::credentials::Login;
-use crate::error::Fault;
+use crate::error::{ErrorClass, Fault};
 use crate::exchange::Endpoint;
 use crate::handed_over::Stamp;
 use crate::limits::{MAX_TOKEN_BYTES, MAX_TOKENS};
@@ -139,14 +139,17 @@ pub(crate) struct Grant {
     /// Tells renewals apart.
     pub(crate) issued: Instant,
     expires: Option<Instant>,
-    /// The login handed over that it was made with.
-    stamp: Option<Stamp>,
+    /// The login handed over that it was made with; none for a configured one, or for nobody's.
+    pub(crate) giver: Giver,
 }
 
+/// Who gave the login of a [`Grant`].
+pub(crate) type Giver = Option<Stamp>;
+
 impl Grant {
-    /// Whether it can still be used, where `stamp` tells the login handed over that is to be used now.
-    pub(crate) fn is_fresh(&self, stamp: Option<Stamp>) -> bool {
-        self.stamp == stamp && self.expires.is_none_or(|expires| expires > Instant::now())
+    /// Whether it is a login itself, which a renewal would give again.
+    pub(crate) fn is_login(&self) -> bool {
+        self.expires.is_none()
     }
 }
 
@@ -184,23 +187,56 @@ struct TokenAnswer {
 }
 
 impl Client {
-    /// Meets `challenge` from scratch: credentials are read again, a new token is asked for.
+    /// Meets `challenge` from scratch, with the first login that is not refused and is none of `refused`: those handed over in
+    /// their order, then what is configured, which is read again.
     pub(crate) async fn authenticate(
         &self,
         endpoint: &Endpoint,
         scope: &Scope,
         challenge: &Challenge,
+        refused: &[Giver],
     ) -> Result<Grant, Fault> {
-        let (login, stamp) = self
-            .credentials()
-            .login_for(&endpoint.name, &scope.repository)
-            .await
-            .map_err(Fault::Credentials)?;
+        let credentials = self.credentials();
+        let mut first = None;
+        for (stamp, login) in credentials.handed_over(&endpoint.name, &scope.repository) {
+            if refused.contains(&Some(stamp)) {
+                continue;
+            }
+            match self.grant(endpoint, scope, challenge, Some(login), Some(stamp)).await {
+                Err(fault) if fault.class() == ErrorClass::Auth => {
+                    first.get_or_insert(fault);
+                }
+                made => return made,
+            }
+        }
+        let last = async {
+            if refused.contains(&None) {
+                return Err(self.unauthorized(Some("all that are known were refused")));
+            }
+            let login = credentials.login(&endpoint.name).await.map_err(Fault::Credentials)?;
+            self.grant(endpoint, scope, challenge, login, None).await
+        };
+        // What was wrong with the best login tells more than that there was no other.
+        last.await.map_err(|fault| match first {
+            Some(first) if fault.class() == ErrorClass::Auth => first,
+            _ => fault,
+        })
+    }
+
+    /// Meets `challenge` with one login.
+    async fn grant(
+        &self,
+        endpoint: &Endpoint,
+        scope: &Scope,
+        challenge: &Challenge,
+        login: Option<Login>,
+        giver: Giver,
+    ) -> Result<Grant, Fault> {
         let grant = |authorization| Grant {
             authorization,
             issued: Instant::now(),
             expires: None,
-            stamp,
+            giver,
         };
         match (challenge, login) {
             // Made for the registry by somebody else, so there is nothing to ask a token server for.
@@ -223,9 +259,10 @@ impl Client {
         }
     }
 
-    /// The stamp that a grant for `scope` has to have now.
-    pub(crate) fn stamp(&self, endpoint: &Endpoint, scope: &Scope) -> Option<Stamp> {
-        self.credentials().stamp(&endpoint.name, &scope.repository)
+    /// Whether a grant for `scope` can still be used: it has not run out, and the login that it was made with was not forgotten.
+    pub(crate) fn is_fresh(&self, endpoint: &Endpoint, scope: &Scope, grant: &Grant) -> bool {
+        let held = |stamp| self.credentials().holds(stamp, &endpoint.name, &scope.repository);
+        grant.giver.is_none_or(held) && grant.expires.is_none_or(|expires| expires > Instant::now())
     }
 
     pub(crate) fn unauthorized(&self, problem: Option<&str>) -> Fault {

@@ -209,21 +209,16 @@ impl Credentials {
         Self::of(sources)
     }
 
-    /// The login for requests to a repository, and what was handed over for it if it is that.
-    pub(crate) async fn login_for(
-        &self,
-        host: &str,
-        repository: &str,
-    ) -> Result<(Option<Login>, Option<Stamp>), CredentialError> {
-        if let Some((stamp, login)) = self.handed_over.as_ref().and_then(|held| held.find(host, repository)) {
-            return Ok((Some(login), Some(stamp)));
-        }
-        Ok((self.login(host).await?, None))
+    /// The logins for requests to a repository that were handed over, in the order in which they are to be tried.
+    pub(crate) fn handed_over(&self, host: &str, repository: &str) -> Vec<(Stamp, Login)> {
+        let held = self.handed_over.as_ref();
+        held.map(|held| held.find(host, repository)).unwrap_or_default()
     }
 
-    /// Which login that was handed over is for a repository now.
-    pub(crate) fn stamp(&self, host: &str, repository: &str) -> Option<Stamp> {
-        self.handed_over.as_ref()?.stamp(host, repository)
+    /// Whether a login that was handed over is still one for a repository.
+    pub(crate) fn holds(&self, stamp: Stamp, host: &str, repository: &str) -> bool {
+        let held = self.handed_over.as_ref();
+        held.is_some_and(|held| held.holds(stamp, host, repository))
     }
 
     /// The login for `host` (as in a [`crate::Reference`]), if any source has one.

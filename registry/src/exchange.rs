@@ -11,11 +11,11 @@ use http::{Method, StatusCode};
 use reqwest::{RequestBuilder, Response};
 use url::Url;
 
-use crate::auth::{Authorization, Challenge, Grant, Scope, Slot};
+use crate::auth::{Authorization, Challenge, Giver, Grant, Scope, Slot};
 use crate::body;
 use crate::client::Client;
-use crate::error::{Error, Fault};
-use crate::limits::MAX_REDIRECTS;
+use crate::error::{Error, ErrorClass, Fault};
+use crate::limits::{MAX_LOGINS_TRIED, MAX_REDIRECTS};
 use crate::upload::FileBody;
 
 /// A registry's API root.
@@ -114,10 +114,8 @@ impl Client {
             .follow(endpoint, ask, known.as_ref().map(|grant| &grant.authorization))
             .await?;
         let status = answer.response.status();
-        let from_registry = same_origin(&answer.url, &endpoint.origin);
         // Some registries answer 403 to a token that has expired; a token made for this very request is believed.
-        let renewable = status == StatusCode::UNAUTHORIZED || (status == StatusCode::FORBIDDEN && known.is_some());
-        if !from_registry || !renewable {
+        if !is_refusal(&answer, endpoint) || (status == StatusCode::FORBIDDEN && known.is_none()) {
             return self.judge(answer).await;
         }
         let challenge = match Challenge::from_headers(answer.response.headers()) {
@@ -130,31 +128,74 @@ impl Client {
         };
         drop(answer);
         self.tokens().note_challenge(origin, &challenge);
-        let grant = self
-            .renew(endpoint, &ask.scope, &slot, &challenge, known.as_ref())
-            .await?;
-        let answer = self.follow(endpoint, ask, Some(&grant.authorization)).await?;
-        if answer.response.status() == StatusCode::UNAUTHORIZED && same_origin(&answer.url, &endpoint.origin) {
-            *slot.lock().await = None;
+        self.send_with_others(endpoint, ask, &slot, &challenge, known).await
+    }
+
+    /// Sends with one login after the other, until the registry refuses none. `used` is what it has just refused.
+    async fn send_with_others(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask,
+        slot: &Slot,
+        challenge: &Challenge,
+        mut used: Option<Grant>,
+    ) -> Result<Answer, Fault> {
+        // A configured login is read again, and may be another one then.
+        let own = used.iter().filter(|grant| grant.is_login() && grant.giver.is_some());
+        let mut refused: Vec<Giver> = own.map(|grant| grant.giver).collect();
+        let mut first = None;
+        // What is handed over meanwhile must not keep this going; the last is the configured login.
+        for _ in 0..=MAX_LOGINS_TRIED {
+            let renewed = self
+                .renew(endpoint, &ask.scope, slot, challenge, used.as_ref(), &refused)
+                .await;
+            let grant = match (renewed, first.take()) {
+                (Ok(grant), before) => {
+                    first = before;
+                    grant
+                }
+                (Err(fault), Some(before)) if fault.class() == ErrorClass::Auth => return Err(before),
+                (Err(fault), _) => return Err(fault),
+            };
+            let answer = self.follow(endpoint, ask, Some(&grant.authorization)).await?;
+            if !is_refusal(&answer, endpoint) {
+                return self.judge(answer).await;
+            }
+            if answer.response.status() == StatusCode::UNAUTHORIZED {
+                let mut held = slot.lock().await;
+                if held.as_ref().is_some_and(|held| held.issued == grant.issued) {
+                    *held = None;
+                }
+            }
+            let fault = match self.judge(answer).await {
+                Err(fault) => fault,
+                answer => return answer,
+            };
+            let fault = first.unwrap_or(fault);
+            if grant.giver.is_none() {
+                return Err(fault);
+            }
+            first = Some(fault);
+            refused.push(grant.giver);
+            used = Some(grant);
         }
-        self.judge(answer).await
+        Err(first.unwrap_or_else(|| self.unauthorized(Some("too many were refused"))))
     }
 
     /// The grant in the slot, made anew if it has expired or if this registry is known to want one.
     async fn known_grant(&self, endpoint: &Endpoint, scope: &Scope, slot: &Slot) -> Result<Option<Grant>, Fault> {
         let mut held = slot.lock().await;
-        let stamp = self.stamp(endpoint, scope);
-        if let Some(grant) = held.as_ref().filter(|grant| grant.is_fresh(stamp)) {
+        if let Some(grant) = held.as_ref().filter(|grant| self.is_fresh(endpoint, scope, grant)) {
             return Ok(Some(grant.clone()));
         }
         *held = None;
         if let Some(challenge) = self.tokens().challenge(endpoint.origin.as_str()) {
-            *held = Some(self.authenticate(endpoint, scope, &challenge).await?);
+            *held = Some(self.authenticate(endpoint, scope, &challenge, &[]).await?);
         }
         Ok(held.clone())
     }
 
-    /// A grant newer than `used`: another request's renewal, or an own one from scratch.
+    /// A grant newer than `used` and from none of `refused`: another request's renewal, or an own one from scratch.
     async fn renew(
         &self,
         endpoint: &Endpoint,
@@ -162,15 +203,18 @@ impl Client {
         slot: &Slot,
         challenge: &Challenge,
         used: Option<&Grant>,
+        refused: &[Giver],
     ) -> Result<Grant, Fault> {
         let mut held = slot.lock().await;
-        let stamp = self.stamp(endpoint, scope);
-        let newer = |grant: &&Grant| grant.is_fresh(stamp) && used.is_none_or(|used| grant.issued > used.issued);
+        let newer = |grant: &&Grant| {
+            let other = used.is_none_or(|used| grant.issued > used.issued) && !refused.contains(&grant.giver);
+            other && self.is_fresh(endpoint, scope, grant)
+        };
         if let Some(grant) = held.as_ref().filter(newer) {
             return Ok(grant.clone());
         }
         *held = None;
-        let grant = self.authenticate(endpoint, scope, challenge).await?;
+        let grant = self.authenticate(endpoint, scope, challenge, refused).await?;
         *held = Some(grant.clone());
         Ok(grant)
     }
@@ -257,6 +301,12 @@ impl Client {
             },
         })
     }
+}
+
+/// Whether the registry itself refuses the login, or wants one.
+fn is_refusal(answer: &Answer, endpoint: &Endpoint) -> bool {
+    let status = answer.response.status();
+    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && same_origin(&answer.url, &endpoint.origin)
 }
 
 /// The `Location` of an answer, resolved against the address that gave it.

@@ -28,7 +28,7 @@ pub use client::{Client, ClientOptions, check_ca_file};
 pub use credentials::{CredentialError, Credentials, Login};
 pub use digest::{Digest, DigestError, Hasher};
 pub use error::{Error, ErrorClass, Fault};
-pub use handed_over::{HandedOver, Place, PlaceError};
+pub use handed_over::{HandedOver, InUse, Keeping, Place, PlaceError};
 pub use manifest::{MANIFEST_ACCEPT, Manifest};
 pub use range::{RangeResponse, RangeSpec};
 pub use reference::{Reference, ReferenceError, Version};

@@ -36,6 +36,14 @@ pub const MAX_HELPERS: usize = 8;
 pub const UPLOAD_CHUNK_BYTES: usize = 256 << 10;
 /// Logins kept that were handed over at run time; beyond it the oldest is dropped.
 pub const MAX_HANDED_OVER: usize = 1024;
+/// Confirmed logins kept for one place: the newest, and the one before it for when the newest is refused.
+pub const MAX_CONFIRMED_OF_PLACE: usize = 2;
+/// Tentative logins kept for one place; beyond it the oldest is dropped.
+pub const MAX_TENTATIVE_OF_PLACE: usize = 4;
+/// How long a login is tentative if nobody says how its pull ended.
+pub const TENTATIVE_HELD: Duration = Duration::from_secs(3600);
+/// Logins handed over that are tried for one request, before the configured one.
+pub const MAX_LOGINS_TRIED: usize = 8;
 /// Longest part of a login that is taken; tokens of clouds have a few KiB.
 pub const MAX_SECRET_BYTES: usize = 64 << 10;
 /// Longest time that a login handed over is kept.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::{Stream, stream};
 use hullspeed_daemon::error::chain;
 use hullspeed_proto::hullspeed::control::v1 as api;
-use hullspeed_registry::{Login, Place, PlaceError, Reference};
+use hullspeed_registry::{Keeping, Login, Place, PlaceError, Reference};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
@@ -16,7 +16,7 @@ use crate::layer::layers::warming::{
 use crate::layer::platform::Platform;
 use crate::layer::source::SourceError;
 
-/// How long a login is kept if its giver does not say.
+/// How long a login is kept after its last use if its giver does not say.
 const DEFAULT_HELD: Duration = Duration::from_secs(12 * 3600);
 
 /// The server for tonic.
@@ -202,7 +202,7 @@ impl api::snapshotter_control_server::SnapshotterControl for Control {
         &self,
         request: Request<api::SetCredentialsRequest>,
     ) -> Result<Response<api::SetCredentialsResponse>, Status> {
-        use api::set_credentials_request::Place;
+        use api::set_credentials_request::{Place, Standing};
         let warmer = self.warmer()?;
         let mut request = request.into_inner();
         let place = place(request.place.take().map(|place| match place {
@@ -212,14 +212,24 @@ impl api::snapshotter_control_server::SnapshotterControl for Control {
         place
             .check_registry(&request.registry)
             .map_err(|error| place_status(&error))?;
+        let standing = Standing::try_from(request.standing)
+            .map_err(|_| Status::invalid_argument(format!("standing {} is unknown", request.standing)))?;
         let login = login(&mut request)?;
-        let time = match request.ttl_seconds {
-            0 => DEFAULT_HELD,
-            seconds => Duration::from_secs(seconds),
+        let keeping = match request.ttl_seconds {
+            0 => Keeping::WhileUsed(DEFAULT_HELD),
+            seconds => Keeping::For(Duration::from_secs(seconds)),
         };
-        tracing::debug!(%place, "a login was handed over");
-        let set = warmer.handed_over().set(place, login, time);
-        set.map_err(|error| place_status(&error))?;
+        tracing::debug!(%place, ?standing, "a login was handed over");
+        let held = warmer.handed_over();
+        let taken = match standing {
+            Standing::Confirmed => held.set(place, login, keeping),
+            Standing::Tentative => held.try_out(place, login),
+            Standing::Withdrawn => {
+                held.withdraw(&place, &login);
+                Ok(())
+            }
+        };
+        taken.map_err(|error| place_status(&error))?;
         Ok(Response::new(api::SetCredentialsResponse {}))
     }
 

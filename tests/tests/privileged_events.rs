@@ -162,6 +162,7 @@ impl Setting {
         let events = Events::new(EventOptions {
             ledger: ledger.clone(),
             containerd: client.clone(),
+            facts: tokio::sync::watch::channel(None).1,
             supply: true,
             metrics: metrics.clone(),
         });

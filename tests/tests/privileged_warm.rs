@@ -17,6 +17,7 @@ use hullspeed_tests::cri::{Pod, connect};
 use hullspeed_tests::fixture::{LARGE_FILE, large_content};
 use hullspeed_tests::layout::LayoutImage;
 use hullspeed_tests::login::{ENCODED, HTPASSWD, PASSWORD, USER, files_with_secrets, has_secret};
+use hullspeed_tests::prewarm::{Prewarm, PrewarmOptions};
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
 use hullspeed_tests::registry::Registry;
 use hullspeed_tests::scenario::{CONVERTED, Scenario};
@@ -272,5 +273,71 @@ async fn logins_that_are_handed_over_open_a_private_registry_and_are_never_writt
     assert!(said.len() > 10_000, "the log is not talkative");
     let told = said.lines().find(|line| has_secret(line.as_bytes()));
     assert!(told.is_none(), "the log has the password: {told:?}");
+    node.cri.remove_everything().await.unwrap();
+}
+
+/// A pull of `image` with a password, as the kubelet makes it.
+fn pull_with(image: &str, password: &str) -> PullImageRequest {
+    PullImageRequest {
+        image: Some(ImageSpec {
+            image: image.to_owned(),
+            ..ImageSpec::default()
+        }),
+        auth: Some(AuthConfig {
+            username: USER.to_owned(),
+            password: password.to_owned(),
+            ..AuthConfig::default()
+        }),
+        sandbox_config: None,
+    }
+}
+
+/// Reads `length` bytes of a mounted file from `start`.
+fn part(file: &fs::File, start: usize, length: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, start as u64)?;
+    Ok(bytes)
+}
+
+/// Somebody pulls with a wrong password what others read already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_with_a_wrong_login_takes_the_right_one_from_nobody() {
+    let scenario = Scenario::fixture().await.unwrap();
+    let private = Registry::start_private(&scenario.run, scenario.registry.storage(), HTPASSWD).unwrap();
+    let image = format!("{}/test/image:{CONVERTED}", private.address());
+    let mut node = scenario.lazy_node("[fetch]\nprefetch = false\n").await.unwrap();
+    let socket = node.snapshotter().unwrap().socket();
+    let mut control = control(&socket).await;
+    let options = PrewarmOptions {
+        extra: format!("\n[warm]\nsnapshotter = {:?}\n", socket.to_string_lossy()),
+        ..PrewarmOptions::new(node.containerd.socket(), Some(0))
+    };
+    let prewarm = Prewarm::start(&scenario.run, &options).unwrap();
+    let mut images = ImageServiceClient::new(connect(&prewarm.socket()).await.unwrap());
+    images.pull_image(pull_with(&image, PASSWORD)).await.unwrap();
+    node.check_lazy(&scenario.converted).unwrap();
+    let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
+    let (file, content) = (fs::File::open(view.path().join(LARGE_FILE)).unwrap(), large_content());
+    let step = content.len() / 8;
+    for number in 0..4 {
+        images.pull_image(pull_with(&image, "wrong")).await.unwrap_err();
+        let read = part(&file, number * step, step).unwrap();
+        assert!(read == content[number * step..][..step], "part {number}");
+    }
+    let end = Instant::now() + Duration::from_secs(10);
+    while control.status(StatusRequest {}).await.unwrap().into_inner().credentials != 1 {
+        assert!(Instant::now() < end, "the wrong login is not withdrawn");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // One that somebody vouches for, and that is wrong all the same.
+    let wrong = SetCredentialsRequest {
+        password: "wrong too".to_owned(),
+        ..login(&image)
+    };
+    control.set_credentials(wrong).await.unwrap();
+    let read = part(&file, 4 * step, content.len() - 4 * step).unwrap();
+    assert!(read == content[4 * step..]);
+    drop(file);
+    node.snapshots.remove(view).await.unwrap();
     node.cri.remove_everything().await.unwrap();
 }

@@ -15,6 +15,7 @@ use super::overlay::{self, Era};
 use super::parts::{inner, map, text, with_inner};
 use super::{CriRules, info, listing, malformed_answer, malformed_request, question, samples};
 use crate::containerd::Containerd;
+use crate::credentials::SeenPull;
 use crate::ledger::Adoption;
 use crate::relay::{Answer, Call, Failure, Messages, Method};
 use crate::wire::WireError;
@@ -129,13 +130,14 @@ impl CriRules {
 
     pub(super) async fn pull(&self, call: &Call) -> Answered {
         // A copy, only looked at. What cannot be decoded has no credentials for us, and containerd says what is wrong.
-        if let Ok(request) = PullImageRequest::decode(call.message.clone())
-            && let Some(image) = request.image
-        {
-            let auth = request.auth.unwrap_or_default();
-            self.options.credentials.seen(&image.image, &auth);
+        let request = PullImageRequest::decode(call.message.clone()).ok();
+        let pull = request.and_then(|request| Some((request.image?.image, request.auth.unwrap_or_default())));
+        let pull = pull.map(|(image, auth)| SeenPull::begin(self.options.credentials.clone(), image, auth));
+        let answer = call.upstream.unary(call.message.clone()).await?;
+        if let Some(pull) = pull {
+            pull.succeeded();
         }
-        call.upstream.unary(call.message.clone()).await
+        Ok(answer)
     }
 
     /// The request for a list of containers, which may be about those of one sandbox. containerd takes the beginning of

@@ -31,6 +31,8 @@ const LIST_LIMIT: Duration = Duration::from_secs(10);
 const PAUSE_WITHIN: Duration = Duration::from_millis(50);
 /// Longest time without a word from the snapshotter while it works; it speaks about twice a second.
 const SILENCE: Duration = Duration::from_secs(60);
+/// Longest wait for a warm to begin: the snapshotter may have others to do first, and asks the registry for the manifest.
+const OPEN_LIMIT: Duration = Duration::from_secs(120);
 
 /// What a [`WarmAgent`] works with.
 pub struct WarmOptions {
@@ -238,11 +240,14 @@ impl Shared {
         let mut control = self.options.snapshotter.control();
         let request = api::WarmRequest {
             image: target.key.image.clone(),
-            manifest_digest: String::new(),
+            // After a pause it goes on with the manifest that it was at.
+            manifest_digest: self.state().schedule.resumed(target),
             share: api::Share::from(target.share).into(),
             platform: target.key.platform.clone(),
         };
-        let mut reports = control.warm(request).await?.into_inner();
+        let late = |_| Status::deadline_exceeded(format!("the warm did not begin within {OPEN_LIMIT:?}"));
+        let opening = tokio::time::timeout(OPEN_LIMIT, control.warm(request));
+        let mut reports = opening.await.map_err(late)??.into_inner();
         let mut done = false;
         loop {
             let silent = |_| Status::deadline_exceeded(format!("no report within {SILENCE:?}"));

@@ -122,6 +122,8 @@ struct Item {
     failures: u32,
     /// Layers of the last report that may do better next time.
     layers_failed: usize,
+    /// The manifest that the image resolved to since it was begun, pauses left out; empty while that is not known.
+    under_way: String,
 }
 
 /// The images of a policy.
@@ -195,6 +197,13 @@ impl Schedule {
         Some(item.status.target.clone())
     }
 
+    /// The manifest with which a warm that was paused goes on; empty for one that begins anew.
+    #[must_use]
+    pub fn resumed(&self, target: &Target) -> String {
+        let item = self.items.iter().find(|item| item.is(target));
+        item.map(|item| item.under_way.clone()).unwrap_or_default()
+    }
+
     /// Whether exactly this is still wanted.
     #[must_use]
     pub fn wants(&self, target: &Target) -> bool {
@@ -207,6 +216,7 @@ impl Schedule {
         let count = |state: LayerState| progress.layers.iter().filter(|layer| layer.state() == state).count();
         let status = &mut item.status;
         status.manifest = shortened(&progress.manifest_digest);
+        item.under_way.clone_from(&status.manifest);
         status.layers = progress.layers.len();
         status.layers_resident = count(LayerState::Resident);
         status.layers_not_lazy = count(LayerState::NotLazy);
@@ -221,6 +231,9 @@ impl Schedule {
     pub fn end(&mut self, target: &Target, outcome: Outcome, now: Instant, again: Duration) -> Option<ImageState> {
         let item = self.item(target)?;
         let status = &mut item.status;
+        if outcome != Outcome::Paused {
+            item.under_way.clear();
+        }
         let (state, wait) = match outcome {
             Outcome::Paused => (ImageState::Paused, Duration::ZERO),
             Outcome::Done if item.layers_failed == 0 => {
@@ -283,6 +296,7 @@ impl Item {
             due: now,
             failures: 0,
             layers_failed: 0,
+            under_way: String::new(),
         }
     }
 
@@ -414,6 +428,22 @@ mod tests {
             Some(ImageState::Partial)
         );
         assert_eq!(schedule.status(now)[0].due_in, BACKOFF_FIRST);
+
+        // A pause resolves no tag again; an end does.
+        let report = api::WarmProgress {
+            manifest_digest: "sha256:1".to_owned(),
+            ..progress(&[LayerState::Resident])
+        };
+        assert_eq!(schedule.resumed(&first), "");
+        schedule.report(&first, &report);
+        schedule.end(&first, Outcome::Paused, now, AGAIN);
+        assert_eq!(
+            (schedule.resumed(&first).as_str(), schedule.resumed(&second).as_str()),
+            ("sha256:1", "")
+        );
+        schedule.report(&first, &report);
+        schedule.end(&first, Outcome::Failed("x".to_owned()), now, AGAIN);
+        assert_eq!(schedule.resumed(&first), "");
 
         // Another priority changes the order only; another share begins anew; what is not wanted is gone.
         schedule.want(targets(&policy(&[("a", "all", 0), ("b", "hot", 0)]), &[]), now);

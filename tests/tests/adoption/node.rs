@@ -114,6 +114,7 @@ impl Life {
             events: Events::new(EventOptions {
                 ledger: ledger.clone(),
                 containerd: client.clone(),
+                facts: tokio::sync::watch::channel(None).1,
                 supply: false,
                 metrics: hullspeed_prewarm::metrics::Metrics::unregistered(),
             }),

@@ -161,7 +161,8 @@ impl Shared {
     }
 
     pub(super) fn source(&self, image: &str, layer_digest: &Digest, size: Option<u64>) -> Arc<dyn BlobSource> {
-        Arc::new(RegistryBlob::new(self.registries.clone(), image, layer_digest, size))
+        let blob = RegistryBlob::new(self.registries.clone(), image, layer_digest, size);
+        Arc::new(blob.keeping(&self.handed_over))
     }
 
     async fn load(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<Option<CachedLayer>, NotLazy> {

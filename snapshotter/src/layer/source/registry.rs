@@ -7,7 +7,8 @@ use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, RangeResponse, RangeSpec, Reference, ReferenceError,
+    Client, ClientOptions, Error, ErrorClass, HandedOver, InUse, Place, RangeResponse, RangeSpec, Reference,
+    ReferenceError,
 };
 
 use super::{BlobSource, ByteStream, Priority, SourceError, Tail};
@@ -47,6 +48,8 @@ pub struct RegistryBlob {
     image: Result<Reference, ReferenceError>,
     digest: hullspeed_registry::Digest,
     size: Option<u64>,
+    /// Keeps the logins for the repository.
+    in_use: Option<InUse>,
 }
 
 /// The registry client's form of a digest.
@@ -93,7 +96,15 @@ impl RegistryBlob {
             image: Reference::parse(image),
             digest: registry_digest(digest),
             size,
+            in_use: None,
         }
+    }
+
+    /// Keeps those logins of `handed_over` that are for the blob's repository, as long as it may be read.
+    pub fn keeping(mut self, handed_over: &HandedOver) -> Self {
+        let place = self.image.as_ref().ok().map(Place::of);
+        self.in_use = place.map(|place| handed_over.in_use(place));
+        self
     }
 
     async fn ask(&self, range: RangeSpec) -> Result<RangeResponse, SourceError> {
