@@ -34,6 +34,8 @@ mod snapshot;
 mod state;
 mod survey;
 mod sweep;
+#[cfg(test)]
+mod tests;
 
 pub use options::{CniPermissions, HandlerPool, PoolOptions};
 pub use snapshot::{Audit, CreationFailure, HandlerSnapshot, Off, PoolSnapshot};

@@ -10,7 +10,7 @@ const MAX_STARTS: usize = 1024;
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_LONGEST: Duration = Duration::from_secs(120);
 
-/// Pods that are starting.
+/// Pods that are starting, whoever makes their sandboxes.
 #[derive(Debug)]
 pub(super) struct Starts {
     limit: Duration,
@@ -36,6 +36,16 @@ impl Starts {
 
     pub(super) fn end(&mut self, sandbox: &str, now: Instant) {
         self.under_way.remove(sandbox);
+        self.last_ended = Some(now);
+    }
+
+    /// It is no start after all.
+    pub(super) fn forget(&mut self, sandbox: &str) {
+        self.under_way.remove(sandbox);
+    }
+
+    /// Pods start that have no name here: no hull was there for one.
+    pub(super) fn stir(&mut self, now: Instant) {
         self.last_ended = Some(now);
     }
 

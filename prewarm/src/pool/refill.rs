@@ -117,14 +117,14 @@ impl Shared {
     }
 
     /// The shelf that lacks most, and when something can be done about it.
-    fn next_creation(&self, state: &mut State, now: Instant) -> Option<(usize, Instant)> {
+    pub(super) fn next_creation(&self, state: &mut State, now: Instant) -> Option<(usize, Instant)> {
         let options = &self.options;
         let short = state.shelves.iter().enumerate().filter_map(|(at, shelf)| {
             let have = shelf.idle.len() + shelf.creating;
             let missing = shelf.target.checked_sub(have).filter(|missing| *missing > 0)?;
             Some((have == 0, missing, at, shelf.short_since.unwrap_or(now)))
         });
-        let (is_empty, _, at, short_since) = short.max_by_key(|(empty, missing, ..)| (*empty, *missing))?;
+        let (_, _, at, short_since) = short.max_by_key(|(empty, missing, ..)| (*empty, *missing))?;
         let creating: usize = state.shelves.iter().map(|shelf| shelf.creating).sum();
         let narrow = state
             .free_addresses
@@ -134,11 +134,7 @@ impl Shared {
         }
         let obstacles = Obstacles {
             short_since,
-            patience: if is_empty {
-                options.quiet.min(options.max_deferral)
-            } else {
-                options.max_deferral
-            },
+            patience: options.max_deferral,
             quiet_at: state.starts.quiet_at(now, options.quiet),
             last: state.last_creation,
             interval: options.creation_interval,

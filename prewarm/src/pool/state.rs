@@ -168,8 +168,9 @@ impl Shared {
 
     pub(super) fn take(&self, handler: &str, now: Instant) -> Result<Hull, Miss> {
         let taken = self.take_inner(handler, now);
-        if !matches!(taken, Err(Miss::Off | Miss::Handler)) {
-            // There is room on a shelf, or something to look into.
+        if matches!(taken, Err(Miss::Stale)) {
+            // Something to look into. Room on a shelf can wait: nothing is made while the pod starts, and the keeper need
+            // not wake beside it.
             self.wake.notify_one();
         }
         taken
@@ -204,8 +205,12 @@ impl Shared {
         for idle in dead {
             self.condemn(&mut state, &idle.hull.id, "dead", now);
         }
-        if let Ok(hull) = &found {
-            state.lent.insert(hull.id.clone(), now);
+        match &found {
+            Ok(hull) => {
+                state.lent.insert(hull.id.clone(), now);
+                state.starts.begin(&hull.id, now);
+            }
+            Err(_) => state.starts.stir(now),
         }
         found
     }
@@ -213,6 +218,7 @@ impl Shared {
     pub(super) fn discard(&self, hull: Hull, why: &'static str) {
         let mut state = self.state();
         state.lent.remove(&hull.id);
+        state.starts.forget(&hull.id);
         self.condemn(&mut state, &hull.id, why, Instant::now());
         drop(state);
         self.wake.notify_one();
