@@ -22,14 +22,33 @@ const ADDRESS_MARGIN: u64 = 2;
 /// How soon the remains of a failed creation are looked for.
 const REMAINS: Duration = Duration::from_secs(2);
 
-/// What a creation has come to.
-struct Made {
+/// What a creation comes to: the hull and its pause process, or what there is to remove and why.
+type Outcome = Result<(Hull, i32), (Option<String>, CreationError)>;
+
+/// A creation under way. However it ends, the books learn of it.
+struct Creation {
+    shared: Arc<Shared>,
     shelf: usize,
     name: String,
     began: Instant,
     generation: u64,
     current: Arc<Current>,
-    outcome: Result<(Hull, i32), (Option<String>, CreationError)>,
+    outcome: Option<Outcome>,
+}
+
+impl Creation {
+    async fn run(mut self, order: Order) {
+        let outcome = self.shared.make(&order, &self.current).await;
+        self.outcome = Some(outcome);
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        let outcome = self.outcome.take();
+        let outcome = outcome.unwrap_or(Err((None, CreationError::BrokenOff)));
+        self.shared.made(self, outcome);
+    }
 }
 
 impl Shared {
@@ -101,18 +120,16 @@ impl Shared {
                 shelf.short_since = Some(now);
             }
             drop(state);
-            let shared = Arc::clone(self);
-            tasks.spawn(async move {
-                let outcome = shared.make(&order, &current).await;
-                shared.made(Made {
-                    shelf,
-                    name: order.name,
-                    began: now,
-                    generation,
-                    current,
-                    outcome,
-                });
-            });
+            let creation = Creation {
+                shared: Arc::clone(self),
+                shelf,
+                name: order.name.clone(),
+                began: now,
+                generation,
+                current,
+                outcome: None,
+            };
+            tasks.spawn(creation.run(order));
         }
     }
 
@@ -166,7 +183,7 @@ impl Shared {
     }
 
     /// Makes a hull. With an error comes the id of what there is to remove.
-    async fn make(&self, order: &Order, current: &Current) -> Result<(Hull, i32), (Option<String>, CreationError)> {
+    async fn make(&self, order: &Order, current: &Current) -> Outcome {
         let id = creation::run(&self.containerd, order)
             .await
             .map_err(|error| (None, error))?;
@@ -175,16 +192,16 @@ impl Shared {
             Ok(ready) => ready,
             Err(error) => return Err((Some(id), error)),
         };
-        match creation::open(&id, &order.handler, ready.pid, &current.facts) {
+        match creation::open(&id, &order.handler, ready.pid, &current.facts).await {
             Ok(hull) => Ok((hull, ready.pid)),
             Err(error) => Err((Some(id), error)),
         }
     }
 
-    fn made(&self, made: Made) {
+    fn made(&self, made: &Creation, outcome: Outcome) {
         let now = Instant::now();
         let took = now.saturating_duration_since(made.began);
-        let label = made.outcome.as_ref().map_or_else(|(_, error)| error.label(), |_| "ok");
+        let label = outcome.as_ref().map_or_else(|(_, error)| error.label(), |_| "ok");
         self.metrics
             .hull_creations
             .get_or_create(&ResultLabels { result: label })
@@ -194,10 +211,10 @@ impl Shared {
         if let Some(shelf) = state.shelves.get_mut(made.shelf) {
             shelf.creating = shelf.creating.saturating_sub(1);
         }
-        match made.outcome {
+        match outcome {
             Ok((hull, pid)) => {
                 self.metrics.hull_creation_duration.observe(took.as_secs_f64());
-                state.backoff.succeeded();
+                state.backoff.made();
                 state.creation_time = if state.creation_time.is_zero() {
                     took
                 } else {
@@ -213,9 +230,7 @@ impl Shared {
             Err((id, error)) => {
                 let reason = cni::describe(&error);
                 tracing::warn!(hull = made.name, "no hull was made: {reason}");
-                // Without random numbers all nodes retry alike, which is harmless.
-                let jitter = creation::random().map_or(0, |random| random.to_le_bytes()[0]);
-                state.backoff.failed(reason, jitter, now);
+                state.backoff.failed(reason, creation::jitter(), now);
                 match id {
                     Some(id) => self.condemn(&mut state, &id, "unfit", now),
                     // There may be one whose id we have not been told.

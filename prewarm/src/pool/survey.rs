@@ -33,6 +33,8 @@ pub(super) async fn survey(shared: &Shared) -> Result<(), FactsError> {
         Err(error) => {
             let detail = cni::describe(&error);
             shared.state().away = Some(Off::new("containerd_away", detail));
+            // Whoever adopts stops, and learns anew when it is back.
+            shared.facts.send_if_modified(|known| known.take().is_some());
             return Err(error);
         }
     };
