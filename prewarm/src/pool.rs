@@ -28,6 +28,7 @@ mod nri;
 mod options;
 mod pace;
 mod policy;
+mod presence;
 mod refill;
 mod removal;
 mod snapshot;
@@ -72,7 +73,10 @@ impl Pool {
 
     /// Keeps the pool until `stopping`. Hulls that are being made then are waited for; all stay for the next run.
     pub async fn run(&self, stopping: CancellationToken) {
-        keeper::run(Arc::clone(&self.shared), stopping).await;
+        tokio::select! {
+            () = keeper::run(Arc::clone(&self.shared), stopping) => {}
+            () = presence::follow(Arc::clone(&self.shared)) => {}
+        }
     }
 
     /// What containerd is configured to do; changes when it is restarted. `None` while it does not answer.

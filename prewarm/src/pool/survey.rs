@@ -31,10 +31,7 @@ pub(super) async fn survey(shared: &Shared) -> Result<(), FactsError> {
     let facts = match Facts::read(&shared.containerd).await {
         Ok(facts) => Arc::new(facts),
         Err(error) => {
-            let detail = cni::describe(&error);
-            shared.state().away = Some(Off::new("containerd_away", detail));
-            // Whoever adopts stops, and learns anew when it is back.
-            shared.facts.send_if_modified(|known| known.take().is_some());
+            shared.lose(cni::describe(&error));
             return Err(error);
         }
     };
