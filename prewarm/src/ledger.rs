@@ -263,6 +263,11 @@ pub struct Reservation {
 }
 
 impl Reservation {
+    /// The name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Whether only containerd knows if the name is free.
     #[must_use]
     pub fn is_contested(&self) -> bool {

@@ -28,12 +28,15 @@ mod nri;
 mod options;
 mod pace;
 mod policy;
+mod presence;
 mod refill;
 mod removal;
 mod snapshot;
 mod state;
 mod survey;
 mod sweep;
+#[cfg(test)]
+mod tests;
 
 pub use options::{CniPermissions, HandlerPool, PoolOptions};
 pub use snapshot::{Audit, CreationFailure, HandlerSnapshot, Off, PoolSnapshot};
@@ -70,10 +73,13 @@ impl Pool {
 
     /// Keeps the pool until `stopping`. Hulls that are being made then are waited for; all stay for the next run.
     pub async fn run(&self, stopping: CancellationToken) {
-        keeper::run(Arc::clone(&self.shared), stopping).await;
+        tokio::select! {
+            () = keeper::run(Arc::clone(&self.shared), stopping) => {}
+            () = presence::follow(Arc::clone(&self.shared)) => {}
+        }
     }
 
-    /// What containerd is configured to do; changes when it is restarted. `None` until it has answered once.
+    /// What containerd is configured to do; changes when it is restarted. `None` while it does not answer.
     #[must_use]
     pub fn facts(&self) -> tokio::sync::watch::Receiver<Option<Arc<Facts>>> {
         self.shared.facts.subscribe()
@@ -87,6 +93,11 @@ impl Pool {
     /// Removes every idle hull and makes none for a while: what they hold is needed, such as addresses.
     pub fn release_all(&self, reason: &'static str) {
         self.shared.release_all(reason);
+    }
+
+    /// A hull that was taken and not touched: it can be taken again, unless what it was made with has changed since.
+    pub fn give_back(&self, hull: Hull) {
+        self.shared.give_back(hull);
     }
 
     /// Makes no hulls until [`Self::resume`]. Those that are there are handed out.
@@ -116,8 +127,9 @@ impl Pool {
 impl Quiet for Pool {
     fn quiet_in(&self) -> Duration {
         let now = Instant::now();
-        let quiet_at = self.shared.state().starts.quiet_at(now, self.shared.options.quiet);
-        quiet_at.saturating_duration_since(now)
+        self.shared
+            .quiet_at(&mut self.shared.state(), now)
+            .saturating_duration_since(now)
     }
 }
 

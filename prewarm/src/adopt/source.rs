@@ -4,13 +4,15 @@ use super::hull::Hull;
 
 /// Where hulls come from; implemented by the pool.
 pub trait HullSource: Send + Sync + 'static {
-    /// A live hull for pods of this handler, at once or not at all. It is the caller's alone from now on.
+    /// A live hull for pods of this handler, at once or not at all. It is the caller's alone from now on, and its pod's
+    /// start has begun.
     fn take(&self, runtime_handler: &str) -> Result<Hull, Miss>;
 
     /// A hull that was taken and cannot be used: it is destroyed in the background.
     fn discard(&self, hull: Hull, why: &'static str);
 
-    /// A pod of this sandbox begins its start; refill waits until it has ended or some seconds have passed.
+    /// A pod of this sandbox begins its start, whoever makes the sandbox; refill waits until it has ended or some seconds
+    /// have passed. While containerd makes a sandbox, its name stands for its id.
     fn start_begins(&self, sandbox_id: &str);
 
     /// The pod's container runs (or will not).

@@ -134,20 +134,19 @@ async fn the_pool_obeys() {
 }
 
 #[tokio::test]
-async fn a_drain_ends_when_nothing_is_left_and_holds_until_it_is_taken_back() {
+async fn a_drain_does_not_end_while_containerd_is_away_and_holds_until_it_is_taken_back() {
     let daemon = Daemon::start().await;
     let client = daemon.client();
     let mut progress = client.drain().await.unwrap();
-    let mut last = api::DrainProgress::default();
-    while let Some(next) = tokio::time::timeout(Duration::from_secs(10), progress.message())
-        .await
-        .unwrap()
-        .unwrap()
-    {
-        last = next;
+    for _ in 0..2 {
+        let next = tokio::time::timeout(Duration::from_secs(10), progress.message()).await;
+        // No hull is known of, but nobody can tell.
+        let expected = api::DrainProgress {
+            unbranded: Some(api::UnbrandedPods::default()),
+            ..api::DrainProgress::default()
+        };
+        assert_eq!(next.unwrap().unwrap(), Some(expected));
     }
-    let unbranded = Some(api::UnbrandedPods::default());
-    assert_eq!((last.left, last.done, last.unbranded), (0, true, unbranded));
     let pool = client.pool(api::PoolAction::Unspecified).await.unwrap();
     assert_eq!(pool.state, "drained");
     let pool = client.pool(api::PoolAction::Resume).await.unwrap();
@@ -202,6 +201,7 @@ fn a_pool_is_shown_whole() {
         off: Some(off),
         paused: true,
         drained: false,
+        sweeping: false,
         handlers: vec![handler],
         removing: 5,
         networks: vec!["net".to_owned()],

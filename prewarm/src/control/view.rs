@@ -69,6 +69,7 @@ pub(super) fn pool(pool: PoolSnapshot) -> api::PoolStatus {
         off,
         paused,
         drained,
+        sweeping: _,
         handlers,
         removing,
         networks,

@@ -24,10 +24,11 @@ pub(super) enum CgroupError {
     },
 }
 
-/// The parent of hulls as CRI is told. systemd wants a slice.
+/// The parent of hulls as CRI is told. systemd wants a slice, of which runc uses only the last part; containerd reads
+/// statistics at the whole path, and on cgroup v2 refuses one that is not absolute.
 pub(super) fn parent(name: &str, systemd: bool) -> String {
     if systemd {
-        format!("{name}.slice")
+        format!("/{name}.slice")
     } else {
         format!("/{name}")
     }
@@ -79,7 +80,7 @@ mod tests {
         assert_eq!(hierarchies(table), expected);
         assert_eq!(
             (parent("hullspeed", false).as_str(), parent("hullspeed", true).as_str()),
-            ("/hullspeed", "hullspeed.slice")
+            ("/hullspeed", "/hullspeed.slice")
         );
     }
 }

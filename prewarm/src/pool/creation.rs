@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::Read as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hullspeed_proto::cri::v1::{
@@ -54,6 +55,9 @@ pub(super) enum CreationError {
         #[source]
         source: Box<tonic::Status>,
     },
+    /// Nobody finished it.
+    #[error("the creation was broken off")]
+    BrokenOff,
     /// Its status makes no sense.
     #[error("sandbox {id} {what}")]
     Unfit {
@@ -84,6 +88,7 @@ impl CreationError {
             Self::Status { .. } => "status",
             Self::Unfit { .. } => "unfit",
             Self::Open { .. } => "open",
+            Self::BrokenOff => "broken_off",
         }
     }
 }
@@ -111,6 +116,11 @@ pub(super) fn random() -> std::io::Result<u64> {
     let mut bytes = [0; 8];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+/// A random byte. Without random numbers all nodes retry alike, which is harmless.
+pub(super) fn jitter() -> u8 {
+    random().map_or(0, |random| random.to_le_bytes()[0])
 }
 
 /// Its cgroup, and the sandbox; returns its id.
@@ -219,9 +229,12 @@ pub(super) async fn inspect(containerd: &Containerd, id: &str) -> Result<Ready, 
     })
 }
 
-/// Opens a ready sandbox.
-pub(super) fn open(id: &str, handler: &str, pid: i32, facts: &Facts) -> Result<Hull, CreationError> {
-    Hull::open(id, handler, pid, facts).map_err(|source| CreationError::Open {
+/// Opens a ready sandbox. That reads files, so not on a thread of the runtime.
+pub(super) async fn open(id: &str, handler: &str, pid: i32, facts: &Arc<Facts>) -> Result<Hull, CreationError> {
+    let (name, handler, facts) = (id.to_owned(), handler.to_owned(), Arc::clone(facts));
+    let opened = tokio::task::spawn_blocking(move || Hull::open(&name, &handler, pid, &facts)).await;
+    let opened = opened.map_err(|_| CreationError::BrokenOff)?;
+    opened.map_err(|source| CreationError::Open {
         id: id.to_owned(),
         source: Box::new(source),
     })

@@ -11,7 +11,7 @@ use crate::metrics::defs::{HandlerLabels, HullLabels, HullState, ReasonLabels};
 
 use super::cni;
 use super::memory;
-use super::state::{Idle, Shared};
+use super::state::{Idle, Shared, State};
 use super::survey::survey;
 
 /// Between looks at what changes without telling: files, processes, addresses.
@@ -74,7 +74,7 @@ impl Keeper {
         let now = Instant::now();
         if is_due(self.watched, TICK, now) {
             self.watched = Some(now);
-            shared.watch(now);
+            shared.watch(now).await;
         }
         if is_due(self.measured, MEASURE_INTERVAL, now) && shared.measure().await {
             self.measured = Some(now);
@@ -83,6 +83,8 @@ impl Keeper {
         let refill = shared.refill(tasks, now);
         let clear = shared.clear(tasks, now);
         self.publish(shared);
+        // Who waits for the end of a drain looks again.
+        shared.removed.notify_waiters();
         let next = refill.into_iter().chain(clear).min();
         next.map(|at| at.saturating_duration_since(Instant::now()))
     }
@@ -187,24 +189,34 @@ impl Keeper {
 
 impl Shared {
     /// Drops hulls that have died, and counts addresses.
-    fn watch(&self, now: Instant) {
-        let networks = self.state().current.clone();
-        // Reads a directory, so not under the lock.
-        let free = networks.and_then(|current| cni::free(current.networks.iter()));
+    async fn watch(&self, now: Instant) {
+        let (networks, before) = {
+            let state = self.state();
+            (state.current.clone(), state.holders())
+        };
+        // Reads a directory of up to a million entries, so neither under the lock nor on a thread of the runtime.
+        let count = move || networks.and_then(|current| cni::free(current.networks.iter()));
+        let free = tokio::task::spawn_blocking(count).await.unwrap_or_default();
         let mut state = self.state();
-        let idle: usize = state.shelves.iter().map(|shelf| shelf.idle.len()).sum();
-        let held = (idle + state.condemned.len()) as u64;
+        let held = state.holders();
         state.free_addresses = free;
-        state.addresses = free.map(|free| free.saturating_add(held));
+        // A sum of two counts that do not belong together would have hulls made and removed in turns.
+        if free.is_none() || state.addresses.is_none() || held == before {
+            state.addresses = free.map(|free| free.saturating_add(held));
+        }
         let mut dead = Vec::new();
         for shelf in &mut state.shelves {
             let (alive, gone): (Vec<Idle>, Vec<Idle>) = shelf.idle.drain(..).partition(|idle| idle.hull.is_alive());
             shelf.idle.extend(alive);
-            dead.extend(gone.into_iter().map(|idle| idle.hull.id));
+            dead.extend(gone);
         }
-        for id in dead {
-            tracing::warn!(sandbox = id, "a hull has died");
-            self.condemn(&mut state, &id, "dead", now);
+        for idle in &dead {
+            tracing::warn!(sandbox = idle.hull.id, "a hull has died");
+        }
+        self.bury(&mut state, dead, "dead", now);
+        let State { shelves, backoff, .. } = &mut *state;
+        for idle in shelves.iter().flat_map(|shelf| &shelf.idle) {
+            backoff.lives(idle.born, now);
         }
         state.settle_lent(&self.ledger, now);
     }

@@ -10,7 +10,10 @@ const MAX_STARTS: usize = 1024;
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_LONGEST: Duration = Duration::from_secs(120);
 
-/// Pods that are starting.
+/// A hull that dies younger is a failure: somebody, or the lack of something, kills them.
+const PROVEN_AGE: Duration = Duration::from_secs(30);
+
+/// Pods that are starting, whoever makes their sandboxes.
 #[derive(Debug)]
 pub(super) struct Starts {
     limit: Duration,
@@ -39,6 +42,16 @@ impl Starts {
         self.last_ended = Some(now);
     }
 
+    /// It is no start after all.
+    pub(super) fn forget(&mut self, sandbox: &str) {
+        self.under_way.remove(sandbox);
+    }
+
+    /// Pods start that have no name here: no hull was there for one.
+    pub(super) fn stir(&mut self, now: Instant) {
+        self.last_ended = Some(now);
+    }
+
     fn expire(&mut self, now: Instant) {
         let limit = self.limit;
         self.under_way
@@ -54,17 +67,51 @@ impl Starts {
     }
 }
 
-/// Failures of creation in a row.
+/// Failures in a row: hulls that were not made, or that did not live. One that was made proves nothing yet; one that was
+/// adopted or has lived for [`PROVEN_AGE`] does.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
     failures: u32,
     reason: Option<String>,
+    /// The last failure was a hull's death.
+    died: bool,
+    failed_at: Option<Instant>,
     until: Option<Instant>,
 }
 
 impl Backoff {
+    /// A hull has proven that they live.
     pub(super) fn succeeded(&mut self) {
         *self = Self::default();
+    }
+
+    /// A hull was made. That ends a failure to make one, as far as people are told.
+    pub(super) fn made(&mut self) {
+        if !self.died {
+            self.reason = None;
+        }
+    }
+
+    /// A hull that was born then is gone though nobody wanted it to be. Dead young, it is a failure.
+    pub(super) fn died(&mut self, born: Instant, jitter: u8, now: Instant) {
+        let age = now.saturating_duration_since(born);
+        if age < PROVEN_AGE {
+            self.failed(format!("a hull lived for {:.1} s only", age.as_secs_f64()), jitter, now);
+            self.died = true;
+        }
+    }
+
+    /// There is a hull that was born then and lives.
+    pub(super) fn lives(&mut self, born: Instant, now: Instant) {
+        let is_old = now.saturating_duration_since(born) >= PROVEN_AGE;
+        if is_old && self.failed_at.is_some_and(|failed| born > failed) {
+            self.succeeded();
+        }
+    }
+
+    /// When the last of the failures was.
+    pub(super) fn failed_at(&self) -> Option<Instant> {
+        self.failed_at
     }
 
     /// `jitter` is from 0 to 255; it takes up to half of the wait away, so that nodes that fail together do not retry
@@ -76,6 +123,8 @@ impl Backoff {
         self.failures = self.failures.saturating_add(1);
         self.until = Some(now + wait - wait.mul_f64(f64::from(jitter) / 512.0));
         self.reason = Some(reason);
+        self.died = false;
+        self.failed_at = Some(now);
     }
 
     /// Until when nothing is tried.
@@ -189,5 +238,37 @@ mod tests {
         assert_eq!(backoff.failure(), Some(("no", 41)));
         backoff.succeeded();
         assert_eq!((backoff.until(), backoff.failure()), (None, None));
+    }
+
+    #[test]
+    fn hulls_that_die_young_are_failures_though_each_was_made() {
+        let mut now = Instant::now();
+        let mut backoff = Backoff::default();
+        for deaths in 1..=12 {
+            let born = now;
+            backoff.made();
+            now += Duration::from_secs(2);
+            backoff.died(born, 0, now);
+            assert_eq!(backoff.failure(), Some(("a hull lived for 2.0 s only", deaths)));
+            now = backoff.until().unwrap();
+        }
+        let last = backoff.failed_at().unwrap();
+        assert_eq!(now, last + BACKOFF_LONGEST);
+        // One from before the last failure proves nothing.
+        backoff.lives(last, now);
+        assert!(backoff.failure().is_some());
+        backoff.lives(now, now + PROVEN_AGE - Duration::from_secs(1));
+        assert!(backoff.failure().is_some());
+        backoff.lives(now, now + PROVEN_AGE);
+        assert_eq!((backoff.until(), backoff.failure()), (None, None));
+        // An old one may die.
+        backoff.died(now, 0, now + PROVEN_AGE);
+        assert_eq!(backoff.until(), None);
+        // The next that is made ends a failure to make one, but waits go on doubling.
+        backoff.failed("no".into(), 0, now);
+        backoff.made();
+        assert_eq!(backoff.failure(), None);
+        backoff.failed("no".into(), 0, now);
+        assert_eq!(backoff.until(), Some(now + 2 * BACKOFF_FIRST));
     }
 }

@@ -22,14 +22,33 @@ const ADDRESS_MARGIN: u64 = 2;
 /// How soon the remains of a failed creation are looked for.
 const REMAINS: Duration = Duration::from_secs(2);
 
-/// What a creation has come to.
-struct Made {
+/// What a creation comes to: the hull and its pause process, or what there is to remove and why.
+type Outcome = Result<(Hull, i32), (Option<String>, CreationError)>;
+
+/// A creation under way. However it ends, the books learn of it.
+struct Creation {
+    shared: Arc<Shared>,
     shelf: usize,
     name: String,
     began: Instant,
     generation: u64,
     current: Arc<Current>,
-    outcome: Result<(Hull, i32), (Option<String>, CreationError)>,
+    outcome: Option<Outcome>,
+}
+
+impl Creation {
+    async fn run(mut self, order: Order) {
+        let outcome = self.shared.make(&order, &self.current).await;
+        self.outcome = Some(outcome);
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        let outcome = self.outcome.take();
+        let outcome = outcome.unwrap_or(Err((None, CreationError::BrokenOff)));
+        self.shared.made(self, outcome);
+    }
 }
 
 impl Shared {
@@ -101,30 +120,28 @@ impl Shared {
                 shelf.short_since = Some(now);
             }
             drop(state);
-            let shared = Arc::clone(self);
-            tasks.spawn(async move {
-                let outcome = shared.make(&order, &current).await;
-                shared.made(Made {
-                    shelf,
-                    name: order.name,
-                    began: now,
-                    generation,
-                    current,
-                    outcome,
-                });
-            });
+            let creation = Creation {
+                shared: Arc::clone(self),
+                shelf,
+                name: order.name.clone(),
+                began: now,
+                generation,
+                current,
+                outcome: None,
+            };
+            tasks.spawn(creation.run(order));
         }
     }
 
     /// The shelf that lacks most, and when something can be done about it.
-    fn next_creation(&self, state: &mut State, now: Instant) -> Option<(usize, Instant)> {
+    pub(super) fn next_creation(&self, state: &mut State, now: Instant) -> Option<(usize, Instant)> {
         let options = &self.options;
         let short = state.shelves.iter().enumerate().filter_map(|(at, shelf)| {
             let have = shelf.idle.len() + shelf.creating;
             let missing = shelf.target.checked_sub(have).filter(|missing| *missing > 0)?;
             Some((have == 0, missing, at, shelf.short_since.unwrap_or(now)))
         });
-        let (is_empty, _, at, short_since) = short.max_by_key(|(empty, missing, ..)| (*empty, *missing))?;
+        let (_, _, at, short_since) = short.max_by_key(|(empty, missing, ..)| (*empty, *missing))?;
         let creating: usize = state.shelves.iter().map(|shelf| shelf.creating).sum();
         let narrow = state
             .free_addresses
@@ -134,11 +151,7 @@ impl Shared {
         }
         let obstacles = Obstacles {
             short_since,
-            patience: if is_empty {
-                options.quiet.min(options.max_deferral)
-            } else {
-                options.max_deferral
-            },
+            patience: options.max_deferral,
             quiet_at: state.starts.quiet_at(now, options.quiet),
             last: state.last_creation,
             interval: options.creation_interval,
@@ -170,7 +183,7 @@ impl Shared {
     }
 
     /// Makes a hull. With an error comes the id of what there is to remove.
-    async fn make(&self, order: &Order, current: &Current) -> Result<(Hull, i32), (Option<String>, CreationError)> {
+    async fn make(&self, order: &Order, current: &Current) -> Outcome {
         let id = creation::run(&self.containerd, order)
             .await
             .map_err(|error| (None, error))?;
@@ -179,16 +192,16 @@ impl Shared {
             Ok(ready) => ready,
             Err(error) => return Err((Some(id), error)),
         };
-        match creation::open(&id, &order.handler, ready.pid, &current.facts) {
+        match creation::open(&id, &order.handler, ready.pid, &current.facts).await {
             Ok(hull) => Ok((hull, ready.pid)),
             Err(error) => Err((Some(id), error)),
         }
     }
 
-    fn made(&self, made: Made) {
+    fn made(&self, made: &Creation, outcome: Outcome) {
         let now = Instant::now();
         let took = now.saturating_duration_since(made.began);
-        let label = made.outcome.as_ref().map_or_else(|(_, error)| error.label(), |_| "ok");
+        let label = outcome.as_ref().map_or_else(|(_, error)| error.label(), |_| "ok");
         self.metrics
             .hull_creations
             .get_or_create(&ResultLabels { result: label })
@@ -203,9 +216,9 @@ impl Shared {
         if let Some(shelf) = state.shelves.get_mut(made.shelf) {
             shelf.creating = shelf.creating.saturating_sub(1);
         }
-        match made.outcome {
+        match outcome {
             Ok((hull, pid)) => {
-                state.backoff.succeeded();
+                state.backoff.made();
                 state.creation_time = if state.creation_time.is_zero() {
                     took
                 } else {
@@ -221,9 +234,7 @@ impl Shared {
             Err((id, error)) => {
                 let reason = chain(&error);
                 tracing::warn!(hull = made.name, "no hull was made: {reason}");
-                // Without random numbers all nodes retry alike, which is harmless.
-                let jitter = creation::random().map_or(0, |random| random.to_le_bytes()[0]);
-                state.backoff.failed(reason, jitter, now);
+                state.backoff.failed(reason, creation::jitter(), now);
                 match id {
                     Some(id) => self.condemn(&mut state, &id, "unfit", now),
                     // There may be one whose id we have not been told.

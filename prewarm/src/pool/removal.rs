@@ -14,19 +14,39 @@ use super::state::Shared;
 /// Limit on each of the two calls.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 
-/// Removals at once while the pool is drained; otherwise one.
-const PARALLEL_DRAINING: usize = 4;
+/// Removals at once while somebody waits for the pool to be drained or for what hulls hold; otherwise one.
+const PARALLEL_URGENT: usize = 4;
 
 /// The first wait after a failed removal, and the longest.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_LONGEST: Duration = Duration::from_secs(15);
 
+/// A removal under way. However it ends, the books learn of it.
+struct Removal {
+    shared: Arc<Shared>,
+    id: String,
+    outcome: Result<(), Status>,
+}
+
+impl Removal {
+    async fn run(mut self) {
+        self.outcome = self.shared.remove(&self.id).await;
+    }
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        self.shared.removed(&self.id, &self.outcome);
+    }
+}
+
 impl Shared {
     /// Begins the removals that are due; says when the next one will be.
     pub(super) fn clear(self: &Arc<Self>, tasks: &mut JoinSet<()>, now: Instant) -> Option<Instant> {
         let mut state = self.state();
-        let parallel = if state.drained { PARALLEL_DRAINING } else { 1 };
-        let quiet_at = if state.drained {
+        let is_urgent = state.is_urgent(now);
+        let parallel = if is_urgent { PARALLEL_URGENT } else { 1 };
+        let quiet_at = if is_urgent {
             now
         } else {
             state.starts.quiet_at(now, self.options.quiet)
@@ -50,11 +70,12 @@ impl Shared {
             }
             under_way += 1;
             one.under_way = true;
-            let (shared, id) = (Arc::clone(self), id.clone());
-            tasks.spawn(async move {
-                let outcome = shared.remove(&id).await;
-                shared.removed(&id, outcome);
-            });
+            let removal = Removal {
+                shared: Arc::clone(self),
+                id: id.clone(),
+                outcome: Err(Status::internal("the removal was broken off")),
+            };
+            tasks.spawn(removal.run());
         }
         next
     }
@@ -73,13 +94,16 @@ impl Shared {
         };
         let mut runtime = self.containerd.runtime();
         gone(tokio::time::timeout(CALL_LIMIT, runtime.stop_pod_sandbox(stop)).await)?;
+        if let Some(one) = self.state().condemned.get_mut(id) {
+            one.stopped = true;
+        }
         let remove = RemovePodSandboxRequest {
             pod_sandbox_id: id.to_owned(),
         };
         gone(tokio::time::timeout(CALL_LIMIT, runtime.remove_pod_sandbox(remove)).await)
     }
 
-    fn removed(&self, id: &str, outcome: Result<(), Status>) {
+    pub(super) fn removed(&self, id: &str, outcome: &Result<(), Status>) {
         let mut state = self.state();
         match outcome {
             Ok(()) => {

@@ -74,6 +74,8 @@ pub struct PoolSnapshot {
     pub paused: bool,
     /// Drained by the operator, or about to be.
     pub drained: bool,
+    /// The drain is not over: containerd has not shown yet that no hull is there that is in no book.
+    pub sweeping: bool,
     /// Pools by handler.
     pub handlers: Vec<HandlerSnapshot>,
     /// Hulls that are being removed.
@@ -93,7 +95,12 @@ pub struct PoolSnapshot {
 impl super::state::Shared {
     pub(super) fn snapshot(&self, now: Instant) -> PoolSnapshot {
         let state = self.state();
-        let drained = Off::new("drained", "drained by the operator");
+        let detail = if state.is_sweeping() {
+            "drained by the operator; containerd has not shown yet that no other hull is there"
+        } else {
+            "drained by the operator"
+        };
+        let drained = Off::new("drained", detail);
         let failure = state.backoff.failure().map(|(reason, in_a_row)| CreationFailure {
             reason: reason.to_owned(),
             in_a_row,
@@ -110,6 +117,7 @@ impl super::state::Shared {
                 .or_else(|| state.drained.then_some(drained)),
             paused: state.paused,
             drained: state.drained,
+            sweeping: state.is_sweeping(),
             handlers: state.shelves.iter().map(|shelf| handler(shelf, now)).collect(),
             removing: state.condemned.len(),
             networks: state.current.as_ref().map_or_else(Vec::new, |current| {

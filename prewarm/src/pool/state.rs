@@ -14,6 +14,7 @@ use crate::containerd::facts::Facts;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 
+use super::creation;
 use super::fingerprint::Current;
 use super::options::{HandlerPool, PoolOptions};
 use super::pace::{Backoff, Starts};
@@ -23,8 +24,21 @@ use super::snapshot::{Audit, Off};
 /// How long [`Shared::release_all`] keeps the pool from making hulls.
 const HOLD: Duration = Duration::from_secs(30);
 
+/// How soon whoever gives way to the making of a hull looks again.
+const CREATION_LOOK: Duration = Duration::from_millis(200);
+
 /// How long a hull that was handed out may be in nobody's books before the sweep takes it for lost.
 const LENT_LIMIT: Duration = Duration::from_secs(300);
+
+/// A hull that was handed out: where it came from.
+#[derive(Debug)]
+pub(super) struct Lent {
+    at: Instant,
+    pid: i32,
+    born: Instant,
+    shelf: usize,
+    generation: u64,
+}
 
 /// A hull on its shelf.
 #[derive(Debug)]
@@ -59,6 +73,8 @@ pub(super) struct Condemned {
     pub(super) attempts: u32,
     pub(super) not_before: Instant,
     pub(super) under_way: bool,
+    /// It has given its addresses back.
+    pub(super) stopped: bool,
 }
 
 /// Everything that changes.
@@ -73,6 +89,8 @@ pub(super) struct State {
     pub(super) unchecked: bool,
     pub(super) paused: bool,
     pub(super) drained: bool,
+    /// All that containerd had was looked at after the drain began, so that what is in no book has been found, too.
+    pub(super) drain_swept: bool,
     pub(super) held_until: Option<Instant>,
     pub(super) current: Option<Arc<Current>>,
     /// Hulls of an earlier run that are to be taken back; `None` before recovery has said which.
@@ -82,7 +100,7 @@ pub(super) struct State {
     /// Names of hulls that containerd is making.
     pub(super) expected: HashSet<String>,
     /// Hulls that were handed out, until the ledger or we know what became of them.
-    pub(super) lent: HashMap<String, Instant>,
+    pub(super) lent: HashMap<String, Lent>,
     pub(super) condemned: HashMap<String, Condemned>,
     pub(super) starts: Starts,
     pub(super) backoff: Backoff,
@@ -132,6 +150,7 @@ impl Shared {
             unchecked: true,
             paused: false,
             drained: false,
+            drain_swept: false,
             held_until: None,
             current: None,
             candidates: None,
@@ -168,8 +187,9 @@ impl Shared {
 
     pub(super) fn take(&self, handler: &str, now: Instant) -> Result<Hull, Miss> {
         let taken = self.take_inner(handler, now);
-        if !matches!(taken, Err(Miss::Off | Miss::Handler)) {
-            // There is room on a shelf, or something to look into.
+        if matches!(taken, Err(Miss::Stale)) {
+            // Something to look into. Room on a shelf can wait: nothing is made while the pod starts, and the keeper need
+            // not wake beside it.
             self.wake.notify_one();
         }
         taken
@@ -184,7 +204,8 @@ impl Shared {
         let Some(current) = state.current.clone() else {
             return Err(Miss::Off);
         };
-        let shelf = state.shelf_for(handler, &current.facts).ok_or(Miss::Handler)?;
+        let at = state.position(handler, &current.facts).ok_or(Miss::Handler)?;
+        let shelf = state.shelves.get_mut(at).ok_or(Miss::Handler)?;
         if let Some(off) = &shelf.off {
             let of_handler = off.reason.starts_with("handler");
             return Err(if of_handler { Miss::Handler } else { Miss::Off });
@@ -197,25 +218,85 @@ impl Shared {
         let found = loop {
             match shelf.idle.pop_front() {
                 None => break Err(Miss::Empty),
-                Some(idle) if idle.hull.is_alive() => break Ok(idle.hull),
+                Some(idle) if idle.hull.is_alive() => break Ok(idle),
                 Some(idle) => dead.push(idle),
             }
         };
-        for idle in dead {
-            self.condemn(&mut state, &idle.hull.id, "dead", now);
+        self.bury(&mut state, dead, "dead", now);
+        match found {
+            Ok(idle) => {
+                state.starts.begin(&idle.hull.id, now);
+                let lent = Lent {
+                    at: now,
+                    pid: idle.pid,
+                    born: idle.born,
+                    shelf: at,
+                    generation: state.generation,
+                };
+                state.lent.insert(idle.hull.id.clone(), lent);
+                Ok(idle.hull)
+            }
+            Err(miss) => {
+                state.starts.stir(now);
+                Err(miss)
+            }
         }
-        if let Ok(hull) = &found {
-            state.lent.insert(hull.id.clone(), now);
-        }
-        found
     }
 
     pub(super) fn discard(&self, hull: Hull, why: &'static str) {
+        let now = Instant::now();
         let mut state = self.state();
-        state.lent.remove(&hull.id);
-        self.condemn(&mut state, &hull.id, why, Instant::now());
+        state.starts.forget(&hull.id);
+        if let Some(lent) = state.lent.remove(&hull.id)
+            && !hull.is_alive()
+        {
+            state.backoff.died(lent.born, creation::jitter(), now);
+        }
+        self.condemn(&mut state, &hull.id, why, now);
         drop(state);
         self.wake.notify_one();
+    }
+
+    /// A hull that was taken and not touched is as it was.
+    pub(super) fn give_back(&self, hull: Hull) {
+        let now = Instant::now();
+        let mut state = self.state();
+        state.starts.forget(&hull.id);
+        let lent = state.lent.remove(&hull.id);
+        let may_hold = state.may_hold();
+        // Flushed meanwhile, or not from here: it goes.
+        let lent = lent.filter(|lent| may_hold && lent.generation == state.generation);
+        let shelf = lent.as_ref().and_then(|lent| state.shelves.get_mut(lent.shelf));
+        if let (Some(Lent { pid, born, .. }), Some(shelf)) = (lent, shelf.filter(|shelf| shelf.off.is_none())) {
+            // It was the oldest.
+            shelf.idle.push_front(Idle { hull, pid, born });
+        } else {
+            self.condemn(&mut state, &hull.id, "given_back", now);
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// When neither pods start nor a hull is made, as far as is known: both are background work to each other, and have
+    /// one budget.
+    pub(super) fn quiet_at(&self, state: &mut State, now: Instant) -> Instant {
+        let starts = state.starts.quiet_at(now, self.options.quiet);
+        if state.shelves.iter().any(|shelf| shelf.creating > 0) {
+            starts.max(now + CREATION_LOOK)
+        } else {
+            starts
+        }
+    }
+
+    /// Hulls that have ended by themselves.
+    pub(super) fn bury(&self, state: &mut State, gone: Vec<Idle>, reason: &'static str, now: Instant) {
+        // What kills many at once is one failure.
+        if let Some(youngest) = gone.iter().map(|idle| idle.born).max() {
+            state.backoff.died(youngest, creation::jitter(), now);
+        }
+        for idle in gone {
+            self.condemn(state, &idle.hull.id, reason, now);
+        }
     }
 
     pub(super) fn start_begins(&self, sandbox: &str, now: Instant) {
@@ -235,6 +316,7 @@ impl Shared {
             attempts: 0,
             not_before: now,
             under_way: false,
+            stopped: false,
         });
     }
 
@@ -270,14 +352,19 @@ impl Shared {
     }
 
     pub(super) async fn drain(&self) {
-        self.state().drained = true;
+        {
+            let mut state = self.state();
+            state.drained = true;
+            state.drain_swept = false;
+            state.sweep_at = None;
+        }
         self.condemn_idle("drained");
         loop {
             let removed = self.removed.notified();
             tokio::pin!(removed);
-            // Registered before the look, so that no end of a removal is missed between the two.
+            // Registered before the look, so that nothing that happens between the two is missed.
             removed.as_mut().enable();
-            if self.state().is_empty() {
+            if self.state().is_drained() {
                 return;
             }
             removed.await;
@@ -296,6 +383,18 @@ impl State {
         self.may_hold() && self.away.is_none() && !self.unchecked
     }
 
+    /// Somebody waits for hulls to go.
+    pub(super) fn is_urgent(&self, now: Instant) -> bool {
+        self.drained || self.held_until.is_some_and(|until| now < until)
+    }
+
+    /// Hulls that hold addresses, or are about to.
+    pub(super) fn holders(&self) -> u64 {
+        let shelved: usize = self.shelves.iter().map(|shelf| shelf.idle.len() + shelf.creating).sum();
+        let condemned = self.condemned.values().filter(|one| !one.stopped).count();
+        (shelved + condemned) as u64
+    }
+
     /// Labels of all that keeps hulls from being there.
     pub(super) fn off_reasons(&self) -> impl Iterator<Item = &'static str> {
         let whole = [&self.off, &self.away].into_iter().flatten();
@@ -306,8 +405,8 @@ impl State {
             .chain(self.paused.then_some("paused"))
     }
 
-    /// The shelf for pods of this handler: its own, or that of the default handler under its other name.
-    pub(super) fn shelf_for(&mut self, handler: &str, facts: &Facts) -> Option<&mut Shelf> {
+    /// Which shelf is for pods of this handler: its own, or that of the default handler under its other name.
+    fn position(&self, handler: &str, facts: &Facts) -> Option<usize> {
         let other_name = if handler.is_empty() {
             Some(facts.default_handler.as_str())
         } else if handler == facts.default_handler {
@@ -320,18 +419,32 @@ impl State {
                 .iter()
                 .position(|shelf| shelf.config.runtime_handler == name)
         };
-        let found = position(handler).or_else(|| other_name.and_then(position))?;
-        self.shelves.get_mut(found)
+        position(handler).or_else(|| other_name.and_then(position))
     }
 
-    /// No hull, in whatever stage.
-    pub(super) fn is_empty(&self) -> bool {
-        self.condemned.is_empty()
+    /// Nothing is left, as far as can be known: no hull in whatever stage, and containerd, which is there, has shown that
+    /// there is none that we do not know of.
+    pub(super) fn is_drained(&self) -> bool {
+        self.drain_swept
+            && self.is_sure()
+            && self.lent.is_empty()
+            && self.condemned.is_empty()
             && self.expected.is_empty()
             && self
                 .shelves
                 .iter()
                 .all(|shelf| shelf.idle.is_empty() && shelf.creating == 0)
+    }
+
+    /// containerd is there and our books are right.
+    fn is_sure(&self) -> bool {
+        let settled = self.candidates.as_ref().is_some_and(HashSet::is_empty);
+        settled && !self.unchecked && self.away.is_none()
+    }
+
+    /// The drain is not over although no hull may be known: one may be yet to be found.
+    pub(super) fn is_sweeping(&self) -> bool {
+        self.drained && !(self.drain_swept && self.is_sure())
     }
 
     /// Whether somebody here answers for this sandbox.
@@ -345,9 +458,27 @@ impl State {
                 .any(|shelf| shelf.idle.iter().any(|idle| idle.hull.id == id))
     }
 
-    /// Forgets hulls handed out whose adoption the ledger knows, and those that nobody has spoken of for too long.
+    /// Forgets hulls handed out whose adoption the ledger knows, and those that nobody has spoken of for too long, which
+    /// a sweep is to find.
     pub(super) fn settle_lent(&mut self, ledger: &Ledger, now: Instant) {
-        self.lent
-            .retain(|id, at| ledger.adoption(id).is_none() && now.saturating_duration_since(*at) < LENT_LIMIT);
+        let mut lost = false;
+        let mut proven = false;
+        let failed_at = self.backoff.failed_at();
+        self.lent.retain(|id, lent| {
+            if ledger.adoption(id).is_some() {
+                proven |= failed_at.is_none_or(|failed| lent.born > failed);
+                return false;
+            }
+            let keep = now.saturating_duration_since(lent.at) < LENT_LIMIT;
+            lost |= !keep;
+            keep
+        });
+        if proven {
+            self.backoff.succeeded();
+        }
+        if lost {
+            self.drain_swept = false;
+            self.sweep_at = None;
+        }
     }
 }

@@ -33,8 +33,7 @@ pub(super) async fn survey(shared: &Shared) -> Result<(), FactsError> {
     let facts = match Facts::read(&shared.containerd).await {
         Ok(facts) => Arc::new(facts),
         Err(error) => {
-            let detail = chain(&error);
-            shared.state().away = Some(Off::new("containerd_away", detail));
+            shared.lose(chain(&error));
             return Err(error);
         }
     };

@@ -20,7 +20,10 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 impl Shared {
     /// One comparison.
     pub(super) async fn sweep(&self, current: &Current) -> Result<(), Status> {
-        let candidates = self.state().candidates.as_mut().map(std::mem::take);
+        let (candidates, drained) = {
+            let mut state = self.state();
+            (state.candidates.as_mut().map(std::mem::take), state.drained)
+        };
         // Before recovery, a marked sandbox may be a pod's.
         let Some(candidates) = candidates else { return Ok(()) };
         let outcome = self.compare(current, &candidates).await;
@@ -32,6 +35,8 @@ impl Shared {
         state.settle_lent(&self.ledger, Instant::now());
         state.audit.sweeps += 1;
         state.unchecked = false;
+        // One that began before the drain may have taken hulls back.
+        state.drain_swept |= drained && state.drained;
         outcome
     }
 
@@ -70,11 +75,9 @@ impl Shared {
             let is_there = |idle: &Idle| idle.born >= asked_at || is_ready(&idle.hull.id);
             let (kept, missing): (Vec<_>, Vec<_>) = shelf.idle.drain(..).partition(is_there);
             shelf.idle.extend(kept);
-            gone.extend(missing.into_iter().map(|idle| idle.hull.id));
+            gone.extend(missing);
         }
-        for id in gone {
-            self.condemn(&mut state, &id, "lost", now);
-        }
+        self.bury(&mut state, gone, "lost", now);
     }
 
     /// A hull of an earlier run goes on its shelf, if it is as one made now would be; else: why not.
@@ -89,7 +92,9 @@ impl Shared {
         if !matches!(self.is_pods(id).await, Ok(false)) {
             return Err("it is not known to be idle".into());
         }
-        let hull = creation::open(id, handler, ready.pid, &current.facts).map_err(described)?;
+        let hull = creation::open(id, handler, ready.pid, &current.facts)
+            .await
+            .map_err(described)?;
         let mut state = self.state();
         let may_hold = state.may_hold();
         let shelf = state

@@ -103,11 +103,12 @@ impl CriRules {
         let (id, answer) = self.by_id(call).await?;
         let ledger = self.identities().ledger();
         let sandbox = match ledger.adoption(&id) {
-            Some(adoption) => Some(adoption.sandbox_id.clone()),
-            None if id.is_empty() => None,
-            None => ledger.adopted_with_prefix(&id).pop(),
+            Some(adoption) => adoption.sandbox_id.clone(),
+            None if id.is_empty() => return Ok(answer),
+            // A sandbox of containerd's: the kubelet names it in full.
+            None => ledger.adopted_with_prefix(&id).pop().unwrap_or(id),
         };
-        if let (Some(sandbox), Ok(container)) = (sandbox, text(&answer.message, 1)) {
+        if let Ok(container) = text(&answer.message, 1) {
             self.starts.made(container, sandbox);
         }
         Ok(answer)

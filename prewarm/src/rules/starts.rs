@@ -1,4 +1,4 @@
-//! Which container belongs to which adopted sandbox, until it starts: the pool rests while a pod starts.
+//! Which container belongs to which sandbox, until it starts: the pool rests while a pod starts.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
@@ -19,7 +19,7 @@ pub(crate) struct Starts {
 }
 
 impl Starts {
-    /// A container was made in an adopted sandbox.
+    /// A container was made in a sandbox.
     pub(crate) fn made(&self, container_id: String, sandbox_id: String) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.order.push_back(container_id.clone());
@@ -31,7 +31,7 @@ impl Starts {
         }
     }
 
-    /// The container's start ended: the sandbox that it is in, if that is adopted.
+    /// The container's start ended: the sandbox that it is in, if it was made through us.
     pub(crate) fn ended(&self, container_id: &str) -> Option<String> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.order.retain(|id| id != container_id);

@@ -1,5 +1,6 @@
 //! A pod's sandbox made by containerd.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use hullspeed_proto::cri::v1::{PodSandboxStatusRequest, RunPodSandboxResponse};
@@ -7,6 +8,7 @@ use prost::Message as _;
 use tonic::Code;
 
 use super::{Adopter, Passed};
+use crate::adopt::HullSource;
 use crate::ledger::Reservation;
 use crate::relay::{Call, Failure, Reply};
 
@@ -34,11 +36,41 @@ fn is_exhaustion(message: &str) -> bool {
     EXHAUSTED.iter().any(|phrase| message.contains(phrase))
 }
 
+/// A pod's start while containerd makes its sandbox, known by the sandbox's name. Given up or failed, it has ended.
+struct Start {
+    hulls: Arc<dyn HullSource>,
+    name: String,
+}
+
+impl Start {
+    fn begin(hulls: Arc<dyn HullSource>, name: &str) -> Self {
+        hulls.start_begins(name);
+        Self {
+            hulls,
+            name: name.to_owned(),
+        }
+    }
+
+    /// The sandbox is there: the start goes on under its id until the pod's container runs.
+    fn becomes(self, id: &str) {
+        self.hulls.start_begins(id);
+    }
+}
+
+impl Drop for Start {
+    fn drop(&mut self) {
+        self.hulls.start_ended(&self.name);
+    }
+}
+
 impl Adopter {
     /// Sends the request on as it came, and keeps track of its name.
     pub(super) async fn pass(&self, call: Call, name: Option<Reservation>, why: Passed) -> Reply {
         self.count(why);
         let mut name = name;
+        let start = name
+            .as_ref()
+            .map(|name| Start::begin(Arc::clone(&self.shared.options.hulls), name.name()));
         if let Some(name) = &mut name {
             name.forwarded();
         }
@@ -47,6 +79,9 @@ impl Adopter {
             Ok(answer) => {
                 let response = RunPodSandboxResponse::decode(answer.message.clone());
                 if let (Some(name), Ok(response)) = (name, response) {
+                    if let Some(start) = start {
+                        start.becomes(&response.pod_sandbox_id);
+                    }
                     name.settle_native(&response.pod_sandbox_id);
                 }
             }
@@ -72,7 +107,42 @@ impl Adopter {
 
 #[cfg(test)]
 mod tests {
-    use super::is_exhaustion;
+    use std::sync::{Arc, Mutex};
+
+    use super::{Start, is_exhaustion};
+    use crate::adopt::hull::Hull;
+    use crate::adopt::{HullSource, Miss};
+
+    #[derive(Default)]
+    struct Told(Mutex<Vec<String>>);
+
+    impl HullSource for Told {
+        fn take(&self, _runtime_handler: &str) -> Result<Hull, Miss> {
+            Err(Miss::Empty)
+        }
+
+        fn discard(&self, _hull: Hull, _why: &'static str) {}
+
+        fn start_begins(&self, sandbox_id: &str) {
+            self.0.lock().unwrap().push(format!("begins {sandbox_id}"));
+        }
+
+        fn start_ended(&self, sandbox_id: &str) {
+            self.0.lock().unwrap().push(format!("ended {sandbox_id}"));
+        }
+    }
+
+    #[test]
+    fn a_start_is_never_lost_between_its_name_and_its_id() {
+        let told = Arc::new(Told::default());
+        Start::begin(Arc::clone(&told) as Arc<dyn HullSource>, "pod").becomes("id");
+        drop(Start::begin(Arc::clone(&told) as Arc<dyn HullSource>, "failed"));
+        let told = told.0.lock().unwrap();
+        assert_eq!(
+            *told,
+            ["begins pod", "begins id", "ended pod", "begins failed", "ended failed"]
+        );
+    }
 
     #[test]
     fn errors_of_plugins_without_addresses() {

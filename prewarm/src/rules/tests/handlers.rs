@@ -179,14 +179,17 @@ async fn removing_frees_the_name_and_keeps_the_identity_for_late_events() {
 
 #[tokio::test]
 async fn the_pool_hears_of_starts_and_of_changes_and_the_warmer_of_credentials() {
-    let id = full_id(7);
-    let world = World::new(containerd(vec![(id.clone(), marked())]));
+    let (id, native) = (full_id(7), full_id(8));
+    let sandboxes = vec![(id.clone(), marked()), (native.clone(), HashMap::new())];
+    let world = World::new(containerd(sandboxes));
     world.ledger.adopt(adoption(&id, "pod", HashMap::new()));
-    world.answer(Method::CreateContainer, by_id(&id)).await.unwrap();
     let start = StartContainerRequest {
         container_id: "container".into(),
     };
-    let _ = world.answer(Method::StartContainer, start.encode_to_vec()).await;
+    for sandbox in [&id, &native] {
+        world.answer(Method::CreateContainer, by_id(sandbox)).await.unwrap();
+        let _ = world.answer(Method::StartContainer, start.encode_to_vec()).await;
+    }
     assert!(world.answer(Method::UpdateRuntimeConfig, Vec::new()).await.is_err());
     world.answer(Method::UpdateRuntimeConfig, by_id(&id)).await.unwrap();
     let pull = PullImageRequest {
@@ -207,6 +210,7 @@ async fn the_pool_hears_of_starts_and_of_changes_and_the_warmer_of_credentials()
     let told = world.told.lock().unwrap().clone();
     let expected = [
         format!("started {id}"),
+        format!("started {native}"),
         "flush runtime_config".into(),
         "credentials registry/image me".into(),
     ];
