@@ -54,7 +54,9 @@ pub enum JournalError {
 pub struct Entry {
     /// What was adopted as what.
     pub adopt: AdoptRecord,
-    /// Whether containerd's record says so, too, which also means that the hull was made the pod's completely.
+    /// Whether the hull was made the pod's completely. Before that nobody was told of it.
+    pub whole: bool,
+    /// Whether containerd's record says so, too.
     pub branded: bool,
 }
 
@@ -73,7 +75,11 @@ impl Contents {
             Record::Adopt(adopt) => {
                 let id = adopt.id.clone();
                 self.aborted.retain(|aborted| *aborted != id);
-                let entry = Entry { adopt, branded: false };
+                let entry = Entry {
+                    adopt,
+                    whole: false,
+                    branded: false,
+                };
                 self.adopted.insert(id, entry);
             }
             Record::Aborted(id) => {
@@ -85,9 +91,14 @@ impl Contents {
                     self.aborted.pop_front();
                 }
             }
+            Record::Whole(id) => {
+                if let Some(entry) = self.adopted.get_mut(&id) {
+                    entry.whole = true;
+                }
+            }
             Record::Branded(id) => {
                 if let Some(entry) = self.adopted.get_mut(&id) {
-                    entry.branded = true;
+                    (entry.whole, entry.branded) = (true, true);
                 }
             }
             Record::Forgotten(id) => {
@@ -99,8 +110,13 @@ impl Contents {
 
     fn records(&self) -> impl Iterator<Item = Record> {
         let adopted = self.adopted.values().flat_map(|entry| {
-            let branded = entry.branded.then(|| Record::Branded(entry.adopt.id.clone()));
-            std::iter::once(Record::Adopt(entry.adopt.clone())).chain(branded)
+            let id = &entry.adopt.id;
+            let state = match (entry.whole, entry.branded) {
+                (_, true) => Some(Record::Branded(id.clone())),
+                (true, false) => Some(Record::Whole(id.clone())),
+                (false, false) => None,
+            };
+            std::iter::once(Record::Adopt(entry.adopt.clone())).chain(state)
         });
         adopted.chain(self.aborted.iter().cloned().map(Record::Aborted))
     }

@@ -11,10 +11,8 @@ use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{Container, ListContainersRequest as ListRecordsRequest};
 use hullspeed_proto::cri::v1::{
     ListContainersRequest, ListPodSandboxRequest, PodSandbox, PodSandboxConfig, PodSandboxState,
-    PodSandboxStatusRequest,
 };
 use prost::Message as _;
-use serde_json::Value;
 use tonic::Status;
 
 use super::journal::{Contents, Entry};
@@ -85,9 +83,9 @@ async fn limited<T>(
 }
 
 impl Found {
-    /// Whether containerd has this sandbox.
+    /// Whether containerd has this sandbox, or a record of it, which may be a sandbox after its next start.
     pub(super) fn has(&self, id: &str) -> bool {
-        self.sandboxes.iter().any(|sandbox| sandbox.id == id)
+        self.records.contains_key(id) || self.sandboxes.iter().any(|sandbox| sandbox.id == id)
     }
 
     /// Asks containerd.
@@ -120,8 +118,7 @@ pub(super) struct Kept {
     pub(super) branded: bool,
     /// Whether the journal has it.
     pub(super) journalled: bool,
-    /// Whether it runs.
-    pub(super) ready: bool,
+    ready: bool,
 }
 
 /// What is to be done about what there is.
@@ -143,9 +140,10 @@ impl Plan {
         for sandbox in &found.sandboxes {
             plan.classify(sandbox, found, journal, mark);
         }
-        let present: HashSet<&str> = found.sandboxes.iter().map(|sandbox| sandbox.id.as_str()).collect();
+        let listed = found.sandboxes.iter().map(|sandbox| &sandbox.id);
+        let present: HashSet<&String> = listed.chain(found.records.keys()).collect();
         let known = journal.adopted.keys().chain(&journal.aborted);
-        plan.gone = known.filter(|id| !present.contains(id.as_str())).cloned().collect();
+        plan.gone = known.filter(|id| !present.contains(id)).cloned().collect();
         plan.drop_namesakes();
         plan
     }
@@ -159,9 +157,12 @@ impl Plan {
         };
         let record = found.records.get(&sandbox.id);
         let noted = record.and_then(noted);
-        let journalled = journal.adopted.get(&sandbox.id).and_then(written);
-        if let Some((adoption, branded)) = journalled {
-            let branded = branded || noted.is_some();
+        let entry = journal.adopted.get(&sandbox.id);
+        // Nobody has been told of an adoption that was not completed: the pod gets another sandbox.
+        let told = |entry: &&Entry| entry.whole || noted.is_some() || found.occupied.contains(&sandbox.id);
+        let journalled = entry.filter(told).and_then(written);
+        if let Some(adoption) = journalled {
+            let branded = noted.is_some() || entry.is_some_and(|entry| entry.branded);
             self.kept.push(Kept {
                 adoption,
                 branded,
@@ -215,18 +216,17 @@ impl Plan {
 }
 
 /// The adoption that the journal tells of.
-fn written(entry: &Entry) -> Option<(Adoption, bool)> {
+pub(super) fn written(entry: &Entry) -> Option<Adoption> {
     let config = PodSandboxConfig::decode(entry.adopt.config.as_slice());
     let config = config.inspect_err(|error| {
         tracing::error!(sandbox_id = entry.adopt.id, %error, "the journal's configuration of a sandbox cannot be read");
     });
-    let adoption = Adoption {
+    Some(Adoption {
         sandbox_id: entry.adopt.id.clone(),
         config: config.ok()?,
         runtime_handler: entry.adopt.runtime_handler.clone(),
         adopted_at: entry.adopt.adopted_at,
-    };
-    Some((adoption, entry.branded))
+    })
 }
 
 /// The adoption that a record tells of.
@@ -241,21 +241,6 @@ fn noted(container: &Container) -> Option<Adoption> {
             None
         }
     }
-}
-
-/// The pause process of a sandbox.
-pub(super) async fn pause_process(containerd: &Containerd, id: &str) -> Result<Option<i32>, RecoveryError> {
-    let request = PodSandboxStatusRequest {
-        pod_sandbox_id: id.to_owned(),
-        verbose: true,
-    };
-    let status = limited("PodSandboxStatus", containerd.runtime().pod_sandbox_status(request)).await?;
-    let info = status
-        .info
-        .get("info")
-        .and_then(|info| serde_json::from_str::<Value>(info).ok());
-    let pid = info.and_then(|info| info.get("pid")?.as_i64());
-    Ok(pid.and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 0))
 }
 
 #[cfg(test)]
@@ -295,7 +280,12 @@ mod tests {
                 config: testing::pod(name).encode_to_vec(),
                 adopted_at: 7,
             };
-            ((*id).to_owned(), Entry { adopt, branded: false })
+            let entry = Entry {
+                adopt,
+                whole: true,
+                branded: false,
+            };
+            ((*id).to_owned(), entry)
         };
         Contents {
             adopted: adopted.iter().map(entry).collect(),
@@ -378,6 +368,32 @@ mod tests {
         let plan = plan(&found, &journal(&[("ours", "web")], &[]));
         assert_eq!(ids(&plan.dropped), ["ours"]);
         assert!(plan.kept.is_empty());
+    }
+
+    #[test]
+    fn adoptions_that_nobody_was_told_of_are_given_up() {
+        let mut journal = journal(&[("cut", "one"), ("occupied", "two")], &[]);
+        journal.adopted.values_mut().for_each(|entry| entry.whole = false);
+        let found = Found {
+            sandboxes: vec![sandbox("cut", "hull-1", true), sandbox("occupied", "hull-2", true)],
+            occupied: ["occupied".to_owned()].into(),
+            ..Default::default()
+        };
+        let plan = plan(&found, &journal);
+        assert_eq!(ids(&plan.dropped), ["cut"]);
+        assert_eq!(plan.kept.len(), 1);
+        assert_eq!(plan.kept[0].adoption.sandbox_id, "occupied");
+    }
+
+    #[test]
+    fn what_containerd_has_a_record_of_is_not_gone() {
+        let found = Found {
+            records: [("recorded".to_owned(), record("recorded", "web"))].into(),
+            ..Default::default()
+        };
+        let plan = plan(&found, &journal(&[("recorded", "web"), ("away", "old")], &[]));
+        assert_eq!(plan.gone, ["away"]);
+        assert!(found.has("recorded") && !found.has("away"));
     }
 
     #[test]

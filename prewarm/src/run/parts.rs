@@ -15,7 +15,7 @@ use crate::ledger::{Ledger, Mark};
 use crate::metrics::Metrics;
 use crate::metrics::defs::CallLabels;
 use crate::pool::{CniPermissions, HandlerPool, Pool, PoolOptions};
-use crate::relay::{Call, Limits, Relay, RelayOptions, Reply, Watch};
+use crate::relay::{Call, Failure, Limits, Relay, RelayOptions, Reply, Watch};
 use crate::requests::Requests;
 use crate::rules::events::EventOptions;
 use crate::rules::{CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
@@ -165,6 +165,10 @@ struct Adopting(Adopter);
 impl Sandboxes for Adopting {
     async fn run_pod_sandbox(&self, call: Call) -> Reply {
         self.0.run_pod_sandbox(call).await
+    }
+
+    async fn known(&self) -> Result<(), Failure> {
+        self.0.known().await
     }
 
     fn removed(&self, sandbox_id: &str) {

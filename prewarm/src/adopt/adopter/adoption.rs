@@ -116,10 +116,14 @@ impl Shared {
             return Err((Some(hull), AdoptionError::Journal(error)));
         }
         fault::point("journalled");
-        match self.patcher.patch(hull, identity).await {
-            (Some(hull), Ok(())) if hull.is_alive() => Ok(hull),
-            (hull, Ok(())) => Err((hull, AdoptionError::Died)),
-            (hull, Err(error)) => Err((hull, AdoptionError::Patch(error))),
+        let hull = match self.patcher.patch(hull, identity).await {
+            (Some(hull), Ok(())) if hull.is_alive() => hull,
+            (hull, Ok(())) => return Err((hull, AdoptionError::Died)),
+            (hull, Err(error)) => return Err((hull, AdoptionError::Patch(error))),
+        };
+        match self.journal.append(Record::Whole(hull.id.clone())) {
+            Ok(()) => Ok(hull),
+            Err(error) => Err((Some(hull), AdoptionError::Journal(error))),
         }
     }
 

@@ -6,18 +6,18 @@ use hullspeed_daemon::error::chain;
 use prost::Message as _;
 
 use super::{Adopter, Shared};
-use crate::adopt::hull::Hull;
 use crate::adopt::journal::{AdoptRecord, Record};
-use crate::adopt::patch::Identity;
-use crate::adopt::recovery::{Found, Kept, Plan, pause_process};
+use crate::adopt::recovery::{Found, Kept, Plan};
 use crate::adopt::{Recovered, RecoveryError};
 use crate::containerd::facts::Facts;
 use crate::ledger::Adoption;
 
 impl Adopter {
     /// Learns from containerd and the journal which sandboxes are hulls and which are pods'. For the start and after
-    /// every restart of containerd; until it succeeds nothing is adopted.
-    pub async fn recover(&self, facts: Arc<Facts>) -> Result<Recovered, RecoveryError> {
+    /// every restart of containerd. Nothing is adopted until it succeeds, and until the facts are known: without them
+    /// only what there is becomes known.
+    pub async fn recover(&self, facts: impl Into<Option<Arc<Facts>>>) -> Result<Recovered, RecoveryError> {
+        let facts = facts.into();
         let shared = &self.shared;
         let options = &shared.options;
         // No adoption is under way while this is held.
@@ -38,27 +38,31 @@ impl Adopter {
             .filter(|id| !found.has(id))
             .for_each(|id| options.ledger.forget(id));
         options.ledger.end_doubts();
+        // Before containerd's own names: those dropped may have had one of them.
+        for hull in &plan.dropped {
+            options.ledger.forget(&hull.id);
+            options.ledger.retire_hull(&hull.id);
+            shared.append(Record::Aborted(hull.id.clone()));
+        }
         for (name, id) in &plan.natives {
             options.ledger.add_native(name.clone(), id);
         }
         for hull in &plan.idle {
             options.ledger.add_hull(&hull.id);
         }
-        for hull in &plan.dropped {
-            options.ledger.forget(&hull.id);
-            options.ledger.retire_hull(&hull.id);
-            shared.append(Record::Aborted(hull.id.clone()));
-        }
-        let mut adopted = Vec::with_capacity(plan.kept.len());
-        for kept in plan.kept {
-            adopted.push(shared.keep(kept, &facts).await);
-        }
-        *gate = Some(facts);
+        let adopted = plan.kept.into_iter().map(|kept| shared.keep(kept)).collect();
+        *gate = facts;
+        shared.known.send_replace(true);
         Ok(Recovered {
             idle: plan.idle,
             adopted,
             dropped: plan.dropped,
         })
+    }
+
+    /// The facts, after a [`Self::recover`] that had none or where they changed without a restart of containerd.
+    pub async fn resume(&self, facts: Arc<Facts>) {
+        *self.shared.facts.write().await = Some(facts);
     }
 }
 
@@ -69,58 +73,23 @@ impl Shared {
         }
     }
 
-    /// The sandbox is the pod's again, as far as it was and then completely.
-    async fn keep(&self, kept: Kept, facts: &Facts) -> Arc<Adoption> {
-        let Kept {
-            adoption,
-            branded,
-            journalled,
-            ready,
-        } = kept;
-        let adoption = self.options.ledger.adopt(adoption);
+    /// The sandbox is the pod's again.
+    fn keep(&self, kept: Kept) -> Arc<Adoption> {
+        let adoption = self.options.ledger.adopt(kept.adoption);
         let id = &adoption.sandbox_id;
-        if !journalled {
+        if !kept.journalled {
             self.append(Record::Adopt(AdoptRecord {
                 id: id.clone(),
                 runtime_handler: adoption.runtime_handler.clone(),
                 config: adoption.config.encode_to_vec(),
                 adopted_at: adoption.adopted_at,
             }));
+            self.append(Record::Whole(id.clone()));
         }
-        if branded {
-            if !self.journal.is_branded(id) {
-                self.append(Record::Branded(id.clone()));
-            }
-            return adoption;
+        // We may have died between its two copies: only the journal knows of both.
+        if !self.journal.is_branded(id) {
+            self.rebrander.add(id);
         }
-        if ready {
-            self.patch_again(&adoption, facts).await;
-        }
-        self.rebrander.add(id);
         adoption
-    }
-
-    /// We may have died between the journal and the answer. What is written again is the same.
-    async fn patch_again(&self, adoption: &Adoption, facts: &Facts) {
-        let id = adoption.sandbox_id.as_str();
-        let pid = match pause_process(&self.options.containerd, id).await {
-            Ok(Some(pid)) => pid,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::warn!(sandbox_id = id, error = %chain(&error), "an adopted sandbox cannot be looked at");
-                return;
-            }
-        };
-        let hull = match Hull::open(id, &adoption.runtime_handler, pid, facts) {
-            Ok(hull) => hull,
-            Err(error) => {
-                tracing::warn!(sandbox_id = id, error = %chain(&error), "an adopted sandbox cannot be opened");
-                return;
-            }
-        };
-        let (_, done) = self.patcher.patch(hull, Identity::of(&adoption.config, facts)).await;
-        if let Err(error) = done {
-            tracing::warn!(sandbox_id = id, error = %chain(&error), "an adopted sandbox is not completely its pod's");
-        }
     }
 }
