@@ -14,7 +14,7 @@ use hullspeed_prewarm::containerd::facts::Facts;
 use hullspeed_prewarm::ledger::HULL_LABEL;
 use hullspeed_proto::containerd::services::sandbox::v1::StoreGetRequest;
 use hullspeed_proto::cri::v1::{DnsConfig, PodSandboxFilter};
-use hullspeed_tests::cri::Pod;
+use hullspeed_tests::cri::{Pod, container_config};
 use hullspeed_tests::process;
 use hullspeed_tests::release::Release;
 use prost::Message as _;
@@ -258,7 +258,9 @@ async fn a_new_life_finds_hulls_and_pods() {
         let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
         assert_eq!(found.adopted.len(), 1, "after a restart of containerd: {restart}");
         assert_eq!(found.adopted[0].adopted_at, adopted_at);
-        assert_eq!(found.idle.len(), 1);
+        assert!(found.idle.is_empty(), "it may have been handed out");
+        let dropped: Vec<_> = found.dropped.iter().map(|hull| &hull.id).collect();
+        assert_eq!(dropped, [&idle]);
     }
 
     // A hull with a container in it is nobody's to hand out.
@@ -282,6 +284,85 @@ async fn a_new_life_finds_hulls_and_pods() {
     node.life().adopter.shutdown().await;
     node.cri.remove_everything().await.unwrap();
     assert_eq!(node.addresses(), Vec::<String>::new());
+}
+
+/// Two records of one name keep containerd from starting.
+async fn of_two_sandboxes_one_remains(release: Release) {
+    let mut node = Node::new(release).await;
+    node.begin_life();
+    node.life().adopter.recover(node.facts.clone()).await.unwrap();
+    let hull = node.stock().await;
+    let pod = demanding(&node, "twice");
+    assert_eq!(node.run_pod(&pod).await.unwrap(), hull);
+    node.rebranded(&hull).await;
+    // By somebody who does not ask the relay.
+    let native = node.cri.run_sandbox(&pod).await.unwrap();
+    let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
+    assert!(found.adopted.is_empty() && found.dropped.len() == 1);
+    let end = Instant::now() + LIMIT;
+    while node.cri.sandboxes(PodSandboxFilter::default()).await.unwrap().len() > 1 {
+        assert!(Instant::now() < end, "the second one stays");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    node.life().adopter.shutdown().await;
+    node.restart_containerd().await;
+    let left = node.cri.sandboxes(PodSandboxFilter::default()).await.unwrap();
+    assert_eq!(left.iter().map(|one| &one.id).collect::<Vec<_>>(), [&native]);
+    node.cri.remove_everything().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_sandbox_of_a_name_goes() {
+    of_two_sandboxes_one_remains(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_sandbox_of_a_name_goes_on_containerd_2() {
+    of_two_sandboxes_one_remains(Release::Two).await;
+}
+
+/// What a privileged container can do to its network namespace's sysfs: how that is mounted, and whether it takes a write.
+async fn sysfs_of(node: &mut Node, pod: &Pod, id: &str) -> String {
+    let mut config = container_config("main", &node.image, &[]);
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    let container = node.cri.create_container_from(id, pod, config).await.unwrap();
+    node.cri.start_container(&container).await.unwrap();
+    let script =
+        "grep ' /sys sysfs ' /proc/mounts; echo written > /sys/class/net/eth0/ifalias; cat /sys/class/net/eth0/ifalias";
+    let said = node.cri.exec(&container, &["sh", "-c", script]).await.unwrap();
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&said.stdout),
+        String::from_utf8_lossy(&said.stderr)
+    )
+}
+
+async fn privileged_pods_write_to_sysfs(release: Release) {
+    let mut node = Node::new(release).await;
+    node.begin_life();
+    node.life().adopter.recover(node.facts.clone()).await.unwrap();
+    let hull = node.stock().await;
+    let pod = |name: &str| node.pod(name).security(|security| security.privileged = true);
+    let (ours, theirs) = (pod("ours"), pod("theirs"));
+    let id = node.run_pod(&ours).await.unwrap();
+    assert_eq!(id, hull);
+    let native = node.cri.run_sandbox(&theirs).await.unwrap();
+    let adopted = sysfs_of(&mut node, &ours, &id).await;
+    assert!(adopted.ends_with("written\n"), "{adopted}");
+    assert_eq!(adopted, sysfs_of(&mut node, &theirs, &native).await);
+    node.life().adopter.shutdown().await;
+    node.cri.remove_everything().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_pods_write_to_sysfs_on_containerd_1() {
+    privileged_pods_write_to_sysfs(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_pods_write_to_sysfs_on_containerd_2() {
+    privileged_pods_write_to_sysfs(Release::Two).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

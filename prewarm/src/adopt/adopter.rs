@@ -9,7 +9,7 @@ use prost::Message as _;
 use tokio::sync::{OwnedRwLockReadGuard, RwLock, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::eligibility::{self, Policy};
 use super::journal::{Journal, JournalError};
@@ -227,7 +227,16 @@ impl Adopter {
             Err(_) => "a request under way".to_owned(),
         };
         let text = format!("failed to reserve sandbox name {name:?}: name {name:?} is reserved for {holder:?}");
-        Err(Status::unknown(text))
+        Err(Status::new(self.name_taken_code().await, text))
+    }
+
+    /// The code with which this containerd refuses a name that is taken: 1.x says nothing of the kind of error.
+    async fn name_taken_code(&self) -> Code {
+        let facts = self.shared.facts.read().await;
+        match facts.as_ref() {
+            Some(facts) if !facts.version.trim_start_matches('v').starts_with("1.") => Code::FailedPrecondition,
+            _ => Code::Unknown,
+        }
     }
 
     /// The client has removed this sandbox and containerd has agreed.

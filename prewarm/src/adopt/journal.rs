@@ -9,6 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod codec;
@@ -137,12 +138,14 @@ struct Open {
 pub struct Journal {
     path: PathBuf,
     open: Mutex<Open>,
+    /// Whether adoptions may be missing in it.
+    lost: AtomicBool,
 }
 
 impl Journal {
     /// Opens the journal at `path`, or begins it; damage at its end is dropped with a warning.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
-        let contents = read(path)?;
+        let (contents, is_whole) = read(path)?;
         let (file, bytes) = rewrite(path, &contents)?;
         let open = Open {
             file,
@@ -154,7 +157,19 @@ impl Journal {
         Ok(Self {
             path: path.to_owned(),
             open: Mutex::new(open),
+            lost: AtomicBool::new(!is_whole),
         })
+    }
+
+    /// Whether there was no journal, or a damaged one: what it does not call a pod's may have been one's.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// What might have been missing in it is in it now.
+    pub fn completed(&self) {
+        self.lost.store(false, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
@@ -220,14 +235,15 @@ fn failed(path: &Path, what: &'static str) -> impl Fn(std::io::Error) -> Journal
     }
 }
 
-fn read(path: &Path) -> Result<Contents, JournalError> {
+/// What the file says, and whether that is all that was written.
+fn read(path: &Path) -> Result<(Contents, bool), JournalError> {
     let mut bytes = Vec::new();
     match File::open(path) {
         Ok(file) => file
             .take(MAX_BYTES)
             .read_to_end(&mut bytes)
             .map_err(failed(path, "read"))?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Contents::default()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((Contents::default(), false)),
         Err(error) => return Err(failed(path, "open")(error)),
     };
     let (records, damage) = codec::decode(&bytes);
@@ -237,7 +253,7 @@ fn read(path: &Path) -> Result<Contents, JournalError> {
     }
     let mut contents = Contents::default();
     records.into_iter().for_each(|record| contents.apply(record));
-    Ok(contents)
+    Ok((contents, damage.is_none() && !bytes.is_empty()))
 }
 
 /// Replaces the file by one with nothing but `contents`.

@@ -88,6 +88,12 @@ impl Found {
         self.records.contains_key(id) || self.sandboxes.iter().any(|sandbox| sandbox.id == id)
     }
 
+    /// The names of all sandboxes, as containerd knows them.
+    pub(super) fn names(&self) -> HashSet<String> {
+        let metadata = self.sandboxes.iter().filter_map(|sandbox| sandbox.metadata.as_ref());
+        metadata.map(sandbox_name).collect()
+    }
+
     /// Asks containerd.
     pub(super) async fn ask(containerd: &Containerd) -> Result<Self, RecoveryError> {
         let mut runtime = containerd.runtime();
@@ -127,6 +133,8 @@ pub(super) struct Plan {
     pub(super) kept: Vec<Kept>,
     pub(super) idle: Vec<IdleHull>,
     pub(super) dropped: Vec<IdleHull>,
+    /// Those of them whose records are pods', with names that others have.
+    pub(super) namesakes: Vec<String>,
     /// Names of other sandboxes, and their ids.
     pub(super) natives: Vec<(String, String)>,
     /// What the journal has and containerd has not.
@@ -157,6 +165,7 @@ impl Plan {
         };
         let record = found.records.get(&sandbox.id);
         let noted = record.and_then(noted);
+        let nobodys = journal.aborted.contains(&sandbox.id) || record.is_some_and(is_nobodys);
         let entry = journal.adopted.get(&sandbox.id);
         // Nobody has been told of an adoption that was not completed: the pod gets another sandbox.
         let told = |entry: &&Entry| entry.whole || noted.is_some() || found.occupied.contains(&sandbox.id);
@@ -169,7 +178,7 @@ impl Plan {
                 journalled: true,
                 ready,
             });
-        } else if let Some(adoption) = noted {
+        } else if let Some(adoption) = noted.filter(|_| !nobodys) {
             self.kept.push(Kept {
                 adoption,
                 branded: true,
@@ -177,9 +186,7 @@ impl Plan {
                 ready,
             });
         } else if mark.is_on(&sandbox.labels) {
-            let used = journal.aborted.contains(&sandbox.id)
-                || journal.adopted.contains_key(&sandbox.id)
-                || found.occupied.contains(&sandbox.id);
+            let used = nobodys || journal.adopted.contains_key(&sandbox.id) || found.occupied.contains(&sandbox.id);
             if used {
                 self.dropped.push(hull)
             } else {
@@ -190,18 +197,21 @@ impl Plan {
         }
     }
 
-    /// Made while we were not asked, a sandbox of containerd's may have the name of one whose record is not rewritten
-    /// yet. Two records of one name would keep containerd from starting, so ours goes.
+    /// Made while we were not asked, a sandbox of containerd's may have the name of one whose hull's name is all that
+    /// containerd knows until its next start. Two records of one name would keep it from starting, so ours goes.
     fn drop_namesakes(&mut self) {
         let names: HashSet<&String> = self.natives.iter().map(|(name, _)| name).collect();
         let mut kept = Vec::new();
         for one in std::mem::take(&mut self.kept) {
             let name = one.adoption.config.metadata.as_ref().map(sandbox_name);
-            if !one.branded && name.is_some_and(|name| names.contains(&name)) {
+            if name.is_some_and(|name| names.contains(&name)) {
                 tracing::error!(
                     sandbox_id = one.adoption.sandbox_id,
                     "another sandbox has the name of an adopted one"
                 );
+                if one.branded {
+                    self.namesakes.push(one.adoption.sandbox_id.clone());
+                }
                 self.dropped.push(IdleHull {
                     id: one.adoption.sandbox_id,
                     runtime_handler: one.adoption.runtime_handler,
@@ -229,9 +239,18 @@ pub(super) fn written(entry: &Entry) -> Option<Adoption> {
     })
 }
 
+/// Whether a record says that its sandbox was taken from its pod.
+fn is_nobodys(container: &Container) -> bool {
+    let note = container.extensions.get(ADOPTION_EXTENSION);
+    note.is_some_and(|note| record::is_nobodys(&note.value))
+}
+
 /// The adoption that a record tells of.
 fn noted(container: &Container) -> Option<Adoption> {
     let note = container.extensions.get(ADOPTION_EXTENSION)?;
+    if record::is_nobodys(&note.value) {
+        return None;
+    }
     let metadata = container.extensions.get(METADATA_EXTENSION)?;
     match record::adoption(&metadata.value, &note.value) {
         Ok(adoption) if adoption.sandbox_id == container.id => Some(adoption),
@@ -367,7 +386,30 @@ mod tests {
         };
         let plan = plan(&found, &journal(&[("ours", "web")], &[]));
         assert_eq!(ids(&plan.dropped), ["ours"]);
+        assert!(plan.kept.is_empty() && plan.namesakes.is_empty());
+        // With a record that is the pod's already, that is to be undone.
+        let branded = Found {
+            records: [("ours".to_owned(), record("ours", "web"))].into(),
+            ..found
+        };
+        let plan = super::tests::plan(&branded, &journal(&[("ours", "web")], &[]));
+        assert_eq!(ids(&plan.dropped), ["ours"]);
+        assert_eq!(plan.namesakes, ["ours"]);
         assert!(plan.kept.is_empty());
+    }
+
+    #[test]
+    fn what_was_taken_from_its_pod_stays_so() {
+        let found = || Found {
+            sandboxes: vec![sandbox("ours", "hull-1", true), sandbox("theirs", "web", false)],
+            records: [("ours".to_owned(), record("ours", "web"))].into(),
+            ..Default::default()
+        };
+        assert_eq!(ids(&plan(&found(), &journal(&[], &["ours"])).dropped), ["ours"]);
+        let mut undone = found();
+        let record = undone.records.get_mut("ours").unwrap();
+        record.extensions.get_mut(ADOPTION_EXTENSION).unwrap().value = b"null".to_vec();
+        assert_eq!(ids(&plan(&undone, &journal(&[], &[])).dropped), ["ours"]);
     }
 
     #[test]

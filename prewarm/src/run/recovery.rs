@@ -37,6 +37,7 @@ pub(super) async fn run(containerd: Containerd, adopter: Adopter, pool: Pool, st
     };
     tokio::select! {
         () = follow => {}
+        () = adopter.keep_books() => {}
         () = pool.run(stopping.clone()) => {}
     }
 }

@@ -47,6 +47,7 @@ impl AdoptionError {
         match self {
             Self::Journal(_) => "journal",
             Self::Patch(PatchError::Sysctl { .. } | PatchError::Unsafe { .. }) => "patch_sysctl",
+            Self::Patch(PatchError::Sysfs(_)) => "patch_sysfs",
             Self::Patch(_) => "patch",
             Self::Died => "died",
         }
@@ -54,7 +55,7 @@ impl AdoptionError {
 
     /// Whether the next hull would fare no better.
     fn is_ours(&self) -> bool {
-        !matches!(self.reason(), "patch_sysctl" | "died")
+        !matches!(self.reason(), "patch_sysctl" | "patch_sysfs" | "died")
     }
 }
 

@@ -58,6 +58,10 @@ fn what_was_appended_is_there_after_a_crash() {
     bytes.pop();
     std::fs::write(&path, bytes).unwrap();
     let again = Journal::open(&path).unwrap();
+    assert!(
+        again.is_lost() && journal.is_lost(),
+        "one was cut off, one was not there"
+    );
     let contents = again.contents();
     assert_eq!(contents, journal.contents());
     let states: Vec<_> = contents
@@ -69,7 +73,8 @@ fn what_was_appended_is_there_after_a_crash() {
     assert_eq!(contents.aborted, ["b"]);
     // What is appended after that is read, too.
     again.append(Record::Adopt(adopt("f"))).unwrap();
-    assert!(Journal::open(&path).unwrap().contents().adopted.contains_key("f"));
+    let whole = Journal::open(&path).unwrap();
+    assert!(whole.contents().adopted.contains_key("f") && !whole.is_lost());
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
 }
