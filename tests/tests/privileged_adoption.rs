@@ -484,6 +484,9 @@ async fn die_at(point: &str, node: &mut Node, pod: &Pod) -> (String, bool) {
 
 async fn killed_at_every_step(release: Release) {
     let mut node = Node::new(release).await;
+    // Without a journal of before, no hull of before would be one.
+    node.begin_life();
+    node.life().adopter.shutdown().await;
     for (index, point) in fault::POINTS.into_iter().enumerate() {
         let pod = demanding(&node, &format!("pod-{point}"));
         let (hull, answered) = die_at(point, &mut node, &pod).await;

@@ -227,13 +227,14 @@ impl Adopter {
             Err(_) => "a request under way".to_owned(),
         };
         let text = format!("failed to reserve sandbox name {name:?}: name {name:?} is reserved for {holder:?}");
-        Err(Status::new(self.name_taken_code().await, text))
+        Err(Status::new(self.name_taken_code(), text))
     }
 
     /// The code with which this containerd refuses a name that is taken: 1.x says nothing of the kind of error.
-    async fn name_taken_code(&self) -> Code {
-        let facts = self.shared.facts.read().await;
-        match facts.as_ref() {
+    fn name_taken_code(&self) -> Code {
+        // Unknown while containerd is asked: nobody waits for that here.
+        let facts = self.shared.facts.try_read().ok();
+        match facts.as_deref().and_then(Option::as_ref) {
             Some(facts) if !facts.version.trim_start_matches('v').starts_with("1.") => Code::FailedPrecondition,
             _ => Code::Unknown,
         }

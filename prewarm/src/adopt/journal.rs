@@ -188,6 +188,12 @@ impl Journal {
         self.lock().contents.adopted.get(id).is_some_and(|entry| entry.branded)
     }
 
+    /// Whether it knows that this adopted sandbox is its pod's completely.
+    #[must_use]
+    pub fn is_whole(&self, id: &str) -> bool {
+        self.lock().contents.adopted.get(id).is_some_and(|entry| entry.whole)
+    }
+
     /// Writes a record. When this returns, it outlives this process.
     pub fn append(&self, record: Record) -> Result<(), JournalError> {
         let mut encoded = Vec::new();

@@ -179,6 +179,9 @@ impl Shared {
                 config: adoption.config.encode_to_vec(),
                 adopted_at: adoption.adopted_at,
             }));
+        }
+        // One with containers in it is its pod's, whatever the journal knew; it stays so when they are gone.
+        if !self.journal.is_whole(id) {
             self.append(Record::Whole(id.clone()));
         }
         // We may have died between its two copies: only the journal knows of both.
