@@ -72,6 +72,23 @@ pub fn sandbox_name(metadata: &PodSandboxMetadata) -> String {
 /// Names of requests that containerd did not answer with a sandbox; the oldest are forgotten.
 const MAX_DOUBTFUL: usize = 1024;
 
+/// Names in doubt at one time.
+#[derive(Debug, Clone, Default)]
+pub struct Doubts(Vec<(String, u64)>);
+
+impl Doubts {
+    /// Without these names.
+    pub fn except(&mut self, names: &HashSet<String>) {
+        self.0.retain(|(name, _)| !names.contains(name));
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 /// Who has a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
@@ -92,7 +109,37 @@ struct State {
     retired_order: VecDeque<String>,
     adopted: HashMap<String, Arc<Adoption>>,
     names: HashMap<String, Holder>,
-    doubtful_order: VecDeque<String>,
+    /// When a name came into doubt, by a count of its own: the oldest are forgotten.
+    doubts: HashMap<String, u64>,
+    doubtful_order: VecDeque<(u64, String)>,
+    doubts_until_now: u64,
+}
+
+impl State {
+    /// Nobody knows whether containerd has a sandbox of this name.
+    fn doubt(&mut self, name: &str) {
+        self.names.insert(name.to_owned(), Holder::Doubtful);
+        self.doubts_until_now += 1;
+        let count = self.doubts_until_now;
+        self.doubts.insert(name.to_owned(), count);
+        self.doubtful_order.push_back((count, name.to_owned()));
+        while self.doubtful_order.len() > MAX_DOUBTFUL {
+            let Some((count, oldest)) = self.doubtful_order.pop_front() else {
+                break;
+            };
+            // A later doubt about the same name stands.
+            if self.doubts.get(&oldest) == Some(&count) {
+                self.end_doubt(&oldest);
+            }
+        }
+    }
+
+    fn end_doubt(&mut self, name: &str) {
+        self.doubts.remove(name);
+        if self.names.get(name) == Some(&Holder::Doubtful) {
+            self.names.remove(name);
+        }
+    }
 }
 
 /// The ledger. Cheap to clone; clones share their state.
@@ -229,11 +276,24 @@ impl Ledger {
         ids.collect()
     }
 
-    /// containerd has told of all its sandboxes: there are no doubts.
-    pub fn end_doubts(&self) {
+    /// The names that are in doubt, before containerd is asked for its sandboxes.
+    #[must_use]
+    pub fn doubts(&self) -> Doubts {
+        let state = self.state();
+        let doubtful = state.names.iter().filter(|(_, holder)| **holder == Holder::Doubtful);
+        let names = doubtful.filter_map(|(name, _)| Some((name.clone(), *state.doubts.get(name)?)));
+        Doubts(names.collect())
+    }
+
+    /// containerd has told of all its sandboxes, natives among them were added: these doubts are none any more, unless
+    /// the name was asked for again meanwhile.
+    pub fn end_doubts(&self, doubts: &Doubts) {
         let mut state = self.state();
-        state.doubtful_order.clear();
-        state.names.retain(|_, holder| *holder != Holder::Doubtful);
+        for (name, count) in &doubts.0 {
+            if state.doubts.get(name) == Some(count) && state.names.get(name) == Some(&Holder::Doubtful) {
+                state.end_doubt(name);
+            }
+        }
     }
 
     /// Takes a name for a request; given back when the reservation is dropped unsettled. A name that containerd has, or
@@ -297,17 +357,9 @@ impl Drop for Reservation {
             None => {
                 state.names.remove(&self.name);
             }
+            Some(Holder::Doubtful) => state.doubt(&self.name),
             Some(holder) => {
-                if holder == Holder::Doubtful {
-                    state.doubtful_order.push_back(self.name.clone());
-                }
                 state.names.insert(self.name.clone(), holder);
-            }
-        }
-        while state.doubtful_order.len() > MAX_DOUBTFUL {
-            let oldest = state.doubtful_order.pop_front().unwrap_or_default();
-            if state.names.get(&oldest) == Some(&Holder::Doubtful) {
-                state.names.remove(&oldest);
             }
         }
     }
@@ -399,7 +451,14 @@ mod tests {
         assert!(again.is_contested());
         drop(again);
         assert!(ledger.reserve("name").unwrap().is_contested());
-        ledger.end_doubts();
+        let doubts = ledger.doubts();
+        drop(ledger.reserve("name").map(|mut again| again.forwarded()));
+        ledger.end_doubts(&doubts);
+        assert!(
+            ledger.reserve("name").unwrap().is_contested(),
+            "asked for again meanwhile"
+        );
+        ledger.end_doubts(&ledger.doubts());
         assert!(
             !ledger.reserve("name").unwrap().is_contested(),
             "containerd has not got it"
@@ -409,5 +468,14 @@ mod tests {
             given_up(&other.to_string());
         }
         assert!(!ledger.reserve("name").unwrap().is_contested(), "doubts are bounded");
+        // Again and again the same one counts as its last.
+        given_up("again");
+        for _ in 0..3 {
+            drop(ledger.reserve("again").unwrap());
+        }
+        for other in 0..MAX_DOUBTFUL - 1 {
+            given_up(&format!("other-{other}"));
+        }
+        assert!(ledger.reserve("again").unwrap().is_contested());
     }
 }

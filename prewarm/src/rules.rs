@@ -43,6 +43,12 @@ pub trait Sandboxes: Send + Sync + 'static {
     /// Answers `RunPodSandbox`: from a hull, or from containerd.
     async fn run_pod_sandbox(&self, call: Call) -> Reply;
 
+    /// Waits, within a bound, until it is known which sandboxes are hulls and which are pods'. A call that shows
+    /// sandboxes or works on one fails rather than to hide a pod.
+    async fn known(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// A sandbox (adopted or not, full id) was removed: its identity goes and its name is free. Must not wait.
     fn removed(&self, sandbox_id: &str);
 }
@@ -107,6 +113,11 @@ impl Rules for CriRules {
     }
 
     async fn call(&self, call: Call) -> Reply {
+        if !matches!(call.method, Method::PullImage | Method::UpdateRuntimeConfig)
+            && let Err(failure) = self.options.sandboxes.known().await
+        {
+            return Reply::Failed(failure);
+        }
         let answered = match call.method {
             Method::RunPodSandbox => return self.options.sandboxes.run_pod_sandbox(call).await,
             Method::GetContainerEvents => return Reply::Stream(self.options.events.stream(call)),

@@ -1,8 +1,8 @@
 //! Builds the daemon's parts, serves, and takes them down in order.
 //!
 //! Start: root and state with their locks, the mark, the sockets (so that the kubelet waits and is not refused), then the
-//! relay. containerd may come later: until it has been asked which sandboxes are hulls and which are pods, every call
-//! is only passed on. Stop: the relay drains within a bound, then pool and adopter end; hulls stay for the next run.
+//! relay. containerd may come later: until it has been asked which sandboxes are hulls and which are pods, calls that
+//! show sandboxes or work on one wait, and then fail. Stop: the relay drains within a bound, then pool and adopter end; hulls stay for the next run.
 
 use std::io;
 use std::sync::Arc;

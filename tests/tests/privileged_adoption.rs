@@ -14,7 +14,7 @@ use hullspeed_prewarm::containerd::facts::Facts;
 use hullspeed_prewarm::ledger::HULL_LABEL;
 use hullspeed_proto::containerd::services::sandbox::v1::StoreGetRequest;
 use hullspeed_proto::cri::v1::{DnsConfig, PodSandboxFilter};
-use hullspeed_tests::cri::Pod;
+use hullspeed_tests::cri::{Pod, container_config};
 use hullspeed_tests::process;
 use hullspeed_tests::release::Release;
 use prost::Message as _;
@@ -223,11 +223,15 @@ async fn a_new_life_finds_hulls_and_pods() {
     node.life().adopter.shutdown().await;
     node.containerd.start_again(&node.run).await.unwrap();
     node.cri = node.containerd.cri().await.unwrap();
-    // As if the relay had died before the files were written.
+    // The pod's own from now on: what it writes there stays.
     let hostname = node.facts.root.join("sandboxes").join(&first).join("hostname");
-    std::fs::write(&hostname, "half-way\n").unwrap();
+    std::fs::write(&hostname, "its own\n").unwrap();
 
     node.begin_life();
+    assert!(
+        node.life().ledger.adoption(&first).is_some(),
+        "the journal tells, at once"
+    );
     let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
     assert_eq!(
         found.idle.iter().map(|hull| hull.id.as_str()).collect::<Vec<_>>(),
@@ -237,7 +241,7 @@ async fn a_new_life_finds_hulls_and_pods() {
     assert_eq!(found.adopted.len(), 1);
     assert_eq!(found.adopted[0].adopted_at, adopted_at);
     assert_eq!(found.adopted[0].config, *pod.config());
-    assert_eq!(std::fs::read_to_string(&hostname).unwrap(), "adopted-pod\n");
+    assert_eq!(std::fs::read_to_string(&hostname).unwrap(), "its own\n");
     node.rebranded(&first).await;
     let refused = node.run_pod(&pod).await.unwrap_err();
     let text = format!("name \"adopted-pod_hullspeed_adopted-pod_0\" is reserved for \"{first}\"");
@@ -254,7 +258,9 @@ async fn a_new_life_finds_hulls_and_pods() {
         let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
         assert_eq!(found.adopted.len(), 1, "after a restart of containerd: {restart}");
         assert_eq!(found.adopted[0].adopted_at, adopted_at);
-        assert_eq!(found.idle.len(), 1);
+        assert!(found.idle.is_empty(), "it may have been handed out");
+        let dropped: Vec<_> = found.dropped.iter().map(|hull| &hull.id).collect();
+        assert_eq!(dropped, [&idle]);
     }
 
     // A hull with a container in it is nobody's to hand out.
@@ -278,6 +284,85 @@ async fn a_new_life_finds_hulls_and_pods() {
     node.life().adopter.shutdown().await;
     node.cri.remove_everything().await.unwrap();
     assert_eq!(node.addresses(), Vec::<String>::new());
+}
+
+/// Two records of one name keep containerd from starting.
+async fn of_two_sandboxes_one_remains(release: Release) {
+    let mut node = Node::new(release).await;
+    node.begin_life();
+    node.life().adopter.recover(node.facts.clone()).await.unwrap();
+    let hull = node.stock().await;
+    let pod = demanding(&node, "twice");
+    assert_eq!(node.run_pod(&pod).await.unwrap(), hull);
+    node.rebranded(&hull).await;
+    // By somebody who does not ask the relay.
+    let native = node.cri.run_sandbox(&pod).await.unwrap();
+    let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
+    assert!(found.adopted.is_empty() && found.dropped.len() == 1);
+    let end = Instant::now() + LIMIT;
+    while node.cri.sandboxes(PodSandboxFilter::default()).await.unwrap().len() > 1 {
+        assert!(Instant::now() < end, "the second one stays");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    node.life().adopter.shutdown().await;
+    node.restart_containerd().await;
+    let left = node.cri.sandboxes(PodSandboxFilter::default()).await.unwrap();
+    assert_eq!(left.iter().map(|one| &one.id).collect::<Vec<_>>(), [&native]);
+    node.cri.remove_everything().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_sandbox_of_a_name_goes() {
+    of_two_sandboxes_one_remains(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_sandbox_of_a_name_goes_on_containerd_2() {
+    of_two_sandboxes_one_remains(Release::Two).await;
+}
+
+/// What a privileged container can do to its network namespace's sysfs: how that is mounted, and whether it takes a write.
+async fn sysfs_of(node: &mut Node, pod: &Pod, id: &str) -> String {
+    let mut config = container_config("main", &node.image, &[]);
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    let container = node.cri.create_container_from(id, pod, config).await.unwrap();
+    node.cri.start_container(&container).await.unwrap();
+    let info = node.cri.container(&container).await.unwrap().info;
+    let info: Value = serde_json::from_str(&info["info"]).unwrap();
+    let pid = info["pid"].as_i64().unwrap();
+    let mounts = std::fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
+    let of_sysfs: Vec<_> = mounts.lines().filter(|line| line.starts_with("sysfs /sys ")).collect();
+    let alias = format!("/proc/{pid}/root/sys/class/net/eth0/ifalias");
+    std::fs::write(&alias, "written\n").unwrap();
+    format!("{of_sysfs:?} {}", std::fs::read_to_string(&alias).unwrap())
+}
+
+async fn privileged_pods_write_to_sysfs(release: Release) {
+    let mut node = Node::new(release).await;
+    node.begin_life();
+    node.life().adopter.recover(node.facts.clone()).await.unwrap();
+    let hull = node.stock().await;
+    let pod = |name: &str| node.pod(name).security(|security| security.privileged = true);
+    let (ours, theirs) = (pod("ours"), pod("theirs"));
+    let id = node.run_pod(&ours).await.unwrap();
+    assert_eq!(id, hull);
+    let native = node.cri.run_sandbox(&theirs).await.unwrap();
+    let adopted = sysfs_of(&mut node, &ours, &id).await;
+    assert!(adopted.ends_with("written\n"), "{adopted}");
+    assert_eq!(adopted, sysfs_of(&mut node, &theirs, &native).await);
+    node.life().adopter.shutdown().await;
+    node.cri.remove_everything().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_pods_write_to_sysfs_on_containerd_1() {
+    privileged_pods_write_to_sysfs(Release::One).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_pods_write_to_sysfs_on_containerd_2() {
+    privileged_pods_write_to_sysfs(Release::Two).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -399,20 +484,32 @@ async fn die_at(point: &str, node: &mut Node, pod: &Pod) -> (String, bool) {
 
 async fn killed_at_every_step(release: Release) {
     let mut node = Node::new(release).await;
+    // Without a journal of before, no hull of before would be one.
+    node.begin_life();
+    node.life().adopter.shutdown().await;
     for (index, point) in fault::POINTS.into_iter().enumerate() {
         let pod = demanding(&node, &format!("pod-{point}"));
         let (hull, answered) = die_at(point, &mut node, &pod).await;
         assert!(!answered || index >= 6, "an answer before {point}");
         node.begin_life();
         let found = node.life().adopter.recover(node.facts.clone()).await.unwrap();
-        assert!(found.dropped.is_empty());
-        if point == "taken" {
-            assert_eq!(found.idle.iter().map(|idle| &idle.id).collect::<Vec<_>>(), [&hull]);
+        if index < 5 {
+            // Nobody was told: the hull is as it was, or nobody's.
+            let of = if point == "taken" { &found.idle } else { &found.dropped };
+            assert_eq!(
+                of.iter().map(|hull| &hull.id).collect::<Vec<_>>(),
+                [&hull],
+                "after {point}"
+            );
+            assert_eq!(found.idle.len() + found.dropped.len(), 1, "after {point}");
+            let native = node.run_pod(&pod).await.unwrap();
+            assert_ne!(native, hull);
             node.life().adopter.shutdown().await;
             node.cri.remove_sandbox(&hull).await.unwrap();
+            node.cri.remove_sandbox(&native).await.unwrap();
             continue;
         }
-        assert!(found.idle.is_empty(), "after {point}");
+        assert!(found.idle.is_empty() && found.dropped.is_empty(), "after {point}");
         let adoption = found
             .adopted
             .iter()
@@ -433,7 +530,7 @@ async fn killed_at_every_step(release: Release) {
     let listed = node.cri.sandboxes(PodSandboxFilter::default()).await.unwrap();
     let mut names: Vec<_> = listed.into_iter().map(|one| one.metadata.unwrap().name).collect();
     names.sort();
-    let mut expected: Vec<_> = fault::POINTS[1..].iter().map(|point| format!("pod-{point}")).collect();
+    let mut expected: Vec<_> = fault::POINTS[5..].iter().map(|point| format!("pod-{point}")).collect();
     expected.sort();
     assert_eq!(names, expected);
     node.cri.remove_everything().await.unwrap();

@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use hullspeed_proto::cri::v1::{PodSandboxConfig, RunPodSandboxRequest};
 use prost::Message as _;
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, oneshot};
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::eligibility::{self, Policy};
 use super::journal::{Journal, JournalError};
 use super::patch::{PatchError, Patcher};
 use super::rebrand::{Rebrander, Unbranded};
-use super::{HullSource, Observer, Outcome, schema};
+use super::{HullSource, Observer, Outcome, recovery, schema};
 use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
 use crate::ledger::{Holder, Ledger, Reservation, sandbox_name};
-use crate::relay::{Api, Call, Reply};
+use crate::relay::{Api, Call, Failure, Reply};
 use crate::rules::Events;
 
 mod adoption;
@@ -33,6 +33,9 @@ pub const JOURNAL: &str = "journal";
 
 /// After a failure that is not the pod's doing, hulls are left alone for so long: each attempt costs one.
 const PAUSE: Duration = Duration::from_secs(10);
+
+/// How long a call waits for containerd to have been asked what its sandboxes are.
+const KNOWN_LIMIT: Duration = Duration::from_secs(5);
 
 /// What an [`Adopter`] works with.
 pub struct Options {
@@ -69,6 +72,8 @@ struct Shared {
     journal: Arc<Journal>,
     patcher: Patcher,
     rebrander: Rebrander,
+    /// Whether containerd has been asked, once, which sandboxes it has. Until then what is a hull is not known.
+    known: watch::Sender<bool>,
     /// Adoptions hold it for reading. None until containerd's state is known.
     facts: Arc<RwLock<Option<Arc<Facts>>>>,
     paused_until: Mutex<Option<Instant>>,
@@ -89,7 +94,7 @@ type Passed = (Outcome, &'static str);
 type Gate = OwnedRwLockReadGuard<Option<Arc<Facts>>>;
 
 impl Adopter {
-    /// An adopter that passes everything on until [`Self::recover`] has told it the facts.
+    /// An adopter that knows what the journal tells, and passes every RunPodSandbox on until [`Self::recover`] has told it the facts.
     ///
     /// Call it within a tokio runtime.
     pub fn new(options: Options) -> Result<Self, AdopterError> {
@@ -104,11 +109,18 @@ impl Adopter {
         );
         let stopping = CancellationToken::new();
         let work = tokio::spawn(rebrander.clone().run(stopping.clone()));
+        // Whoever asks before containerd has been asked is told of these at least.
+        for entry in journal.contents().adopted.values().filter(|entry| entry.whole) {
+            if let Some(adoption) = recovery::written(entry) {
+                options.ledger.adopt(adoption);
+            }
+        }
         let shared = Shared {
             options,
             journal,
             patcher,
             rebrander,
+            known: watch::Sender::new(false),
             facts: Arc::default(),
             paused_until: Mutex::new(None),
             stopping,
@@ -215,7 +227,17 @@ impl Adopter {
             Err(_) => "a request under way".to_owned(),
         };
         let text = format!("failed to reserve sandbox name {name:?}: name {name:?} is reserved for {holder:?}");
-        Err(Status::unknown(text))
+        Err(Status::new(self.name_taken_code(), text))
+    }
+
+    /// The code with which this containerd refuses a name that is taken: 1.x says nothing of the kind of error.
+    fn name_taken_code(&self) -> Code {
+        // Unknown while containerd is asked: nobody waits for that here.
+        let facts = self.shared.facts.try_read().ok();
+        match facts.as_deref().and_then(Option::as_ref) {
+            Some(facts) if !facts.version.trim_start_matches('v').starts_with("1.") => Code::FailedPrecondition,
+            _ => Code::Unknown,
+        }
     }
 
     /// The client has removed this sandbox and containerd has agreed.
@@ -231,6 +253,22 @@ impl Adopter {
     #[must_use]
     pub fn unbranded(&self) -> Unbranded {
         self.shared.rebrander.unbranded()
+    }
+
+    /// Waits for the first [`Self::recover`] that succeeds, within a bound. Before that a pod could be taken for a hull
+    /// and hidden, and its kubelet would make a second sandbox of its name: no answer is better than that one.
+    pub async fn known(&self) -> Result<(), Failure> {
+        let mut known = self.shared.known.subscribe();
+        if *known.borrow_and_update() {
+            return Ok(());
+        }
+        match tokio::time::timeout(KNOWN_LIMIT, known.wait_for(|known| *known)).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => {
+                let text = "hullspeed-prewarm has not learnt from containerd yet which sandboxes are pods'";
+                Err(Status::unavailable(text).into())
+            }
+        }
     }
 
     /// containerd is away, or its facts are in doubt: nothing is adopted until [`Self::recover`] succeeds. Waits for
@@ -277,6 +315,10 @@ impl Adopter {
 impl crate::rules::Sandboxes for Adopter {
     async fn run_pod_sandbox(&self, call: Call) -> Reply {
         Self::run_pod_sandbox(self, call).await
+    }
+
+    async fn known(&self) -> Result<(), Failure> {
+        Self::known(self).await
     }
 
     fn removed(&self, sandbox_id: &str) {

@@ -9,6 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod codec;
@@ -54,7 +55,9 @@ pub enum JournalError {
 pub struct Entry {
     /// What was adopted as what.
     pub adopt: AdoptRecord,
-    /// Whether containerd's record says so, too, which also means that the hull was made the pod's completely.
+    /// Whether the hull was made the pod's completely. Before that nobody was told of it.
+    pub whole: bool,
+    /// Whether containerd's record says so, too.
     pub branded: bool,
 }
 
@@ -73,7 +76,11 @@ impl Contents {
             Record::Adopt(adopt) => {
                 let id = adopt.id.clone();
                 self.aborted.retain(|aborted| *aborted != id);
-                let entry = Entry { adopt, branded: false };
+                let entry = Entry {
+                    adopt,
+                    whole: false,
+                    branded: false,
+                };
                 self.adopted.insert(id, entry);
             }
             Record::Aborted(id) => {
@@ -85,9 +92,14 @@ impl Contents {
                     self.aborted.pop_front();
                 }
             }
+            Record::Whole(id) => {
+                if let Some(entry) = self.adopted.get_mut(&id) {
+                    entry.whole = true;
+                }
+            }
             Record::Branded(id) => {
                 if let Some(entry) = self.adopted.get_mut(&id) {
-                    entry.branded = true;
+                    (entry.whole, entry.branded) = (true, true);
                 }
             }
             Record::Forgotten(id) => {
@@ -99,8 +111,13 @@ impl Contents {
 
     fn records(&self) -> impl Iterator<Item = Record> {
         let adopted = self.adopted.values().flat_map(|entry| {
-            let branded = entry.branded.then(|| Record::Branded(entry.adopt.id.clone()));
-            std::iter::once(Record::Adopt(entry.adopt.clone())).chain(branded)
+            let id = &entry.adopt.id;
+            let state = match (entry.whole, entry.branded) {
+                (_, true) => Some(Record::Branded(id.clone())),
+                (true, false) => Some(Record::Whole(id.clone())),
+                (false, false) => None,
+            };
+            std::iter::once(Record::Adopt(entry.adopt.clone())).chain(state)
         });
         adopted.chain(self.aborted.iter().cloned().map(Record::Aborted))
     }
@@ -121,12 +138,14 @@ struct Open {
 pub struct Journal {
     path: PathBuf,
     open: Mutex<Open>,
+    /// Whether adoptions may be missing in it.
+    lost: AtomicBool,
 }
 
 impl Journal {
     /// Opens the journal at `path`, or begins it; damage at its end is dropped with a warning.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
-        let contents = read(path)?;
+        let (contents, is_whole) = read(path)?;
         let (file, bytes) = rewrite(path, &contents)?;
         let open = Open {
             file,
@@ -138,7 +157,19 @@ impl Journal {
         Ok(Self {
             path: path.to_owned(),
             open: Mutex::new(open),
+            lost: AtomicBool::new(!is_whole),
         })
+    }
+
+    /// Whether there was no journal, or a damaged one: what it does not call a pod's may have been one's.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// What might have been missing in it is in it now.
+    pub fn completed(&self) {
+        self.lost.store(false, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
@@ -155,6 +186,12 @@ impl Journal {
     #[must_use]
     pub fn is_branded(&self, id: &str) -> bool {
         self.lock().contents.adopted.get(id).is_some_and(|entry| entry.branded)
+    }
+
+    /// Whether it knows that this adopted sandbox is its pod's completely.
+    #[must_use]
+    pub fn is_whole(&self, id: &str) -> bool {
+        self.lock().contents.adopted.get(id).is_some_and(|entry| entry.whole)
     }
 
     /// Writes a record. When this returns, it outlives this process.
@@ -204,14 +241,15 @@ fn failed(path: &Path, what: &'static str) -> impl Fn(std::io::Error) -> Journal
     }
 }
 
-fn read(path: &Path) -> Result<Contents, JournalError> {
+/// What the file says, and whether that is all that was written.
+fn read(path: &Path) -> Result<(Contents, bool), JournalError> {
     let mut bytes = Vec::new();
     match File::open(path) {
         Ok(file) => file
             .take(MAX_BYTES)
             .read_to_end(&mut bytes)
             .map_err(failed(path, "read"))?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Contents::default()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((Contents::default(), false)),
         Err(error) => return Err(failed(path, "open")(error)),
     };
     let (records, damage) = codec::decode(&bytes);
@@ -221,7 +259,7 @@ fn read(path: &Path) -> Result<Contents, JournalError> {
     }
     let mut contents = Contents::default();
     records.into_iter().for_each(|record| contents.apply(record));
-    Ok(contents)
+    Ok((contents, damage.is_none() && !bytes.is_empty()))
 }
 
 /// Replaces the file by one with nothing but `contents`.

@@ -78,6 +78,9 @@ pub enum PatchError {
         #[source]
         source: std::io::Error,
     },
+    /// What a privileged pod may write to stays read-only.
+    #[error("cannot make sysfs writable")]
+    Sysfs(#[source] rustix::io::Errno),
     /// A sysctl that is not a pod's.
     #[error("sysctl {name} is not one of a pod's own")]
     Unsafe {

@@ -17,8 +17,9 @@ use std::time::Duration;
 use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{GetContainerRequest, UpdateContainerRequest};
 use hullspeed_proto::containerd::services::sandbox::v1::{StoreGetRequest, StoreUpdateRequest};
+use hullspeed_proto::cri::v1::{PodSandboxConfig, PodSandboxMetadata};
 use prost_types::{Any, FieldMask};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, RwLock};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -26,7 +27,7 @@ use tonic::Code;
 use super::journal::{Journal, Record};
 use super::{Observer, fault};
 use crate::containerd::{CallError, Containerd, limited};
-use crate::ledger::{Adoption, Ledger, sandbox_name};
+use crate::ledger::{Adoption, HULL_LABEL, Ledger, sandbox_name};
 
 pub mod record;
 
@@ -66,6 +67,9 @@ pub enum RebrandError {
     /// A call failed.
     #[error(transparent)]
     Call(#[from] CallError),
+    /// The pod has lost the sandbox meanwhile.
+    #[error("the sandbox is its pod's no more")]
+    Lost,
     /// The record is not such as we know.
     #[error("the record in {service} is not as expected")]
     Record {
@@ -81,7 +85,7 @@ impl RebrandError {
     fn code(&self) -> Option<Code> {
         match self {
             Self::Call(error) => Some(error.source.code()),
-            Self::Record { .. } => None,
+            Self::Lost | Self::Record { .. } => None,
         }
     }
 
@@ -128,6 +132,8 @@ struct Shared {
     observer: Arc<dyn Observer>,
     waiting: Mutex<Waiting>,
     more: Notify,
+    /// Held for reading while a record becomes a pod's, for writing while one is taken from its pod.
+    writing: RwLock<()>,
 }
 
 /// Rewrites records in the background. Cheap to clone.
@@ -147,6 +153,7 @@ impl Rebrander {
             observer,
             waiting: Mutex::default(),
             more: Notify::new(),
+            writing: RwLock::new(()),
         };
         Self {
             shared: Arc::new(shared),
@@ -218,8 +225,9 @@ impl Rebrander {
             let Some(adoption) = self.shared.ledger.adoption(id) else {
                 break GONE;
             };
-            match rebrand(&self.shared.containerd, &adoption).await {
+            match self.rebrand(&adoption).await {
                 Ok(()) => break self.done(id),
+                Err(RebrandError::Lost) => break GONE,
                 Err(error) if error.code() == Some(Code::NotFound) => break GONE,
                 Err(error) => {
                     refusals += u32::from(!error.is_absence());
@@ -244,20 +252,73 @@ impl Rebrander {
         fault::point("rebranded");
         DONE
     }
-}
 
-/// Makes both copies of the record the pod's.
-pub(super) async fn rebrand(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
-    rebrand_container(containerd, adoption).await?;
-    fault::point("rebranding");
-    match rebrand_store(containerd, adoption).await {
-        // containerd 1.6 has no such service, and sandboxes older than 2.0 are not in it.
-        Err(error) if matches!(error.code(), Some(Code::Unimplemented | Code::NotFound)) => Ok(()),
-        other => other,
+    /// Makes both copies of the record the pod's.
+    async fn rebrand(&self, adoption: &Adoption) -> Result<(), RebrandError> {
+        let containerd = &self.shared.containerd;
+        let request = container_update(containerd, adoption, record::note(adoption)).await?;
+        self.while_adopted(adoption, update_container(containerd, request))
+            .await?;
+        fault::point("rebranding");
+        if let Some(request) = store_update(containerd, adoption).await? {
+            self.while_adopted(adoption, update_store(containerd, request)).await?;
+        }
+        Ok(())
+    }
+
+    /// Looked at just before the write: a sandbox that was taken from its pod must not get the pod's name again.
+    async fn while_adopted(
+        &self,
+        adoption: &Adoption,
+        update: impl Future<Output = Result<(), RebrandError>>,
+    ) -> Result<(), RebrandError> {
+        let _writing = self.shared.writing.read().await;
+        if self.shared.ledger.adoption(&adoption.sandbox_id).is_none() {
+            return Err(RebrandError::Lost);
+        }
+        update.await
+    }
+
+    /// Gives the record of a sandbox, which the ledger does not call adopted any more, a name that no pod has, and the
+    /// mark: two records of one name keep containerd from starting, and what is marked is removed.
+    pub(super) async fn disown(&self, sandbox_id: &str) -> Result<(), RebrandError> {
+        let _alone = self.shared.writing.write().await;
+        let containerd = &self.shared.containerd;
+        let nobody = nobodys(sandbox_id, self.shared.ledger.mark().value());
+        let request = container_update(containerd, &nobody, record::NOTE_OF_NOBODY.to_vec()).await?;
+        update_container(containerd, request).await?;
+        match store_update(containerd, &nobody).await? {
+            Some(request) => update_store(containerd, request).await,
+            None => Ok(()),
+        }
     }
 }
 
-async fn rebrand_container(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
+/// A sandbox that is nobody's.
+fn nobodys(sandbox_id: &str, mark: &str) -> Adoption {
+    let metadata = PodSandboxMetadata {
+        name: format!("dropped-{sandbox_id}"),
+        uid: sandbox_id.to_owned(),
+        namespace: "hullspeed".into(),
+        attempt: 0,
+    };
+    Adoption {
+        sandbox_id: sandbox_id.to_owned(),
+        config: PodSandboxConfig {
+            metadata: Some(metadata),
+            labels: [(HULL_LABEL.to_owned(), mark.to_owned())].into(),
+            ..Default::default()
+        },
+        runtime_handler: String::new(),
+        adopted_at: 0,
+    }
+}
+
+async fn container_update(
+    containerd: &Containerd,
+    adoption: &Adoption,
+    note: Vec<u8>,
+) -> Result<UpdateContainerRequest, RebrandError> {
     const SERVICE: &str = "containers.v1";
     let failed = |source| RebrandError::Record {
         service: SERVICE,
@@ -274,7 +335,7 @@ async fn rebrand_container(containerd: &Containerd, adoption: &Adoption) -> Resu
     extension.value = edited.json;
     let note = Any {
         type_url: ADOPTION_EXTENSION.into(),
-        value: record::note(adoption),
+        value: note,
     };
     container.extensions.insert(ADOPTION_EXTENSION.into(), note);
     let paths = vec![
@@ -282,15 +343,22 @@ async fn rebrand_container(containerd: &Containerd, adoption: &Adoption) -> Resu
         format!("extensions.{METADATA_EXTENSION}"),
         format!("extensions.{ADOPTION_EXTENSION}"),
     ];
-    let request = UpdateContainerRequest {
+    Ok(UpdateContainerRequest {
         container: Some(container),
         update_mask: Some(FieldMask { paths }),
-    };
-    limited("Containers.Update", client.update(request)).await?;
+    })
+}
+
+async fn update_container(containerd: &Containerd, request: UpdateContainerRequest) -> Result<(), RebrandError> {
+    limited("Containers.Update", containerd.containers().update(request)).await?;
     Ok(())
 }
 
-async fn rebrand_store(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
+/// None where there is no second copy.
+async fn store_update(
+    containerd: &Containerd,
+    adoption: &Adoption,
+) -> Result<Option<StoreUpdateRequest>, RebrandError> {
     const SERVICE: &str = "sandbox.v1";
     let failed = |source| RebrandError::Record {
         service: SERVICE,
@@ -298,11 +366,15 @@ async fn rebrand_store(containerd: &Containerd, adoption: &Adoption) -> Result<(
     };
     let mut client = containerd.sandboxes();
     let sandbox_id = adoption.sandbox_id.clone();
-    let found = limited("Store.Get", client.get(StoreGetRequest { sandbox_id })).await?;
+    let found = match limited("Store.Get", client.get(StoreGetRequest { sandbox_id })).await {
+        // containerd 1.6 has no such service, and sandboxes older than 2.0 are not in it.
+        Err(error) if matches!(error.source.code(), Code::Unimplemented | Code::NotFound) => return Ok(None),
+        other => other?,
+    };
     let mut sandbox = found.sandbox.ok_or(RecordError::Missing).map_err(failed)?;
     let Some(extension) = sandbox.extensions.get_mut(STORE_EXTENSION) else {
         // 1.7 keeps sandboxes of other controllers here.
-        return Ok(());
+        return Ok(None);
     };
     extension.value = record::edit(&extension.value, adoption).map_err(failed)?.json;
     let mut fields = vec![format!("extensions.{STORE_EXTENSION}")];
@@ -312,12 +384,18 @@ async fn rebrand_store(containerd: &Containerd, adoption: &Adoption) -> Result<(
     }
     // containerd reads the runtime of any update, there or not.
     sandbox.runtime.get_or_insert_default();
-    let request = StoreUpdateRequest {
+    Ok(Some(StoreUpdateRequest {
         sandbox: Some(sandbox),
         fields,
-    };
-    limited("Store.Update", client.update(request)).await?;
-    Ok(())
+    }))
+}
+
+async fn update_store(containerd: &Containerd, request: StoreUpdateRequest) -> Result<(), RebrandError> {
+    match limited("Store.Update", containerd.sandboxes().update(request)).await {
+        Err(error) if error.source.code() == Code::NotFound => Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(_) => Ok(()),
+    }
 }
 
 #[cfg(test)]

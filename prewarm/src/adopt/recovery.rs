@@ -10,10 +10,8 @@ use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{Container, ListContainersRequest as ListRecordsRequest};
 use hullspeed_proto::cri::v1::{
     ListContainersRequest, ListPodSandboxRequest, PodSandbox, PodSandboxConfig, PodSandboxState,
-    PodSandboxStatusRequest,
 };
 use prost::Message as _;
-use serde_json::Value;
 
 use super::journal::{Contents, Entry};
 use super::rebrand::record::{self, KIND_LABEL, KIND_SANDBOX};
@@ -61,9 +59,15 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Whether containerd has this sandbox.
+    /// Whether containerd has this sandbox, or a record of it, which may be a sandbox after its next start.
     pub(super) fn has(&self, id: &str) -> bool {
-        self.sandboxes.iter().any(|sandbox| sandbox.id == id)
+        self.records.contains_key(id) || self.sandboxes.iter().any(|sandbox| sandbox.id == id)
+    }
+
+    /// The names of all sandboxes, as containerd knows them.
+    pub(super) fn names(&self) -> HashSet<String> {
+        let metadata = self.sandboxes.iter().filter_map(|sandbox| sandbox.metadata.as_ref());
+        metadata.map(sandbox_name).collect()
     }
 
     /// Asks containerd.
@@ -96,8 +100,7 @@ pub(super) struct Kept {
     pub(super) branded: bool,
     /// Whether the journal has it.
     pub(super) journalled: bool,
-    /// Whether it runs.
-    pub(super) ready: bool,
+    ready: bool,
 }
 
 /// What is to be done about what there is.
@@ -106,6 +109,8 @@ pub(super) struct Plan {
     pub(super) kept: Vec<Kept>,
     pub(super) idle: Vec<IdleHull>,
     pub(super) dropped: Vec<IdleHull>,
+    /// Those of them whose records are pods', with names that others have.
+    pub(super) namesakes: Vec<String>,
     /// Names of other sandboxes, and their ids.
     pub(super) natives: Vec<(String, String)>,
     /// What the journal has and containerd has not.
@@ -119,9 +124,10 @@ impl Plan {
         for sandbox in &found.sandboxes {
             plan.classify(sandbox, found, journal, mark);
         }
-        let present: HashSet<&str> = found.sandboxes.iter().map(|sandbox| sandbox.id.as_str()).collect();
+        let listed = found.sandboxes.iter().map(|sandbox| &sandbox.id);
+        let present: HashSet<&String> = listed.chain(found.records.keys()).collect();
         let known = journal.adopted.keys().chain(&journal.aborted);
-        plan.gone = known.filter(|id| !present.contains(id.as_str())).cloned().collect();
+        plan.gone = known.filter(|id| !present.contains(id)).cloned().collect();
         plan.drop_namesakes();
         plan
     }
@@ -135,16 +141,20 @@ impl Plan {
         };
         let record = found.records.get(&sandbox.id);
         let noted = record.and_then(noted);
-        let journalled = journal.adopted.get(&sandbox.id).and_then(written);
-        if let Some((adoption, branded)) = journalled {
-            let branded = branded || noted.is_some();
+        let nobodys = journal.aborted.contains(&sandbox.id) || record.is_some_and(is_nobodys);
+        let entry = journal.adopted.get(&sandbox.id);
+        // Nobody has been told of an adoption that was not completed: the pod gets another sandbox.
+        let told = |entry: &&Entry| entry.whole || noted.is_some() || found.occupied.contains(&sandbox.id);
+        let journalled = entry.filter(told).and_then(written);
+        if let Some(adoption) = journalled {
+            let branded = noted.is_some() || entry.is_some_and(|entry| entry.branded);
             self.kept.push(Kept {
                 adoption,
                 branded,
                 journalled: true,
                 ready,
             });
-        } else if let Some(adoption) = noted {
+        } else if let Some(adoption) = noted.filter(|_| !nobodys) {
             self.kept.push(Kept {
                 adoption,
                 branded: true,
@@ -152,9 +162,7 @@ impl Plan {
                 ready,
             });
         } else if mark.is_on(&sandbox.labels) {
-            let used = journal.aborted.contains(&sandbox.id)
-                || journal.adopted.contains_key(&sandbox.id)
-                || found.occupied.contains(&sandbox.id);
+            let used = nobodys || journal.adopted.contains_key(&sandbox.id) || found.occupied.contains(&sandbox.id);
             if used {
                 self.dropped.push(hull)
             } else {
@@ -165,18 +173,21 @@ impl Plan {
         }
     }
 
-    /// Made while we were not asked, a sandbox of containerd's may have the name of one whose record is not rewritten
-    /// yet. Two records of one name would keep containerd from starting, so ours goes.
+    /// Made while we were not asked, a sandbox of containerd's may have the name of one whose hull's name is all that
+    /// containerd knows until its next start. Two records of one name would keep it from starting, so ours goes.
     fn drop_namesakes(&mut self) {
         let names: HashSet<&String> = self.natives.iter().map(|(name, _)| name).collect();
         let mut kept = Vec::new();
         for one in std::mem::take(&mut self.kept) {
             let name = one.adoption.config.metadata.as_ref().map(sandbox_name);
-            if !one.branded && name.is_some_and(|name| names.contains(&name)) {
+            if name.is_some_and(|name| names.contains(&name)) {
                 tracing::error!(
                     sandbox_id = one.adoption.sandbox_id,
                     "another sandbox has the name of an adopted one"
                 );
+                if one.branded {
+                    self.namesakes.push(one.adoption.sandbox_id.clone());
+                }
                 self.dropped.push(IdleHull {
                     id: one.adoption.sandbox_id,
                     runtime_handler: one.adoption.runtime_handler,
@@ -191,23 +202,31 @@ impl Plan {
 }
 
 /// The adoption that the journal tells of.
-fn written(entry: &Entry) -> Option<(Adoption, bool)> {
+pub(super) fn written(entry: &Entry) -> Option<Adoption> {
     let config = PodSandboxConfig::decode(entry.adopt.config.as_slice());
     let config = config.inspect_err(|error| {
         tracing::error!(sandbox_id = entry.adopt.id, %error, "the journal's configuration of a sandbox cannot be read");
     });
-    let adoption = Adoption {
+    Some(Adoption {
         sandbox_id: entry.adopt.id.clone(),
         config: config.ok()?,
         runtime_handler: entry.adopt.runtime_handler.clone(),
         adopted_at: entry.adopt.adopted_at,
-    };
-    Some((adoption, entry.branded))
+    })
+}
+
+/// Whether a record says that its sandbox was taken from its pod.
+fn is_nobodys(container: &Container) -> bool {
+    let note = container.extensions.get(ADOPTION_EXTENSION);
+    note.is_some_and(|note| record::is_nobodys(&note.value))
 }
 
 /// The adoption that a record tells of.
 fn noted(container: &Container) -> Option<Adoption> {
     let note = container.extensions.get(ADOPTION_EXTENSION)?;
+    if record::is_nobodys(&note.value) {
+        return None;
+    }
     let metadata = container.extensions.get(METADATA_EXTENSION)?;
     match record::adoption(&metadata.value, &note.value) {
         Ok(adoption) if adoption.sandbox_id == container.id => Some(adoption),
@@ -217,21 +236,6 @@ fn noted(container: &Container) -> Option<Adoption> {
             None
         }
     }
-}
-
-/// The pause process of a sandbox.
-pub(super) async fn pause_process(containerd: &Containerd, id: &str) -> Result<Option<i32>, RecoveryError> {
-    let request = PodSandboxStatusRequest {
-        pod_sandbox_id: id.to_owned(),
-        verbose: true,
-    };
-    let status = limited("PodSandboxStatus", containerd.runtime().pod_sandbox_status(request)).await?;
-    let info = status
-        .info
-        .get("info")
-        .and_then(|info| serde_json::from_str::<Value>(info).ok());
-    let pid = info.and_then(|info| info.get("pid")?.as_i64());
-    Ok(pid.and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 0))
 }
 
 #[cfg(test)]
@@ -271,7 +275,12 @@ mod tests {
                 config: testing::pod(name).encode_to_vec(),
                 adopted_at: 7,
             };
-            ((*id).to_owned(), Entry { adopt, branded: false })
+            let entry = Entry {
+                adopt,
+                whole: true,
+                branded: false,
+            };
+            ((*id).to_owned(), entry)
         };
         Contents {
             adopted: adopted.iter().map(entry).collect(),
@@ -353,7 +362,56 @@ mod tests {
         };
         let plan = plan(&found, &journal(&[("ours", "web")], &[]));
         assert_eq!(ids(&plan.dropped), ["ours"]);
+        assert!(plan.kept.is_empty() && plan.namesakes.is_empty());
+        // With a record that is the pod's already, that is to be undone.
+        let branded = Found {
+            records: [("ours".to_owned(), record("ours", "web"))].into(),
+            ..found
+        };
+        let plan = super::tests::plan(&branded, &journal(&[("ours", "web")], &[]));
+        assert_eq!(ids(&plan.dropped), ["ours"]);
+        assert_eq!(plan.namesakes, ["ours"]);
         assert!(plan.kept.is_empty());
+    }
+
+    #[test]
+    fn what_was_taken_from_its_pod_stays_so() {
+        let found = || Found {
+            sandboxes: vec![sandbox("ours", "hull-1", true), sandbox("theirs", "web", false)],
+            records: [("ours".to_owned(), record("ours", "web"))].into(),
+            ..Default::default()
+        };
+        assert_eq!(ids(&plan(&found(), &journal(&[], &["ours"])).dropped), ["ours"]);
+        let mut undone = found();
+        let record = undone.records.get_mut("ours").unwrap();
+        record.extensions.get_mut(ADOPTION_EXTENSION).unwrap().value = b"null".to_vec();
+        assert_eq!(ids(&plan(&undone, &journal(&[], &[])).dropped), ["ours"]);
+    }
+
+    #[test]
+    fn adoptions_that_nobody_was_told_of_are_given_up() {
+        let mut journal = journal(&[("cut", "one"), ("occupied", "two")], &[]);
+        journal.adopted.values_mut().for_each(|entry| entry.whole = false);
+        let found = Found {
+            sandboxes: vec![sandbox("cut", "hull-1", true), sandbox("occupied", "hull-2", true)],
+            occupied: ["occupied".to_owned()].into(),
+            ..Default::default()
+        };
+        let plan = plan(&found, &journal);
+        assert_eq!(ids(&plan.dropped), ["cut"]);
+        assert_eq!(plan.kept.len(), 1);
+        assert_eq!(plan.kept[0].adoption.sandbox_id, "occupied");
+    }
+
+    #[test]
+    fn what_containerd_has_a_record_of_is_not_gone() {
+        let found = Found {
+            records: [("recorded".to_owned(), record("recorded", "web"))].into(),
+            ..Default::default()
+        };
+        let plan = plan(&found, &journal(&[("recorded", "web"), ("away", "old")], &[]));
+        assert_eq!(plan.gone, ["away"]);
+        assert!(found.has("recorded") && !found.has("away"));
     }
 
     #[test]

@@ -4,8 +4,11 @@ use std::os::fd::IntoRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use hullspeed_proto::cri::v1::{ListPodSandboxRequest, RunPodSandboxRequest, UpdateRuntimeConfigRequest};
+
 use super::*;
 use crate::client::Client;
+use crate::containerd::Containerd;
 
 fn config(place: &Path) -> Config {
     let mut config = Config {
@@ -71,6 +74,48 @@ async fn the_daemon_serves_without_containerd_and_stops() {
     daemon.await.unwrap().unwrap();
     assert!(!config.socket.exists() && !config.control_socket.exists());
     assert_eq!(entries(&config.root), ["lock", "mark"]);
+}
+
+#[tokio::test]
+async fn before_containerd_was_asked_nothing_is_said_of_sandboxes() {
+    let place = tempfile::tempdir().unwrap();
+    let config = config(place.path());
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let daemon = tokio::spawn({
+        let config = config.clone();
+        async move {
+            let stopped = async { drop(stopped.await) };
+            run(config, &Announced::default(), stopped).await
+        }
+    });
+    while !config.socket.exists() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut cri = Containerd::at(&config.socket).runtime();
+    // It waits for containerd to come, but not for ever.
+    let begun = std::time::Instant::now();
+    let refused = cri
+        .list_pod_sandbox(ListPodSandboxRequest::default())
+        .await
+        .unwrap_err();
+    assert!(begun.elapsed() > Duration::from_secs(1));
+    assert_eq!(refused.code(), tonic::Code::Unavailable);
+    assert!(refused.message().contains("which sandboxes are pods'"), "{refused}");
+    let mut hasty = tonic::Request::new(RunPodSandboxRequest::default());
+    hasty.set_timeout(Duration::from_millis(200));
+    let refused = cri.run_pod_sandbox(hasty).await.unwrap_err();
+    assert!(
+        matches!(refused.code(), tonic::Code::DeadlineExceeded | tonic::Code::Cancelled),
+        "{refused}"
+    );
+    // What has nothing to do with sandboxes fares as containerd does.
+    let begun = std::time::Instant::now();
+    cri.update_runtime_config(UpdateRuntimeConfigRequest::default())
+        .await
+        .unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    stop.send(()).unwrap();
+    daemon.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -47,6 +47,7 @@ impl AdoptionError {
         match self {
             Self::Journal(_) => "journal",
             Self::Patch(PatchError::Sysctl { .. } | PatchError::Unsafe { .. }) => "patch_sysctl",
+            Self::Patch(PatchError::Sysfs(_)) => "patch_sysfs",
             Self::Patch(_) => "patch",
             Self::Died => "died",
         }
@@ -54,7 +55,7 @@ impl AdoptionError {
 
     /// Whether the next hull would fare no better.
     fn is_ours(&self) -> bool {
-        !matches!(self.reason(), "patch_sysctl" | "died")
+        !matches!(self.reason(), "patch_sysctl" | "patch_sysfs" | "died")
     }
 }
 
@@ -116,10 +117,14 @@ impl Shared {
             return Err((Some(hull), AdoptionError::Journal(error)));
         }
         fault::point("journalled");
-        match self.patcher.patch(hull, identity).await {
-            (Some(hull), Ok(())) if hull.is_alive() => Ok(hull),
-            (hull, Ok(())) => Err((hull, AdoptionError::Died)),
-            (hull, Err(error)) => Err((hull, AdoptionError::Patch(error))),
+        let hull = match self.patcher.patch(hull, identity).await {
+            (Some(hull), Ok(())) if hull.is_alive() => hull,
+            (hull, Ok(())) => return Err((hull, AdoptionError::Died)),
+            (hull, Err(error)) => return Err((hull, AdoptionError::Patch(error))),
+        };
+        match self.journal.append(Record::Whole(hull.id.clone())) {
+            Ok(()) => Ok(hull),
+            Err(error) => Err((Some(hull), AdoptionError::Journal(error))),
         }
     }
 

@@ -41,11 +41,13 @@ pub enum Record {
     Branded(String),
     /// It does not exist any more.
     Forgotten(String),
+    /// It looks as its pod's sandbox should; what comes next is that the pod is told.
+    Whole(String),
 }
 
 #[derive(Clone, PartialEq, Message)]
 struct Envelope {
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5")]
     body: Option<Body>,
 }
 
@@ -59,6 +61,8 @@ enum Body {
     Branded(String),
     #[prost(string, tag = "4")]
     Forgotten(String),
+    #[prost(string, tag = "5")]
+    Whole(String),
 }
 
 /// Where a journal stops making sense.
@@ -77,6 +81,7 @@ pub fn encode(record: &Record, out: &mut Vec<u8>) -> Result<(), usize> {
         Record::Aborted(id) => Body::Aborted(id),
         Record::Branded(id) => Body::Branded(id),
         Record::Forgotten(id) => Body::Forgotten(id),
+        Record::Whole(id) => Body::Whole(id),
     };
     let payload = Envelope { body: Some(body) }.encode_to_vec();
     let length = u32::try_from(payload.len()).map_err(|_| payload.len())?;
@@ -133,6 +138,7 @@ fn decode_one(bytes: &[u8]) -> Result<(Record, &[u8]), &'static str> {
         Some(Body::Aborted(id)) => Record::Aborted(id),
         Some(Body::Branded(id)) => Record::Branded(id),
         Some(Body::Forgotten(id)) => Record::Forgotten(id),
+        Some(Body::Whole(id)) => Record::Whole(id),
         None => return Err("a record of an unknown kind"),
     };
     Ok((record, rest))

@@ -26,6 +26,7 @@ fn any_record() -> impl Strategy<Value = Record> {
             })
         }),
         id.prop_map(Record::Aborted),
+        id.prop_map(Record::Whole),
         id.prop_map(Record::Branded),
         id.prop_map(Record::Forgotten),
     ]
@@ -44,9 +45,10 @@ fn what_was_appended_is_there_after_a_crash() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("journal");
     let journal = Journal::open(&path).unwrap();
-    for id in ["a", "b", "c", "d"] {
+    for id in ["a", "b", "c", "d", "w"] {
         journal.append(Record::Adopt(adopt(id))).unwrap();
     }
+    journal.append(Record::Whole("w".into())).unwrap();
     journal.append(Record::Branded("a".into())).unwrap();
     journal.append(Record::Aborted("b".into())).unwrap();
     journal.append(Record::Forgotten("c".into())).unwrap();
@@ -56,18 +58,23 @@ fn what_was_appended_is_there_after_a_crash() {
     bytes.pop();
     std::fs::write(&path, bytes).unwrap();
     let again = Journal::open(&path).unwrap();
+    assert!(
+        again.is_lost() && journal.is_lost(),
+        "one was cut off, one was not there"
+    );
     let contents = again.contents();
     assert_eq!(contents, journal.contents());
-    let branded: Vec<_> = contents
+    let states: Vec<_> = contents
         .adopted
         .iter()
-        .map(|(id, entry)| (id.as_str(), entry.branded))
+        .map(|(id, entry)| (id.as_str(), entry.whole, entry.branded))
         .collect();
-    assert_eq!(branded, [("a", true), ("d", false)]);
+    assert_eq!(states, [("a", true, true), ("d", false, false), ("w", true, false)]);
     assert_eq!(contents.aborted, ["b"]);
     // What is appended after that is read, too.
     again.append(Record::Adopt(adopt("f"))).unwrap();
-    assert!(Journal::open(&path).unwrap().contents().adopted.contains_key("f"));
+    let whole = Journal::open(&path).unwrap();
+    assert!(whole.contents().adopted.contains_key("f") && !whole.is_lost());
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
 }

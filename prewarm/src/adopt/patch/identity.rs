@@ -6,6 +6,10 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use hullspeed_proto::cri::v1::{DnsConfig, PodSandboxConfig};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag,
+    fsmount, fsopen, fspick,
+};
 use rustix::system::{setdomainname, sethostname, uname};
 
 use super::namespaces::{Home, Kind};
@@ -34,6 +38,8 @@ pub struct Identity {
     hostname: String,
     resolv_conf: ResolvConf,
     sysctls: Vec<(String, String)>,
+    /// Whether its containers may write to sysfs.
+    privileged: bool,
 }
 
 impl Identity {
@@ -43,10 +49,12 @@ impl Identity {
         let sysctls = config.linux.iter().flat_map(|linux| linux.sysctls.clone());
         let mut sysctls: Vec<_> = sysctls.collect();
         sysctls.sort();
+        let context = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
         Self {
             hostname: config.hostname.clone(),
             resolv_conf: resolv_conf(config.dns_config.as_ref(), &facts.version),
             sysctls,
+            privileged: context.is_some_and(|context| context.privileged),
         }
     }
 
@@ -63,6 +71,11 @@ impl Identity {
         fault::point("hostname");
         self.write_files(hostname, &hull.files)?;
         fault::point("files");
+        if self.privileged {
+            home.away(Kind::Net, &hull.namespaces.net, || {
+                make_sysfs_writable().map_err(PatchError::Sysfs)
+            })?;
+        }
         self.write_sysctls(hull, home)?;
         fault::point("sysctls");
         Ok(())
@@ -111,6 +124,19 @@ fn name_host(hostname: &[u8], domain: &[u8]) -> Result<(), PatchError> {
     Ok(())
 }
 
+/// A network namespace has one sysfs, whoever mounts it. A hull's pause process was the first to, for reading only, as
+/// suits a pod that is not privileged; a privileged one's containers mount it for writing, and would get it as it is.
+fn make_sysfs_writable() -> rustix::io::Result<()> {
+    let sysfs = fsopen("sysfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&sysfs)?;
+    // Nobody sees this mount, and it goes with its descriptor.
+    let mount = fsmount(&sysfs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let picked = fspick(&mount, "", flags)?;
+    fsconfig_set_flag(&picked, "rw")?;
+    fsconfig_reconfigure(&picked)
+}
+
 /// In `/proc/sys` a thread sees the values of its own namespaces.
 fn write_sysctl(name: &str, value: &str) -> Result<(), PatchError> {
     let path = Path::new("/proc/sys").join(name.replace('.', "/"));
@@ -124,10 +150,24 @@ fn write_sysctl(name: &str, value: &str) -> Result<(), PatchError> {
 /// Containers may have the file mounted: it stays the same file, and is never empty in between.
 fn replace(file: &File, name: &'static str, content: &[u8]) -> Result<(), PatchError> {
     let write = || {
+        let before = file.metadata()?.len();
+        let length = content.len() as u64;
+        if before == length && is_content(file, content) {
+            return Ok(());
+        }
         file.write_all_at(content, 0)?;
-        file.set_len(content.len() as u64)
+        // Truncating makes some file systems write to disk when the file is closed.
+        if before > length {
+            file.set_len(length)?;
+        }
+        Ok(())
     };
     write().map_err(PatchError::file("write", Path::new(name)))
+}
+
+fn is_content(file: &File, content: &[u8]) -> bool {
+    let mut found = vec![0; content.len()];
+    file.read_exact_at(&mut found, 0).is_ok() && found == content
 }
 
 fn host_file(path: &str) -> Result<Vec<u8>, PatchError> {
@@ -205,7 +245,7 @@ mod tests {
         // A second name stands in for a container's mount.
         let mounted = directory.path().join("mounted");
         std::fs::hard_link(&path, &mounted).unwrap();
-        for content in ["web\n", "", "another name, longer than before\n"] {
+        for content in ["web\n", "web\n", "bew\n", "", "another name, longer than before\n"] {
             replace(&file, "hostname", content.as_bytes()).unwrap();
             assert_eq!(std::fs::read_to_string(&mounted).unwrap(), content);
         }

@@ -136,6 +136,14 @@ struct Note {
     runtime_handler: String,
 }
 
+/// The note of a sandbox that was taken from its pod: it is not to be handed out, whoever reads it.
+pub(super) const NOTE_OF_NOBODY: &[u8] = b"null";
+
+/// Whether the note says so.
+pub(in crate::adopt) fn is_nobodys(note: &[u8]) -> bool {
+    note == NOTE_OF_NOBODY
+}
+
 /// The note for an adoption.
 pub(super) fn note(adoption: &Adoption) -> Vec<u8> {
     let note = Note {
