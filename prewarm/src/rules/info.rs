@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use hullspeed_proto::cri::v1::PodSandboxConfig;
 use serde_json::{Map, Value};
 
+use super::overlay::release;
 use super::parts::{put_text, text};
 use crate::containerd::facts::Facts;
 use crate::containerd::sysctls::stored;
@@ -23,6 +24,9 @@ const CRI: &str = "io.kubernetes.cri.";
 
 /// Prefix of the annotations that the pool puts on a hull. A handler may let all annotations through to specifications.
 const OURS: &str = "io.hullspeed.";
+
+/// The release since which a privileged pod's sandbox is specified with a writable sysfs.
+const WRITABLE_SYSFS: (u32, u32) = (2, 1);
 
 /// A `PodSandboxStatusResponse` with the pod in its document. A document that is not JSON stays as it is.
 pub(crate) fn dressed(
@@ -43,6 +47,9 @@ pub(crate) fn dressed(
         };
         let config = facts.map_or(Cow::Borrowed(&adoption.config), |facts| stored(&adoption.config, facts));
         edit_document(&mut document, adoption, &config_json(&config));
+        if is_privileged(&adoption.config) && facts.is_some_and(|facts| release(&facts.version) >= WRITABLE_SYSFS) {
+            show_writable_sysfs(&mut document);
+        }
         let mut out = Vec::new();
         put_text(&mut out, 1, DOCUMENT);
         put_bytes(&mut out, 2, Value::Object(document).to_string().as_bytes());
@@ -73,6 +80,25 @@ fn edit_document(document: &mut Map<String, Value>, adoption: &Adoption, config:
 fn replace(object: &mut Map<String, Value>, key: &str, value: &Value) {
     if let Some(slot) = object.get_mut(key) {
         slot.clone_from(value);
+    }
+}
+
+fn is_privileged(config: &PodSandboxConfig) -> bool {
+    let linux = config.linux.as_ref();
+    let context = linux.and_then(|linux| linux.security_context.as_ref());
+    context.is_some_and(|context| context.privileged)
+}
+
+/// A privileged pod's sandbox has a writable sysfs. At adoption it became so; the hull's was specified without.
+fn show_writable_sysfs(document: &mut Map<String, Value>) {
+    let mounts = document.get_mut("runtimeSpec").and_then(|spec| spec.get_mut("mounts"));
+    let of_sysfs = |mount: &&mut Value| mount.get("destination").and_then(Value::as_str) == Some("/sys");
+    let mounts = mounts.and_then(Value::as_array_mut);
+    for mount in mounts.into_iter().flatten().filter(of_sysfs) {
+        let options = mount.get_mut("options").and_then(Value::as_array_mut);
+        for option in options.into_iter().flatten().filter(|option| *option == "ro") {
+            *option = "rw".into();
+        }
     }
 }
 
