@@ -132,10 +132,8 @@ async fn start_node(stage: &Stage<'_>, mode: Mode) -> Result<Node> {
         Mode::Hulls => {
             let options = PrewarmOptions {
                 name: PREWARM.into(),
-                containerd: containerd.socket(),
-                hulls: HULLS,
                 as_shipped: true,
-                extra: String::new(),
+                ..PrewarmOptions::new(containerd.socket(), Some(HULLS))
             };
             let mut prewarm = Prewarm::start(stage.run, &options)?;
             prewarm.wait_for_hulls(HULLS).await?;

@@ -151,11 +151,8 @@ impl Bench {
 /// Our daemon in front of `containerd`, with this many hulls.
 fn relay(containerd: &Containerd, hulls: u32) -> PrewarmOptions {
     PrewarmOptions {
-        name: "prewarm".into(),
-        containerd: containerd.socket(),
-        hulls,
         as_shipped: true,
-        extra: String::new(),
+        ..PrewarmOptions::new(containerd.socket(), Some(hulls))
     }
 }
 

@@ -10,6 +10,9 @@ use serde::Serialize;
 /// Hullspeed's total has to stay below this part of overlayfs's.
 pub const PROMISED_RATIO_TOTAL: f64 = 0.5;
 
+/// RunPodSandbox in a hull has to stay below this part of what it takes without one.
+pub const PROMISED_SANDBOX_SHARE: f64 = 1.0;
+
 /// Hullspeed's bytes on the wire have to stay below this part of the plain image's compressed size.
 pub const PROMISED_WIRE_SHARE: f64 = 0.25;
 
@@ -184,6 +187,12 @@ impl Report {
                 "overlayfs's",
             ),
             (
+                "the sandbox phase with hulls",
+                self.modes.hulls.sandbox_ms / self.modes.hullspeed.sandbox_ms,
+                PROMISED_SANDBOX_SHARE,
+                "the one with hullspeed alone",
+            ),
+            (
                 "bytes on the wire with hullspeed",
                 self.wire_share(),
                 PROMISED_WIRE_SHARE,
@@ -311,10 +320,18 @@ mod tests {
     #[test]
     fn a_missed_promise_is_named() {
         let medians = |milliseconds| Medians::of(&[sample(milliseconds)]).unwrap();
-        let modes = |overlayfs, hullspeed, hulls| Modes {
-            overlayfs: medians(overlayfs),
-            hullspeed: medians(hullspeed),
-            hulls: medians(hulls),
+        // In a hull the sandbox takes a tenth of the time, unless said otherwise.
+        let modes = |overlayfs, hullspeed, hulls| {
+            let hullspeed: Medians = medians(hullspeed);
+            let sandbox_ms = hullspeed.sandbox_ms / 10.0;
+            Modes {
+                overlayfs: medians(overlayfs),
+                hullspeed,
+                hulls: Medians {
+                    sandbox_ms,
+                    ..medians(hulls)
+                },
+            }
         };
         // 250 ms beside 1000 ms; 250 000 bytes on the wire.
         let report = |fast, compressed| Report::new(modes(1000, fast, 100), compressed);
@@ -327,6 +344,16 @@ mod tests {
         assert!(both.contains("total") && both.contains("wire") && both.lines().count() == 1);
         let hulls = Report::new(modes(1000, 100, 600), 1 << 40).missed().unwrap();
         assert!(hulls.contains("total with hulls is 60.0 %") && !hulls.contains("with hullspeed"));
+        let with_sandbox = |sandbox_ms| {
+            let mut modes = modes(1000, 250, 100);
+            modes.hulls.sandbox_ms = sandbox_ms;
+            Report::new(modes, 1 << 40).missed()
+        };
+        // 250 ms without a hull.
+        assert_eq!(with_sandbox(249.9), None);
+        let sandbox = with_sandbox(250.0).unwrap();
+        assert!(sandbox.contains("the sandbox phase with hulls is 100.0 %") && !sandbox.contains("total"));
+        assert!(with_sandbox(f64::NAN).is_some());
         assert!(Report::new(modes(0, 0, 0), 1).missed().unwrap().contains("total"));
     }
 

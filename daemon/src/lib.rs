@@ -4,12 +4,13 @@
 //! - [`telemetry`] writes log lines, [`http`] serves `/metrics` and `/healthz`;
 //! - [`root`] keeps a directory for one daemon, [`socket`] makes Unix sockets, [`activation`] takes over those that the
 //!   service manager made, [`notify`] and [`signal`] are the rest of the talk with it;
-//! - [`error`] writes an error with its causes in one line.
+//! - [`error`] writes an error with its causes in one line; [`grpc`] reaches peers on Unix sockets and names codes.
 
 pub mod activation;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod grpc;
 pub mod http;
 pub mod notify;
 pub mod root;

@@ -26,5 +26,6 @@ mod testing;
 
 pub use adopter::{Adopter, AdopterError, JOURNAL, Options};
 pub use observer::{Observer, Outcome};
+pub use rebrand::Unbranded;
 pub use recovery::{IdleHull, Recovered, RecoveryError};
 pub use source::{HullSource, Miss};

@@ -5,7 +5,7 @@ use hullspeed_daemon::cli::Options;
 use hullspeed_proto::hullspeed::prewarm::v1::PoolAction;
 
 pub mod ask;
-mod table;
+pub(crate) mod table;
 
 /// Relays CRI to containerd and gives pods sandboxes that were made ahead.
 #[derive(Debug, Parser)]
@@ -42,7 +42,7 @@ pub enum Command {
     },
     /// Removes all hulls; the running daemon only relays from then on, until `pool resume` or a restart
     Drain {
-        /// Waits until none is left, and says how many are
+        /// Waits until none is left and containerd knows all pods, and says how many are not there yet
         #[arg(long)]
         wait: bool,
         /// How it is shown.

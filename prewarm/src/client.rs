@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hullspeed_daemon::grpc::connect;
 use hullspeed_proto::hullspeed::prewarm::v1 as api;
 use hullspeed_proto::hullspeed::prewarm::v1::prewarm_control_client::PrewarmControlClient;
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 
 /// Limit on an answer; the daemon answers from memory.
@@ -49,14 +48,7 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<PrewarmControlClient<Channel>, ClientError> {
-        let socket = self.socket.clone();
-        // The authority is not used on a Unix socket, but the request line needs one.
-        let endpoint = Endpoint::from_static("http://localhost").connect_timeout(ANSWER_LIMIT);
-        let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
-        });
-        let connected = endpoint.connect_with_connector(connector).await;
+        let connected = connect(&self.socket, ANSWER_LIMIT).await;
         connected
             .map(PrewarmControlClient::new)
             .map_err(|source| ClientError::Unreachable {

@@ -141,7 +141,7 @@ pub struct AdoptionConfig {
     pub enabled: bool,
     /// Whether privileged pods may have one, where SELinux is off.
     pub privileged: bool,
-    /// Pods that want users, groups or a seccomp profile of their own.
+    /// Pods that want users or groups, or that have no seccomp profile.
     pub run_as: RunAs,
     /// Whether pods with sysctls of Kubernetes' safe set may have one.
     pub sysctls: bool,

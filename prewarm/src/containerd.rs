@@ -4,21 +4,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hullspeed_daemon::grpc::connect_lazily;
 use hullspeed_proto::containerd::services::containers::v1::containers_client::ContainersClient;
 use hullspeed_proto::containerd::services::events::v1::events_client::EventsClient;
 use hullspeed_proto::containerd::services::sandbox::v1::store_client::StoreClient;
 use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
 use hullspeed_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 pub mod facts;
+mod release;
 pub mod sysctls;
+
+pub use release::Release;
 
 /// Limit on connecting to a Unix socket whose server does not accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -31,6 +33,34 @@ const MAX_LISTS: usize = 4;
 
 /// containerd's namespace of everything that CRI makes.
 const NAMESPACE: &str = "k8s.io";
+
+/// Limit on a call whose answer containerd has at hand.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// A call failed, or took too long.
+#[derive(Debug, thiserror::Error)]
+#[error("containerd does not answer {call}")]
+pub struct CallError {
+    /// Which.
+    pub call: &'static str,
+    /// What came instead.
+    #[source]
+    pub source: Box<Status>,
+}
+
+/// The answer to a call, within [`CALL_LIMIT`].
+pub(crate) async fn limited<T>(
+    call: &'static str,
+    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, CallError> {
+    let late = |_| Status::deadline_exceeded(format!("no answer within {CALL_LIMIT:?}"));
+    let answer = tokio::time::timeout(CALL_LIMIT, answer).await.map_err(late);
+    let failed = |source| CallError {
+        call,
+        source: Box::new(source),
+    };
+    Ok(answer.flatten().map_err(failed)?.into_inner())
+}
 
 /// Puts a request into CRI's namespace.
 #[derive(Debug, Clone, Copy)]
@@ -56,16 +86,9 @@ impl Containerd {
     /// A client of the containerd at `socket`; connected at the first call, and again whenever that is needed.
     #[must_use]
     pub fn at(socket: &Path) -> Self {
-        let path = socket.to_owned();
-        // The authority is not used on a Unix socket, but the request line needs one.
-        let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT_LIMIT);
-        let connector = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-        });
         Self {
             socket: socket.to_owned(),
-            channel: endpoint.connect_with_connector_lazy(connector),
+            channel: connect_lazily(socket, CONNECT_LIMIT),
             lists: Arc::new(Semaphore::new(MAX_LISTS)),
         }
     }
@@ -117,5 +140,20 @@ impl Containerd {
     #[must_use]
     pub fn events(&self) -> EventsClient<InterceptedService<Channel, InNamespace>> {
         EventsClient::with_interceptor(self.channel.clone(), InNamespace).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_error_names_its_call() {
+        let refused = async { Err::<tonic::Response<()>, _>(Status::not_found("no")) };
+        let error = limited("Version", refused).await.unwrap_err();
+        assert_eq!(error.to_string(), "containerd does not answer Version");
+        assert_eq!(error.source.code(), tonic::Code::NotFound);
+        let answered = async { Ok(tonic::Response::new(7)) };
+        assert_eq!(limited("Version", answered).await.unwrap(), 7);
     }
 }

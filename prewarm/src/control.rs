@@ -14,6 +14,7 @@ use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::adopt::Adopter;
 use crate::config::Config;
 use crate::ledger::Ledger;
 use crate::pool::Pool;
@@ -31,6 +32,9 @@ const MAX_REQUEST_BYTES: usize = 64 << 10;
 /// Time between two messages of progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
+/// How long a drain waits for records to be rewritten once no hull is left: containerd may be away.
+const RECORDS_LIMIT: Duration = Duration::from_secs(120);
+
 /// What the API shows and works on.
 #[derive(Clone)]
 pub struct Control {
@@ -38,6 +42,8 @@ pub struct Control {
     pub config: Arc<Config>,
     /// The pool.
     pub pool: Pool,
+    /// Whose records are still to be rewritten.
+    pub adopter: Adopter,
     /// Who is what.
     pub ledger: Ledger,
     /// What became of requests.
@@ -76,12 +82,27 @@ impl Control {
             adopted: self.ledger.adoptions().len() as u64,
             requests: self.requests.counts().into_iter().map(count).collect(),
             warm: self.warm.as_ref().map(|agent| view::warm(agent.status())),
+            unbranded: Some(view::unbranded(self.adopter.unbranded())),
+        }
+    }
+
+    /// Until no hull is left, and records are rewritten or have taken too long.
+    async fn drained(&self, records_limit: Duration) {
+        self.pool.drain().await;
+        let branded = async {
+            while !self.adopter.unbranded().pending.is_empty() {
+                tokio::time::sleep(PROGRESS_INTERVAL).await;
+            }
+        };
+        if tokio::time::timeout(records_limit, branded).await.is_err() {
+            tracing::warn!(waited = ?records_limit, "drained, but pods' records in containerd are not rewritten yet");
         }
     }
 
     fn progress(&self, done: bool) -> api::DrainProgress {
         let left = if done { 0 } else { view::left(&self.pool.snapshot()) };
-        api::DrainProgress { left, done }
+        let unbranded = Some(view::unbranded(self.adopter.unbranded()));
+        api::DrainProgress { left, done, unbranded }
     }
 }
 
@@ -115,7 +136,7 @@ impl PrewarmControl for Control {
         let control = self.clone();
         let (sender, receiver) = tokio::sync::mpsc::channel(1);
         tokio::spawn(async move {
-            let mut drained = pin!(control.pool.drain());
+            let mut drained = pin!(control.drained(RECORDS_LIMIT));
             let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {

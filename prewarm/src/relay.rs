@@ -227,9 +227,9 @@ pub struct Relay {
 /// What all connections share.
 struct Shared {
     options: RelayOptions,
-    /// Memory for gathered requests.
+    /// Memory for large gathered requests.
     requests: budget::Budget,
-    /// Memory for gathered answers.
+    /// Memory for large gathered answers.
     answers: budget::Budget,
     /// Connections that are open.
     open: Mutex<usize>,

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use hullspeed_proto::cri::v1::{AuthConfig, PodSandboxConfig};
+use hullspeed_proto::cri::v1::AuthConfig;
 use tonic::Status;
 
 use crate::adopt::HullSource;
@@ -75,8 +75,6 @@ pub struct RuleOptions {
     pub credentials: Arc<dyn CredentialSink>,
     /// Events; the adopter has a clone, to say what it adopted.
     pub events: Events,
-    /// A pod's configuration as containerd shows it in JSON.
-    pub config_json: fn(&PodSandboxConfig) -> serde_json::Value,
 }
 
 /// The rules of every intercepted method.

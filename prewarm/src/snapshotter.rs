@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hullspeed_daemon::grpc::connect_lazily;
 use hullspeed_proto::hullspeed::control::v1::snapshotter_control_client::SnapshotterControlClient;
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 /// Limit on connecting to a socket whose server does not accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -22,16 +21,9 @@ impl Snapshotter {
     /// The snapshotter at `socket`; connected at the first call, and again whenever that is needed. Made on a runtime.
     #[must_use]
     pub fn at(socket: &Path) -> Self {
-        let path = socket.to_owned();
-        // The authority is not used on a Unix socket, but the request line needs one.
-        let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT_LIMIT);
-        let connector = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-        });
         Self {
             socket: socket.to_owned(),
-            channel: endpoint.connect_with_connector_lazy(connector),
+            channel: connect_lazily(socket, CONNECT_LIMIT),
         }
     }
 

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::time::Instant;
 
 use futures_util::{Stream, stream};
+use hullspeed_daemon::grpc::code_name;
 use hullspeed_proto::containerd::services::snapshots::v1 as api;
 use hullspeed_proto::containerd::types;
 use prost_types::Timestamp;
@@ -92,29 +93,6 @@ fn code(error: &Error) -> Code {
         Error::Store(error) if error.is_storage_full() => Code::ResourceExhausted,
         Error::Store(error) if error.is_damage() => Code::DataLoss,
         Error::Store(_) => Code::Internal,
-    }
-}
-
-/// Name of a code as metrics and logs have it.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "ok",
-        Code::Cancelled => "cancelled",
-        Code::Unknown => "unknown",
-        Code::InvalidArgument => "invalid_argument",
-        Code::DeadlineExceeded => "deadline_exceeded",
-        Code::NotFound => "not_found",
-        Code::AlreadyExists => "already_exists",
-        Code::PermissionDenied => "permission_denied",
-        Code::ResourceExhausted => "resource_exhausted",
-        Code::FailedPrecondition => "failed_precondition",
-        Code::Aborted => "aborted",
-        Code::OutOfRange => "out_of_range",
-        Code::Unimplemented => "unimplemented",
-        Code::Internal => "internal",
-        Code::Unavailable => "unavailable",
-        Code::DataLoss => "data_loss",
-        Code::Unauthenticated => "unauthenticated",
     }
 }
 

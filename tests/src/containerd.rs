@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::cri::Cri;
 use crate::network::Network;
@@ -94,6 +94,16 @@ impl Containerd {
     pub async fn start_again(&mut self, run: &RunDir) -> Result<()> {
         self.process = spawn(run, &self.directory, self.release)?;
         self.wait_ready().await
+    }
+
+    /// Restarts it with every occurrence of a text in its configuration replaced.
+    pub async fn restart_with(&mut self, run: &RunDir, from: &str, to: &str) -> Result<()> {
+        self.process.stop()?;
+        let path = self.directory.join("config.toml");
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        ensure!(text.contains(from), "{from:?} is not in {}", path.display());
+        fs::write(&path, text.replace(from, to)).with_context(|| format!("cannot write {}", path.display()))?;
+        self.start_again(run).await
     }
 
     async fn wait_ready(&mut self) -> Result<()> {

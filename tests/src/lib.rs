@@ -14,6 +14,7 @@ pub mod demo_image;
 pub mod fixture;
 pub mod layer_tar;
 pub mod layout;
+pub mod login;
 pub mod metrics;
 pub mod network;
 pub mod observation;

@@ -21,6 +21,7 @@ const SUBNETS: u16 = 256;
 /// The bridge and the CNI configuration. The bridge goes with the run.
 pub struct Network {
     conf_dir: PathBuf,
+    addresses: PathBuf,
 }
 
 impl Network {
@@ -32,6 +33,7 @@ impl Network {
         ip(&["address", "add", &format!("10.213.{third}.1/24"), "dev", bridge])?;
         ip(&["link", "set", bridge, "up"])?;
         let conf_dir = run.directory("cni/conf")?;
+        let ipam = run.directory("cni/ipam")?;
         let list = serde_json::json!({
             "cniVersion": "0.4.0",
             "name": bridge,
@@ -40,7 +42,7 @@ impl Network {
                 "bridge": bridge,
                 "ipam": {
                     "type": "host-local",
-                    "dataDir": run.directory("cni/ipam")?,
+                    "dataDir": ipam,
                     "ranges": [[{
                         "subnet": format!("10.213.{third}.0/24"),
                         "rangeStart": format!("10.213.{third}.10"),
@@ -49,9 +51,60 @@ impl Network {
                 },
             }],
         });
-        let path = conf_dir.join("10-hullspeed.conflist");
+        let network = Self {
+            conf_dir,
+            addresses: ipam.join(bridge),
+        };
+        let path = network.conflist();
         fs::write(&path, list.to_string()).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { conf_dir })
+        Ok(network)
+    }
+
+    /// The configuration's file.
+    #[must_use]
+    pub fn conflist(&self) -> PathBuf {
+        self.conf_dir.join("10-hullspeed.conflist")
+    }
+
+    /// The configuration.
+    pub fn configuration(&self) -> Result<serde_json::Value> {
+        let path = self.conflist();
+        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+
+    /// Replaces the configuration by a changed one, in one step.
+    pub fn edit(&self, change: impl FnOnce(&mut serde_json::Value)) -> Result<()> {
+        let mut list = self.configuration()?;
+        change(&mut list);
+        // CNI does not read a file of this name.
+        let other = self.conf_dir.join("new");
+        fs::write(&other, list.to_string()).with_context(|| format!("cannot write {}", other.display()))?;
+        fs::rename(&other, self.conflist()).context("cannot replace the network's configuration")
+    }
+
+    /// Leaves pods and hulls `count` addresses, from `10.213.X.first` on.
+    pub fn narrow(&self, first: u8, count: u8) -> Result<()> {
+        let prefix = self.address_prefix()?;
+        self.edit(|list| {
+            let range = &mut list["plugins"][0]["ipam"]["ranges"][0][0];
+            range["rangeStart"] = format!("{prefix}{first}").into();
+            range["rangeEnd"] = format!("{prefix}{}", first + count - 1).into();
+        })
+    }
+
+    /// All addresses begin with this text: three numbers with their points.
+    pub fn address_prefix(&self) -> Result<String> {
+        let list = self.configuration()?;
+        let start = list["plugins"][0]["ipam"]["ranges"][0][0]["rangeStart"].as_str();
+        let prefix = start.and_then(|start| Some(&start[..=start.rfind('.')?]));
+        prefix.map(str::to_string).context("a network without a range")
+    }
+
+    /// Where host-local keeps a file for each address that it has given away.
+    #[must_use]
+    pub fn address_files(&self) -> &Path {
+        &self.addresses
     }
 
     /// The directory for containerd's `cni.conf_dir`.

@@ -1,6 +1,7 @@
 //! All that a client can read of a pod, from its start to its end, as one tree. Two of them, one made at containerd's
 //! socket and one through our relay, should not differ.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
@@ -17,11 +18,13 @@ use crate::cri::{Cri, Pod, container_config};
 use crate::pod_node::PodNode;
 use crate::raw::{self, RawClient};
 
+mod events;
 mod inside;
 mod lists;
 mod normal;
 mod statistics;
 
+pub use events::Events;
 pub use normal::normalised;
 
 /// How long the second container may take to answer.
@@ -43,6 +46,10 @@ pub struct Observer<'a> {
     cri: Cri,
     /// Whether hulls are visible here, and have to be taken out of lists.
     native: bool,
+    /// What is told here.
+    events: &'a Events,
+    /// Ids by what they are of, and whether it was started.
+    ids: BTreeMap<&'static str, (String, bool)>,
     /// What the second container serves on, in some pods on the host's network.
     port: u16,
     seen: Map<String, Value>,
@@ -52,17 +59,17 @@ pub struct Observer<'a> {
 
 impl<'a> Observer<'a> {
     /// An observer at containerd's own socket.
-    pub async fn native(node: &'a PodNode) -> Result<Self> {
-        Self::at(node, &node.containerd.socket(), true).await
+    pub async fn native(node: &'a PodNode, events: &'a Events) -> Result<Self> {
+        Self::at(node, &node.containerd.socket(), events, true).await
     }
 
     /// An observer at the relay's socket.
-    pub async fn relayed(node: &'a PodNode) -> Result<Self> {
+    pub async fn relayed(node: &'a PodNode, events: &'a Events) -> Result<Self> {
         let prewarm = node.prewarm.as_ref().context("this node has no relay")?;
-        Self::at(node, &prewarm.socket(), false).await
+        Self::at(node, &prewarm.socket(), events, false).await
     }
 
-    async fn at(node: &'a PodNode, socket: &std::path::Path, native: bool) -> Result<Self> {
+    async fn at(node: &'a PodNode, socket: &std::path::Path, events: &'a Events, native: bool) -> Result<Self> {
         let port = crate::registry::free_port()?;
         Ok(Self {
             node,
@@ -70,6 +77,8 @@ impl<'a> Observer<'a> {
             raw: RawClient::connect(socket).await?,
             cri: Cri::connect(socket).await?,
             native,
+            events,
+            ids: BTreeMap::new(),
             seen: Map::new(),
             names: vec![(format!("-p {port} "), "-p <port> ")],
         })
@@ -96,9 +105,12 @@ impl<'a> Observer<'a> {
         let answer = hullspeed_proto::cri::v1::RunPodSandboxResponse::decode(answer)?;
         let sandbox = answer.pod_sandbox_id;
         self.names.push((sandbox.clone(), "<sandbox>"));
+        self.ids.insert("sandbox", (sandbox.clone(), true));
         let looked = self.look(&sandbox, pod, before).await;
         let removed = self.remove(&sandbox).await;
         looked.and(removed)?;
+        let events = self.events.of(pod, &self.ids).await;
+        self.seen.insert("events".into(), events);
         Ok(self.finish())
     }
 
@@ -167,7 +179,13 @@ impl<'a> Observer<'a> {
     }
 
     /// Creates and starts a container as a kubelet would; `None` if it cannot be.
-    async fn container(&mut self, sandbox: &str, pod: &Pod, name: &str, script: &str) -> Result<Option<String>> {
+    async fn container(
+        &mut self,
+        sandbox: &str,
+        pod: &Pod,
+        name: &'static str,
+        script: &str,
+    ) -> Result<Option<String>> {
         let mut config = container_config(name, &self.node.image, &["sh", "-c", script]);
         let context = pod
             .config()
@@ -215,6 +233,7 @@ impl<'a> Observer<'a> {
         };
         self.see(&format!("status of {name}"), "ContainerStatus", &status).await;
         let started = self.seen[&format!("start {name}")] == json!({});
+        self.ids.insert(name, (id.clone(), started));
         Ok(started.then_some(id))
     }
 

@@ -90,13 +90,17 @@ impl PodNode {
 
     /// Starts the relay, with more lines of configuration.
     pub fn start_prewarm(&mut self, hulls: u32, extra: &str) -> Result<()> {
-        let options = PrewarmOptions {
-            name: "prewarm".into(),
-            containerd: self.containerd.socket(),
-            hulls,
-            as_shipped: false,
+        self.start_prewarm_as(PrewarmOptions {
             extra: extra.into(),
-        };
+            ..PrewarmOptions::new(self.containerd.socket(), Some(hulls))
+        })
+    }
+
+    /// Starts the relay; one that is there is stopped before.
+    pub fn start_prewarm_as(&mut self, options: PrewarmOptions) -> Result<()> {
+        if let Some(before) = &mut self.prewarm {
+            before.process().stop()?;
+        }
         self.prewarm = Some(Prewarm::start(&self.run, &options)?);
         Ok(())
     }

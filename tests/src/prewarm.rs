@@ -37,12 +37,29 @@ pub struct PrewarmOptions {
     pub name: String,
     /// containerd's socket.
     pub containerd: PathBuf,
-    /// Hulls to keep ready; 0 turns the pool off.
-    pub hulls: u32,
+    /// Hulls to keep ready, no more and no fewer; 0 turns the pool off. Without it the pool has its default bounds.
+    pub hulls: Option<u32>,
     /// Whether the pool is refilled as it is by default, when starts are over, and not at once.
     pub as_shipped: bool,
+    /// How much it says.
+    pub log_level: &'static str,
     /// Appended to the configuration file, whose last section is `[pool]`.
     pub extra: String,
+}
+
+impl PrewarmOptions {
+    /// A relay for this containerd.
+    #[must_use]
+    pub fn new(containerd: PathBuf, hulls: Option<u32>) -> Self {
+        Self {
+            name: "prewarm".into(),
+            containerd,
+            hulls,
+            as_shipped: false,
+            log_level: "info",
+            extra: String::new(),
+        }
+    }
 }
 
 /// A running relay.
@@ -188,6 +205,13 @@ fn command(config: &Path, fault: Option<&str>) -> Result<Command> {
 fn config_text(run: &RunDir, directory: &Path, metrics: SocketAddr, options: &PrewarmOptions) -> String {
     let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
     let at = |name: &str| quoted(&directory.join(name));
+    let size = options.hulls.map_or_else(String::new, |hulls| {
+        format!(
+            "enabled = {}\nmin = {hulls}\nmax = {}\nmax_memory = \"4GiB\"\n",
+            hulls > 0,
+            hulls.max(1)
+        )
+    });
     format!(
         r#"root = {root}
 state = {state}
@@ -201,24 +225,18 @@ address = {containerd}
 address = "{metrics}"
 
 [log]
-level = "info"
+level = "{level}"
 format = "json"
 
 [pool]
-enabled = {enabled}
-min = {hulls}
-max = {max}
 cgroup = "{cgroup}"
-max_memory = "4GiB"
-{refill}{extra}"#,
+{size}{refill}{extra}"#,
         root = at("root"),
         state = at("state"),
         socket = at("cri.sock"),
         control = at("prewarm.sock"),
         containerd = quoted(&options.containerd),
-        enabled = options.hulls > 0,
-        hulls = options.hulls,
-        max = options.hulls.max(1),
+        level = options.log_level,
         cgroup = run.names().hull_cgroup,
         refill = if options.as_shipped { "" } else { AT_ONCE },
         extra = options.extra,

@@ -27,9 +27,18 @@ pub struct Registry {
 impl Registry {
     /// Starts a registry that keeps its blobs in `storage`.
     pub fn start(run: &RunDir, storage: &Path) -> Result<Self> {
+        Self::start_named(run, "registry", storage, None)
+    }
+
+    /// Starts one that serves `storage`, maybe another's, to the users of this htpasswd text alone.
+    pub fn start_private(run: &RunDir, storage: &Path, users: &str) -> Result<Self> {
+        Self::start_named(run, "private", storage, Some(users))
+    }
+
+    fn start_named(run: &RunDir, name: &str, storage: &Path, users: Option<&str>) -> Result<Self> {
         let mut last = None;
         for _ in 0..PORT_TRIES {
-            match Self::start_on(run, storage, free_port()?) {
+            match Self::start_on(run, name, storage, users, free_port()?) {
                 Ok(registry) => return Ok(registry),
                 Err(error) => last = Some(error),
             }
@@ -40,22 +49,28 @@ impl Registry {
         ))
     }
 
-    fn start_on(run: &RunDir, storage: &Path, port: u16) -> Result<Self> {
+    fn start_on(run: &RunDir, name: &str, storage: &Path, users: Option<&str>, port: u16) -> Result<Self> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         fs::create_dir_all(storage).with_context(|| format!("cannot create {}", storage.display()))?;
-        let config = run.directory("registry")?.join("config.yml");
+        let directory = run.directory(name)?;
+        let config = directory.join("config.yml");
         // JSON is YAML.
-        let text = serde_json::json!({
+        let mut text = serde_json::json!({
             "version": 0.1,
             "log": {"level": "warn", "accesslog": {"disabled": true}},
             "storage": {"filesystem": {"rootdirectory": storage}, "delete": {"enabled": true}},
             "http": {"addr": address.to_string()},
         });
+        if let Some(users) = users {
+            let path = directory.join("htpasswd");
+            fs::write(&path, users).with_context(|| format!("cannot write {}", path.display()))?;
+            text["auth"] = serde_json::json!({"htpasswd": {"realm": name, "path": path}});
+        }
         fs::write(&config, text.to_string()).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
         let mut registry = Self {
-            process: run.spawn("registry", command)?,
+            process: run.spawn(name, command)?,
             address,
             storage: storage.into(),
         };

@@ -31,7 +31,7 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Starts a daemon on `<run>/<name>`; `extra` is appended to its configuration file.
+    /// Starts a daemon on `<run>/<name>`; `extra` is appended to its configuration file, whose last section is `[log]`.
     pub async fn start(run: &RunDir, name: &str, extra: &str) -> Result<Self> {
         let directory = run.directory(name)?;
         let metrics = Metrics::reserve()?;
@@ -151,7 +151,7 @@ pub fn command(config: &Path) -> Result<Command> {
 fn config_text(directory: &Path, metrics: SocketAddr) -> String {
     let at = |name: &str| serde_json::Value::from(directory.join(name).to_string_lossy()).to_string();
     format!(
-        "root = {}\nsocket = {}\n\n[metrics]\naddress = \"{metrics}\"\n\n[log]\nlevel = \"info\"\nformat = \"json\"\n",
+        "root = {}\nsocket = {}\n\n[metrics]\naddress = \"{metrics}\"\n\n[log]\nformat = \"json\"\n",
         at("root"),
         at("snapshotter.sock"),
     )

@@ -174,7 +174,6 @@ impl Setting {
             hooks: around.clone(),
             credentials: around,
             events: events.clone(),
-            config_json: |_| serde_json::json!({"pod": true}),
         });
         Self {
             rules,
@@ -423,7 +422,10 @@ async fn adopted_lives_look_native(release: Release) {
         (&pod.config().labels, 1_900_000_000_000_000_000)
     );
     let document: serde_json::Value = serde_json::from_str(&seen.info["info"]).unwrap();
-    assert_eq!(document["config"], serde_json::json!({"pod": true}));
+    assert_eq!(
+        document["config"],
+        hullspeed_prewarm::adopt::gojson::value(pod.config())
+    );
     assert_eq!(document["runtimeSpec"]["hostname"], "web");
     assert_eq!(
         document["runtimeSpec"]["annotations"]["io.kubernetes.cri.sandbox-name"],

@@ -2,7 +2,7 @@
 //! the other, on the same containerd, and all that a client can read of them is compared.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use hullspeed_tests::observation::Observer;
+use hullspeed_tests::observation::{Events, Observer};
 use hullspeed_tests::pod_node::PodNode;
 use hullspeed_tests::pod_spec::{self, Fate};
 use hullspeed_tests::raw;
@@ -27,43 +27,32 @@ fn allowed(path: &str) -> bool {
         .any(|allowed| part.starts_with(allowed))
 }
 
+/// `HULLSPEED_SEED` is the number that the random pods are made from, to try others or a failure's again.
 async fn pods_are_equal(release: Release) {
     let seed = std::env::var("HULLSPEED_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok())
         .unwrap_or(1);
-    let relay = std::env::var_os("HULLSPEED_NO_RELAY").is_none();
-    let mut node = if relay {
-        PodNode::with_hulls(release, HULLS).await.unwrap()
-    } else {
-        PodNode::start(release).await.unwrap()
-    };
+    let mut node = PodNode::with_hulls(release, HULLS).await.unwrap();
+    let native_events = Events::listen(node.native.clone(), release);
+    let relayed_events = Events::listen(node.relayed().await.unwrap(), release);
     let specs = pod_spec::all(seed, RANDOM, |name| node.pod(name));
     let mut faults = Vec::new();
     for spec in &specs {
-        let start = std::time::Instant::now();
-        let native = Observer::native(&node).await.unwrap().observe(&spec.pod).await;
-        let took = start.elapsed();
-        let relayed = if relay {
-            node.prewarm().unwrap().wait_for_hulls(1).await.unwrap();
-            let before = node.prewarm().unwrap().requests("hit").await.unwrap();
-            let relayed = Observer::relayed(&node).await.unwrap().observe(&spec.pod).await;
-            let hit = node.prewarm().unwrap().requests("hit").await.unwrap() > before;
-            match spec.fate {
-                Fate::Adopted if !hit => faults.push(format!("{}: not adopted", spec.note)),
-                Fate::Ordinary if hit => faults.push(format!("{}: adopted", spec.note)),
-                _ => {}
-            }
-            relayed
-        } else {
-            Observer::native(&node).await.unwrap().observe(&spec.pod).await
-        };
-        eprintln!("{}: {took:?} {:?}", spec.note, start.elapsed());
+        let observer = Observer::native(&node, &native_events).await.unwrap();
+        let native = observer.observe(&spec.pod).await;
+        node.prewarm().unwrap().wait_for_hulls(1).await.unwrap();
+        let before = node.prewarm().unwrap().requests("hit").await.unwrap();
+        let observer = Observer::relayed(&node, &relayed_events).await.unwrap();
+        let relayed = observer.observe(&spec.pod).await;
+        let hit = node.prewarm().unwrap().requests("hit").await.unwrap() > before;
+        match spec.fate {
+            Fate::Adopted if !hit => faults.push(format!("{}: not adopted", spec.note)),
+            Fate::Ordinary if hit => faults.push(format!("{}: adopted", spec.note)),
+            _ => {}
+        }
         match (native, relayed) {
             (Ok(native), Ok(relayed)) => {
-                if std::env::var("HULLSPEED_SHOW").is_ok_and(|note| note == spec.note) {
-                    eprintln!("{native:#}");
-                }
                 let found = raw::differences(&native, &relayed);
                 let found = found.iter().filter(|(path, ..)| !allowed(path));
                 faults.extend(

@@ -5,24 +5,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use hullspeed_prewarm::adopt::fault::POINTS;
 use hullspeed_proto::cri::v1::{PodSandbox, PodSandboxFilter};
 use hullspeed_tests::cri::{Cri, Pod};
 use hullspeed_tests::pod_node::{HULL_LABEL, PodNode};
 use hullspeed_tests::pod_spec::Dice;
 use hullspeed_tests::release::Release;
-
-/// Steps of an adoption, in their order.
-const POINTS: [&str; 9] = [
-    "taken",
-    "journalled",
-    "hostname",
-    "files",
-    "sysctls",
-    "published",
-    "answered",
-    "rebranding",
-    "rebranded",
-];
 
 /// Kills of one daemon or both, in a row.
 const ROUNDS: usize = 6;
@@ -123,10 +111,27 @@ async fn check_running(cri: &mut Cri, running: &Running) {
     }
 }
 
+/// Waits until every pod that this relay has given a hull is a pod in containerd's records, too.
+async fn rebranded(node: &mut PodNode) {
+    let prewarm = node.prewarm().unwrap();
+    let wanted = prewarm.requests("hit").await.unwrap();
+    let end = Instant::now() + RECOVERY_LIMIT;
+    loop {
+        let done = prewarm
+            .metric("hullspeed_rebrands_total", &["result=\"ok\""])
+            .await
+            .unwrap();
+        if done >= wanted as f64 {
+            return;
+        }
+        assert!(Instant::now() < end, "{done} of {wanted} pods are re-branded");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// The relay goes, containerd is restarted, and a plain client ends the pods.
 async fn leave(mut node: PodNode, running: &Running) {
-    // A re-brand may be under way.
-    node.prewarm().unwrap().wait_for_hulls(HULLS).await.unwrap();
+    rebranded(&mut node).await;
     let ended = node.prewarm().unwrap().process().stop().unwrap();
     assert!(ended.success(), "{ended}");
     node.containerd.restart(&node.run).await.unwrap();
@@ -161,7 +166,9 @@ async fn killed_at_each_step(release: Release) {
             .unwrap()
             .wait_killed()
             .unwrap_or_else(|error| panic!("at {point}: {error:#}"));
-        let late = POINTS.iter().position(|other| *other == point) > Some(6);
+        let place = |name: &str| POINTS.iter().position(|other| *other == name).unwrap();
+        // From there on the kubelet has its answer.
+        let late = place(point) >= place("answered");
         assert!(answer.is_ok() || !late, "{point}: {answer:?}");
         node.start_prewarm_again(None).unwrap();
         let sandbox = ensure_pod(&node, &pod).await;
@@ -188,7 +195,10 @@ async fn killed_in_any_order(release: Release, seed: u64) {
     let mut dice = Dice::new(seed);
     let mut node = PodNode::with_hulls(release, HULLS).await.unwrap();
     let mut running = Running::new();
+    let mut adopted = 0;
     for round in 0..ROUNDS {
+        node.prewarm().unwrap().wait_for_hulls(1).await.unwrap();
+        let hulls = node.hulls().await.unwrap();
         let pod = pod(&node, &format!("pod-{round}"));
         let in_flight = dice.chance(50).then(|| {
             let (socket, pod) = (node.prewarm.as_ref().unwrap().socket(), pod.clone());
@@ -218,10 +228,19 @@ async fn killed_in_any_order(release: Release, seed: u64) {
             let _ = call.await.unwrap();
         }
         let sandbox = ensure_pod(&node, &pod).await;
+        // Counters do not outlive a relay; a sandbox that was a hull tells as much.
+        adopted += usize::from(hulls.iter().any(|hull| hull.id == sandbox));
         finish_pod(&node, &pod, sandbox, &mut running).await;
         check_running(&mut node.relayed().await.unwrap(), &running).await;
+        node.native = node.containerd.cri().await.unwrap();
     }
-    node.native = node.containerd.cri().await.unwrap();
+    assert!(adopted > 0, "seed {seed}: no pod had a hull");
+    // One that nobody disturbs.
+    node.prewarm().unwrap().wait_for_hulls(1).await.unwrap();
+    let pod = pod(&node, "pod-last");
+    let sandbox = ensure_pod(&node, &pod).await;
+    finish_pod(&node, &pod, sandbox, &mut running).await;
+    assert!(node.prewarm().unwrap().requests("hit").await.unwrap() > 0);
     leave(node, &running).await;
 }
 

@@ -13,6 +13,7 @@ use hullspeed_prewarm::ledger::{Ledger, Mark};
 use hullspeed_prewarm::metrics::Metrics;
 use hullspeed_prewarm::pool::{HandlerPool, Pool, PoolOptions};
 use hullspeed_proto::cri::v1::{PodSandboxFilter, PodSandboxState};
+use hullspeed_tests::census;
 use hullspeed_tests::containerd::{Containerd, ContainerdOptions, SnapshotterChoice};
 use hullspeed_tests::cri::Cri;
 use hullspeed_tests::network::Network;
@@ -143,34 +144,10 @@ impl Node {
         i32::try_from(information["pid"].as_i64().unwrap()).unwrap()
     }
 
-    fn conflist(&self) -> PathBuf {
-        self.network.conf_dir().join("10-hullspeed.conflist")
-    }
-
-    /// Changes the network's configuration.
-    fn edit(&self, change: impl FnOnce(&mut serde_json::Value)) {
-        let mut list: serde_json::Value = serde_json::from_slice(&fs::read(self.conflist()).unwrap()).unwrap();
-        change(&mut list);
-        let other = self.network.conf_dir().join("new");
-        fs::write(&other, list.to_string()).unwrap();
-        fs::rename(other, self.conflist()).unwrap();
-    }
-
-    /// host-local's files.
-    fn address_files(&self) -> PathBuf {
-        self.run.path().join("cni/ipam").join(&self.run.names().bridge)
-    }
-
-    fn addresses(&self) -> usize {
-        let entries = fs::read_dir(self.address_files()).into_iter().flatten();
-        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        names.filter(|name| name.parse::<std::net::IpAddr>().is_ok()).count()
-    }
-
     /// Nothing is left of hulls: no sandbox, address, namespace, cgroup, shim.
     async fn assert_nothing_is_left(&mut self) {
         assert_eq!(self.count().await, 0);
-        assert_eq!(self.addresses(), 0);
+        assert_eq!(census::addresses(&self.run).unwrap(), Vec::<String>::new());
         let namespaces = self
             .containerd
             .directory()
@@ -359,7 +336,9 @@ async fn a_changed_network_flushes_the_pool() {
     let pool = &kept.pool;
     filled(pool, 2).await;
     let old = node.ready().await;
-    node.edit(|list| list["plugins"][0]["mtu"] = 1400.into());
+    node.network
+        .edit(|list| list["plugins"][0]["mtu"] = 1400.into())
+        .unwrap();
     assert_eq!(pool.take("").unwrap_err(), Miss::Stale);
     until("another pool", pool, async || {
         let snapshot = pool.snapshot();
@@ -368,7 +347,7 @@ async fn a_changed_network_flushes_the_pool() {
     .await;
     // Rewritten with the same content, nothing is flushed.
     let kept_ones = node.ready().await;
-    node.edit(|_| {});
+    node.network.edit(|_| {}).unwrap();
     until("a second look", pool, async || {
         pool.take("").is_ok_and(|hull| {
             let is_kept = kept_ones.contains(&hull.id);
@@ -377,7 +356,9 @@ async fn a_changed_network_flushes_the_pool() {
         })
     })
     .await;
-    node.edit(|list| list["plugins"][0]["type"] = "calico".into());
+    node.network
+        .edit(|list| list["plugins"][0]["type"] = "calico".into())
+        .unwrap();
     assert_eq!(pool.take("").unwrap_err(), Miss::Stale);
     until("a refusal", pool, async || {
         let off = pool.snapshot().handlers[0].off.clone();
@@ -387,7 +368,9 @@ async fn a_changed_network_flushes_the_pool() {
     assert_eq!(pool.take("").unwrap_err(), Miss::Off);
     // The plugin that made them is asked to undo it, and that is another now: containerd cannot remove these wholly
     // until the configuration is back.
-    node.edit(|list| list["plugins"][0]["type"] = "bridge".into());
+    node.network
+        .edit(|list| list["plugins"][0]["type"] = "bridge".into())
+        .unwrap();
     full(pool).await;
     pool.drain().await;
     kept.stop().await;
@@ -400,17 +383,10 @@ async fn hulls_give_their_addresses_back() {
     let kept = node.keep(node.options(4), Vec::new());
     let pool = &kept.pool;
     filled(pool, 4).await;
-    let subnet = {
-        let list: serde_json::Value = serde_json::from_slice(&fs::read(node.conflist()).unwrap()).unwrap();
-        let start = list["plugins"][0]["ipam"]["ranges"][0][0]["rangeStart"]
-            .as_str()
-            .unwrap()
-            .to_owned();
-        start.trim_end_matches("10").to_owned()
-    };
+    let subnet = node.network.address_prefix().unwrap();
     // All but 10 of 241 are taken by others, hulls' own not counted: 8 are to be left to pods, so 2 remain for hulls.
     let free: Vec<PathBuf> = (10..=250)
-        .map(|last| node.address_files().join(format!("{subnet}{last}")))
+        .map(|last| node.network.address_files().join(format!("{subnet}{last}")))
         .collect();
     let others: Vec<&Path> = free
         .iter()
@@ -564,7 +540,9 @@ async fn hulls_outlive_restarts_on_2() {
 async fn failing_creations_back_off_and_leave_nothing() {
     let mut node = Node::start(Release::One).await;
     // Valid for us and for containerd, but no bridge can have this name.
-    node.edit(|list| list["plugins"][0]["bridge"] = "a-name-that-is-much-too-long".into());
+    node.network
+        .edit(|list| list["plugins"][0]["bridge"] = "a-name-that-is-much-too-long".into())
+        .unwrap();
     let kept = node.keep(node.options(2), Vec::new());
     until("two failures", &kept.pool, async || {
         kept.pool
@@ -576,9 +554,11 @@ async fn failing_creations_back_off_and_leave_nothing() {
     assert_eq!(kept.pool.take("").unwrap_err(), Miss::Empty);
     kept.pool.pause();
     until("a clean containerd", &kept.pool, async || node.count().await == 0).await;
-    assert_eq!(node.addresses(), 0);
+    assert_eq!(census::addresses(&node.run).unwrap(), Vec::<String>::new());
     let name = node.run.names().bridge.clone();
-    node.edit(|list| list["plugins"][0]["bridge"] = name.into());
+    node.network
+        .edit(|list| list["plugins"][0]["bridge"] = name.into())
+        .unwrap();
     kept.pool.resume();
     filled(&kept.pool, 2).await;
     assert_eq!(kept.pool.snapshot().failure, None);

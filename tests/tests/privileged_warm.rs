@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use hullspeed_proto::cri::v1::image_service_client::ImageServiceClient;
@@ -17,23 +16,15 @@ use hullspeed_proto::hullspeed::control::v1::{
 use hullspeed_tests::cri::{Pod, connect};
 use hullspeed_tests::fixture::{LARGE_FILE, large_content};
 use hullspeed_tests::layout::LayoutImage;
-use hullspeed_tests::process::Process;
+use hullspeed_tests::login::{ENCODED, HTPASSWD, PASSWORD, USER, files_with_secrets, has_secret};
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
+use hullspeed_tests::registry::Registry;
 use hullspeed_tests::scenario::{CONVERTED, Scenario};
-use hullspeed_tests::{registry, snapshotter};
+use hullspeed_tests::snapshotter;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 type Control = SnapshotterControlClient<Channel>;
-
-/// A user of the private registry.
-const USER: &str = "hull";
-/// Their password, which is nowhere else.
-const PASSWORD: &str = "correct-horse-battery-7";
-/// `base64(USER:PASSWORD)`.
-const ENCODED: &str = "aHVsbDpjb3JyZWN0LWhvcnNlLWJhdHRlcnktNw==";
-/// bcrypt of the password.
-const HTPASSWD: &str = "hull:$2b$05$abcdefghijklmnopqrstuuq17Gac4tyjXgv0dYB9MAoOS2CwVaxX.\n";
 
 async fn control(socket: &Path) -> Control {
     SnapshotterControlClient::new(connect(socket).await.unwrap())
@@ -200,32 +191,6 @@ async fn a_call_that_is_cancelled_stops_and_what_is_not_lazy_is_no_error() {
     }
 }
 
-/// A second registry over the same storage, which wants a login.
-fn private_registry(scenario: &Scenario) -> (Process, String) {
-    let address = format!("127.0.0.1:{}", registry::free_port().unwrap());
-    let directory = scenario.run.directory("private").unwrap();
-    let (config, users) = (directory.join("config.yml"), directory.join("htpasswd"));
-    fs::write(&users, HTPASSWD).unwrap();
-    // JSON is YAML.
-    let text = serde_json::json!({
-        "version": 0.1,
-        "log": {"level": "warn", "accesslog": {"disabled": true}},
-        "storage": {"filesystem": {"rootdirectory": scenario.registry.storage()}},
-        "auth": {"htpasswd": {"realm": "private", "path": users}},
-        "http": {"addr": address},
-    });
-    fs::write(&config, text.to_string()).unwrap();
-    let mut command = Command::new("docker-registry");
-    command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
-    let process = scenario.run.spawn("private", command).unwrap();
-    let end = Instant::now() + Duration::from_secs(20);
-    while std::net::TcpStream::connect(&address).is_err() {
-        assert!(Instant::now() < end, "the private registry does not come up");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    (process, address)
-}
-
 fn login(image: &str) -> SetCredentialsRequest {
     SetCredentialsRequest {
         place: Some(set_credentials_request::Place::Image(image.to_owned())),
@@ -235,52 +200,14 @@ fn login(image: &str) -> SetCredentialsRequest {
     }
 }
 
-/// Files below `directory` that hold the password in either form. Mounted layers are left out.
-fn files_with_secrets(directory: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut directories = vec![directory.to_owned()];
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(&directory).unwrap() {
-            let path = entry.unwrap().path();
-            let metadata = fs::symlink_metadata(&path).unwrap();
-            if metadata.is_dir() && !path.ends_with("mnt") {
-                directories.push(path);
-            } else if metadata.is_file() && has_secret(&fs::read(&path).unwrap()) {
-                found.push(path);
-            }
-        }
-    }
-    found
-}
-
-fn has_secret(bytes: &[u8]) -> bool {
-    [PASSWORD, ENCODED]
-        .iter()
-        .any(|secret| bytes.windows(secret.len()).any(|window| window == secret.as_bytes()))
-}
-
 /// The daemon speaks of everything it does, and its secrets are not among that.
 #[tokio::test(flavor = "multi_thread")]
 async fn logins_that_are_handed_over_open_a_private_registry_and_are_never_written_down() {
-    assert!(has_secret(format!("x{PASSWORD}").as_bytes()) && has_secret(ENCODED.as_bytes()));
     let scenario = Scenario::fixture().await.unwrap();
-    let (_registry, address) = private_registry(&scenario);
-    let image = format!("{address}/test/image:{CONVERTED}");
-    let mut node = scenario.lazy_node("").await.unwrap();
-    let (socket, config) = {
-        let snapshotter = node.snapshotter().unwrap();
-        snapshotter.process().stop().unwrap();
-        (snapshotter.socket(), snapshotter.config())
-    };
-    let mut command = snapshotter::command(&config).unwrap();
-    command.args(["--log-level", "trace"]);
-    let talkative = scenario.run.spawn("snapshotter-trace", command).unwrap();
-    let end = Instant::now() + Duration::from_secs(20);
-    while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-        assert!(Instant::now() < end, "{}", talkative.log_tail());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let mut control = control(&socket).await;
+    let private = Registry::start_private(&scenario.run, scenario.registry.storage(), HTPASSWD).unwrap();
+    let image = format!("{}/test/image:{CONVERTED}", private.address());
+    let mut node = scenario.lazy_node("level = \"trace\"\n").await.unwrap();
+    let mut control = control(&node.snapshotter().unwrap().socket()).await;
     let toc = || request(&image, "", Share::Toc);
     assert_eq!(
         warm(&mut control, toc()).await.unwrap_err().code(),
@@ -302,7 +229,7 @@ async fn logins_that_are_handed_over_open_a_private_registry_and_are_never_writt
     control.set_credentials(encoded).await.unwrap();
     assert_resident(&warm(&mut control, toc()).await.unwrap(), &scenario.converted);
     let forget = ForgetCredentialsRequest {
-        place: Some(forget_credentials_request::Place::Prefix(address.clone())),
+        place: Some(forget_credentials_request::Place::Prefix(private.address().to_string())),
     };
     assert_eq!(
         control.forget_credentials(forget).await.unwrap().into_inner().forgotten,
@@ -328,12 +255,7 @@ async fn logins_that_are_handed_over_open_a_private_registry_and_are_never_writt
         }),
         sandbox_config: None,
     };
-    let end = Instant::now() + Duration::from_secs(20);
-    // containerd dials a snapshotter that was gone again after a pause.
-    while let Err(error) = images.pull_image(pull.clone()).await {
-        assert!(Instant::now() < end, "{error}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    images.pull_image(pull).await.unwrap();
     node.check_lazy(&scenario.converted).unwrap();
     let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());
@@ -343,11 +265,11 @@ async fn logins_that_are_handed_over_open_a_private_registry_and_are_never_writt
         1
     );
 
-    let root = node.snapshotter().unwrap().root();
-    assert_eq!(files_with_secrets(root.parent().unwrap()), Vec::<PathBuf>::new());
-    let log = fs::read(talkative.log()).unwrap();
-    assert!(log.len() > 10_000, "the log is not talkative");
-    let said = String::from_utf8_lossy(&log);
+    let snapshotter = node.snapshotter().unwrap();
+    let kept = files_with_secrets(snapshotter.root().parent().unwrap()).unwrap();
+    assert_eq!(kept, Vec::<PathBuf>::new());
+    let said = snapshotter.process().log_text().unwrap();
+    assert!(said.len() > 10_000, "the log is not talkative");
     let told = said.lines().find(|line| has_secret(line.as_bytes()));
     assert!(told.is_none(), "the log has the password: {told:?}");
     node.cri.remove_everything().await.unwrap();

@@ -14,7 +14,7 @@ use tonic::Status;
 use super::eligibility::{self, Policy};
 use super::journal::{Journal, JournalError};
 use super::patch::{PatchError, Patcher};
-use super::rebrand::Rebrander;
+use super::rebrand::{Rebrander, Unbranded};
 use super::{HullSource, Observer, Outcome, schema};
 use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
@@ -225,6 +225,12 @@ impl Adopter {
         if adopted {
             self.shared.forget(sandbox_id);
         }
+    }
+
+    /// Adopted sandboxes whose records in containerd are still their hulls'.
+    #[must_use]
+    pub fn unbranded(&self) -> Unbranded {
+        self.shared.rebrander.unbranded()
     }
 
     /// containerd is away, or its facts are in doubt: nothing is adopted until [`Self::recover`] succeeds. Waits for

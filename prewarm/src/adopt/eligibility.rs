@@ -13,6 +13,7 @@ use hullspeed_proto::cri::v1::{
 };
 
 use super::glob;
+use crate::containerd::Release;
 use crate::containerd::facts::{Facts, Handler};
 
 /// containerd's limit on a label's key and value together.
@@ -50,8 +51,8 @@ const SAFE_SYSCTLS: [&str; 12] = [
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Whether a pod must not differ from its hull even in what only the pause process has: user, groups, seccomp
-    /// profile.
+    /// Whether a pod must not differ from its hull even in what only the pause process has: user, groups, and an absent
+    /// seccomp profile. Any profile but the runtime's default is refused in either case.
     pub strict: bool,
     /// Whether privileged pods may have a hull, where SELinux is off.
     pub privileged: bool,
@@ -117,6 +118,31 @@ pub enum Ineligible {
 }
 
 impl Ineligible {
+    /// Every reason.
+    pub const ALL: [Self; 21] = [
+        Self::Metadata,
+        Self::Handler,
+        Self::Windows,
+        Self::HostPort,
+        Self::Network,
+        Self::Pid,
+        Self::Ipc,
+        Self::SharedPid,
+        Self::UserNamespace,
+        Self::Selinux,
+        Self::Seccomp,
+        Self::Privileged,
+        Self::RunAs,
+        Self::Sysctls,
+        Self::Bandwidth,
+        Self::Untrusted,
+        Self::Annotation,
+        Self::Label,
+        Self::Hostname,
+        Self::Dns,
+        Self::CgroupParent,
+    ];
+
     /// A short, stable name.
     #[must_use]
     pub fn reason(self) -> &'static str {
@@ -230,11 +256,7 @@ pub enum EmptyDns {
 /// As this version of containerd does; none for a version that we cannot read.
 #[must_use]
 pub fn empty_dns(version: &str) -> Option<EmptyDns> {
-    let mut numbers = version.trim_start_matches('v').split('.').map(|part| {
-        let digits = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
-        part[..digits].parse::<u32>().ok()
-    });
-    let (major, minor, patch) = (numbers.next()??, numbers.next()??, numbers.next().flatten());
+    let Release { major, minor, patch } = Release::of(version)?;
     let since = match (major, minor) {
         (1, ..=5) => return Some(EmptyDns::Host),
         (1, 6) => 34,

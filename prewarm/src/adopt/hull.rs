@@ -220,7 +220,8 @@ fn read_proc(pid: i32, file: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-fn parent_of(pid: i32) -> Option<i32> {
+/// The parent of a process.
+pub(crate) fn parent_of(pid: i32) -> Option<i32> {
     let stat = read_proc(pid, "stat")?;
     let stat = String::from_utf8_lossy(&stat);
     // The command's name is in parentheses and may hold any character; state and parent follow the last one.

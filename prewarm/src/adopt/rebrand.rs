@@ -21,11 +21,11 @@ use prost_types::{Any, FieldMask};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status};
+use tonic::Code;
 
 use super::journal::{Journal, Record};
 use super::{Observer, fault};
-use crate::containerd::Containerd;
+use crate::containerd::{CallError, Containerd, limited};
 use crate::ledger::{Adoption, Ledger, sandbox_name};
 
 pub mod record;
@@ -47,12 +47,15 @@ const AT_ONCE: usize = 2;
 /// Sandboxes that wait. Those beyond are taken up by the next recovery.
 const MAX_WAITING: usize = 4096;
 
-/// Limit on each call.
-const CALL_LIMIT: Duration = Duration::from_secs(10);
-
 /// Pauses between attempts on one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// How the work on a record can end: labels of a metric.
+pub const RESULTS: [&str; 3] = [DONE, GONE, FAILED];
+const DONE: &str = "ok";
+const GONE: &str = "gone";
+const FAILED: &str = "failed";
 
 /// Attempts on a record that containerd answers about but that cannot be rewritten.
 const MAX_REFUSALS: u32 = 8;
@@ -61,14 +64,8 @@ const MAX_REFUSALS: u32 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum RebrandError {
     /// A call failed.
-    #[error("containerd does not answer {call}")]
-    Call {
-        /// Which.
-        call: &'static str,
-        /// Its status.
-        #[source]
-        source: Box<Status>,
-    },
+    #[error(transparent)]
+    Call(#[from] CallError),
     /// The record is not such as we know.
     #[error("the record in {service} is not as expected")]
     Record {
@@ -81,16 +78,9 @@ pub enum RebrandError {
 }
 
 impl RebrandError {
-    fn call(call: &'static str) -> impl Fn(Status) -> Self {
-        move |source| Self::Call {
-            call,
-            source: Box::new(source),
-        }
-    }
-
     fn code(&self) -> Option<Code> {
         match self {
-            Self::Call { source, .. } => Some(source.code()),
+            Self::Call(error) => Some(error.source.code()),
             Self::Record { .. } => None,
         }
     }
@@ -108,6 +98,26 @@ impl RebrandError {
 struct Waiting {
     order: VecDeque<String>,
     known: BTreeSet<String>,
+    /// Given up, until the next recovery. Only what the ledger calls adopted stays in it.
+    refused: BTreeSet<String>,
+}
+
+/// Adopted sandboxes whose records in containerd are still their hulls'. After a restart of containerd without us, the
+/// kubelet would find hulls in their place.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Unbranded {
+    /// To be rewritten, or tried again.
+    pub pending: Vec<Arc<Adoption>>,
+    /// Given up: containerd answers, but the record cannot be rewritten.
+    pub refused: Vec<Arc<Adoption>>,
+}
+
+impl Unbranded {
+    fn of(adoptions: Vec<Arc<Adoption>>, is_branded: impl Fn(&str) -> bool, refused: &BTreeSet<String>) -> Self {
+        let unbranded = adoptions.into_iter().filter(|one| !is_branded(&one.sandbox_id));
+        let (refused, pending) = unbranded.partition(|one| refused.contains(&one.sandbox_id));
+        Self { pending, refused }
+    }
 }
 
 /// What the work needs; shared by its tasks.
@@ -156,10 +166,25 @@ impl Rebrander {
                 "too many records wait to be rewritten; this one waits for the next recovery"
             );
         } else if waiting.known.insert(sandbox_id.to_owned()) {
+            waiting.refused.remove(sandbox_id);
             waiting.order.push_back(sandbox_id.to_owned());
         }
         drop(waiting);
         self.shared.more.notify_one();
+    }
+
+    /// What is left to do, and what cannot be done.
+    #[must_use]
+    pub fn unbranded(&self) -> Unbranded {
+        let adoptions = self.shared.ledger.adoptions();
+        let refused = self.waiting().refused.clone();
+        Unbranded::of(adoptions, |id| self.shared.journal.is_branded(id), &refused)
+    }
+
+    fn refuse(&self, id: &str) {
+        let mut waiting = self.waiting();
+        waiting.refused.retain(|id| self.shared.ledger.adoption(id).is_some());
+        waiting.refused.insert(id.to_owned());
     }
 
     /// Works until told to stop. What is left then is in the journal.
@@ -191,16 +216,17 @@ impl Rebrander {
         let result = loop {
             // Removed by its pod meanwhile, it is nobody's.
             let Some(adoption) = self.shared.ledger.adoption(id) else {
-                break "gone";
+                break GONE;
             };
             match rebrand(&self.shared.containerd, &adoption).await {
                 Ok(()) => break self.done(id),
-                Err(error) if error.code() == Some(Code::NotFound) => break "gone",
+                Err(error) if error.code() == Some(Code::NotFound) => break GONE,
                 Err(error) => {
                     refusals += u32::from(!error.is_absence());
                     if refusals >= MAX_REFUSALS {
                         tracing::error!(sandbox_id = id, error = %chain(&error), "a sandbox's record stays its hull's");
-                        break "failed";
+                        self.refuse(id);
+                        break FAILED;
                     }
                     tracing::warn!(sandbox_id = id, error = %chain(&error), "a sandbox's record could not be rewritten yet");
                 }
@@ -216,7 +242,7 @@ impl Rebrander {
             tracing::warn!(sandbox_id = id, error = %chain(&error), "the journal does not know of a rewritten record");
         }
         fault::point("rebranded");
-        "ok"
+        DONE
     }
 }
 
@@ -229,16 +255,6 @@ pub(super) async fn rebrand(containerd: &Containerd, adoption: &Adoption) -> Res
         Err(error) if matches!(error.code(), Some(Code::Unimplemented | Code::NotFound)) => Ok(()),
         other => other,
     }
-}
-
-async fn limited<T>(
-    call: &'static str,
-    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
-) -> Result<T, RebrandError> {
-    let late = |_| Status::deadline_exceeded("no answer in time");
-    let answer = tokio::time::timeout(CALL_LIMIT, answer).await.map_err(late);
-    let answer = answer.flatten().map_err(RebrandError::call(call))?;
-    Ok(answer.into_inner())
 }
 
 async fn rebrand_container(containerd: &Containerd, adoption: &Adoption) -> Result<(), RebrandError> {
@@ -302,4 +318,31 @@ async fn rebrand_store(containerd: &Containerd, adoption: &Adoption) -> Result<(
     };
     limited("Store.Update", client.update(request)).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adopt::testing;
+
+    #[test]
+    fn adoptions_are_pending_until_their_records_are_rewritten_or_given_up() {
+        let adoption = |id: &str| {
+            Arc::new(Adoption {
+                sandbox_id: id.into(),
+                config: testing::pod(id),
+                runtime_handler: String::new(),
+                adopted_at: 7,
+            })
+        };
+        let adoptions: Vec<_> = ["done", "waits", "refused"].map(adoption).into();
+        // What was given up and is gone since does not count.
+        let refused = BTreeSet::from(["refused".to_owned(), "gone".to_owned()]);
+        let unbranded = Unbranded::of(adoptions, |id| id == "done", &refused);
+        let expected = Unbranded {
+            pending: vec![adoption("waits")],
+            refused: vec![adoption("refused")],
+        };
+        assert_eq!(unbranded, expected);
+    }
 }

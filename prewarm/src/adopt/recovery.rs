@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{Container, ListContainersRequest as ListRecordsRequest};
@@ -15,16 +14,12 @@ use hullspeed_proto::cri::v1::{
 };
 use prost::Message as _;
 use serde_json::Value;
-use tonic::Status;
 
 use super::journal::{Contents, Entry};
 use super::rebrand::record::{self, KIND_LABEL, KIND_SANDBOX};
 use super::rebrand::{ADOPTION_EXTENSION, METADATA_EXTENSION};
-use crate::containerd::Containerd;
+use crate::containerd::{CallError, Containerd, limited};
 use crate::ledger::{Adoption, Mark, sandbox_name};
-
-/// Limit on each call.
-const CALL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A hull that nobody has used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,14 +47,8 @@ pub struct Recovered {
 #[derive(Debug, thiserror::Error)]
 pub enum RecoveryError {
     /// A call failed.
-    #[error("containerd does not answer {call}")]
-    Call {
-        /// Which.
-        call: &'static str,
-        /// Its status.
-        #[source]
-        source: Box<Status>,
-    },
+    #[error(transparent)]
+    Call(#[from] CallError),
 }
 
 /// What containerd has.
@@ -69,19 +58,6 @@ pub(super) struct Found {
     records: HashMap<String, Container>,
     /// Sandboxes with a container in them.
     occupied: HashSet<String>,
-}
-
-async fn limited<T>(
-    call: &'static str,
-    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
-) -> Result<T, RecoveryError> {
-    let late = |_| Status::deadline_exceeded("no answer in time");
-    let answer = tokio::time::timeout(CALL_LIMIT, answer).await.map_err(late).flatten();
-    let failed = |source| RecoveryError::Call {
-        call,
-        source: Box::new(source),
-    };
-    Ok(answer.map_err(failed)?.into_inner())
 }
 
 impl Found {

@@ -14,6 +14,15 @@ pub enum AskError {
     /// The daemon does not do it.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// A drain ended, and leaving would lose pods.
+    #[error(
+        "{unbranded} pods' records in containerd are still their hulls'; do not restart containerd and leave the relay \
+        before they are rewritten or the pods are gone"
+    )]
+    Unbranded {
+        /// How many.
+        unbranded: u64,
+    },
     /// Nobody reads what is printed.
     #[error("cannot print")]
     Print(#[from] io::Error),
@@ -25,7 +34,7 @@ impl AskError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Client(ClientError::Unreachable { .. }) => 69,
-            Self::Client(ClientError::Answer(_)) | Self::Print(_) => 1,
+            Self::Client(ClientError::Answer(_)) | Self::Unbranded { .. } | Self::Print(_) => 1,
         }
     }
 }
@@ -43,20 +52,25 @@ pub async fn pool(client: &Client, action: Option<Action>, form: Form, out: &mut
     show(&pool, form, table::pool, out)
 }
 
-/// `drain`: says how many hulls are left, once or until there are none.
+/// `drain`: says how many hulls and records are left, once or until there are none.
 pub async fn drain(client: &Client, wait: bool, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
     let mut progress = client.drain().await?;
     let mut last = None;
     while let Some(now) = progress.message().await.map_err(said)? {
-        if last.replace(now) != Some(now) {
+        if last.as_ref() != Some(&now) {
             show(&now, form, table::drain, out)?;
             out.flush()?;
+            last = Some(now);
         }
         if !wait {
-            break;
+            return Ok(());
         }
     }
-    Ok(())
+    let last = last.filter(|last| last.done).and_then(|last| last.unbranded);
+    match last.map_or(0, |last| last.pending + last.refused.len() as u64) {
+        0 => Ok(()),
+        unbranded => Err(AskError::Unbranded { unbranded }),
+    }
 }
 
 fn show<T: Serialize>(answer: &T, form: Form, as_text: fn(&T) -> String, out: &mut dyn Write) -> Result<(), AskError> {

@@ -17,6 +17,7 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         adopted,
         requests,
         warm,
+        unbranded,
     } = status;
     let containerd_version = if containerd_version.is_empty() {
         "has not answered yet"
@@ -34,6 +35,9 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
     let _ = writeln!(text, "hullspeed-prewarm {version} serves {socket}");
     let _ = writeln!(text, "containerd        {containerd_version} at {containerd_socket}");
     let _ = writeln!(text, "pods in hulls     {adopted}");
+    if let Some(unbranded) = unbranded {
+        text.push_str(&self::unbranded(unbranded));
+    }
     let _ = writeln!(text, "pod starts        {calls}, of them {hits} with a hull");
     if calls > 0 {
         let mut table = empty(&["RESULT", "REASON", "CALLS"]);
@@ -50,6 +54,28 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         text.push_str(&self::warm(warm));
     }
     text
+}
+
+/// Nothing where all records are rewritten.
+fn unbranded(unbranded: &api::UnbrandedPods) -> String {
+    let api::UnbrandedPods { pending, refused } = unbranded;
+    let mut text = String::new();
+    if *pending > 0 {
+        let _ = writeln!(
+            text,
+            "records pending   {pending}: containerd does not know these pods yet"
+        );
+    }
+    if !refused.is_empty() {
+        let _ = writeln!(text, "records refused   {}: {}", refused.len(), names(refused));
+    }
+    text
+}
+
+/// As people name them, with what containerd calls their sandboxes.
+pub(crate) fn names(pods: &[api::UnbrandedPod]) -> String {
+    let name = |pod: &api::UnbrandedPod| format!("{}/{} ({})", pod.pod_namespace, pod.pod_name, pod.sandbox_id);
+    pods.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
 fn warm(warm: &api::WarmStatus) -> String {
@@ -171,12 +197,14 @@ fn age(seconds: u64) -> String {
 }
 
 pub(super) fn drain(progress: &api::DrainProgress) -> String {
-    let api::DrainProgress { left, done } = progress;
-    if *done {
+    let api::DrainProgress { left, done, unbranded } = progress;
+    let mut text = if *done {
         "drained: no hull is left\n".to_owned()
     } else {
         format!("draining: {left} left\n")
-    }
+    };
+    text.extend(unbranded.iter().map(self::unbranded));
+    text
 }
 
 fn empty(header: &[&str]) -> Table {
@@ -255,8 +283,18 @@ mod tests {
                 }),
                 ..api::PoolStatus::default()
             }),
+            unbranded: Some(stranded()),
             ..api::StatusResponse::default()
         }
+    }
+
+    fn stranded() -> api::UnbrandedPods {
+        let refused = vec![api::UnbrandedPod {
+            sandbox_id: "0a1b".into(),
+            pod_namespace: "shop".into(),
+            pod_name: "web".into(),
+        }];
+        api::UnbrandedPods { pending: 3, refused }
     }
 
     #[test]
@@ -265,6 +303,8 @@ mod tests {
         for part in [
             "containerd        2.1.9",
             "pods in hulls     7",
+            "records pending   3",
+            "records refused   1: shop/web (0a1b)",
             "42, of them 40 with a hull",
             "empty",
             "pool              on\n",
@@ -280,6 +320,24 @@ mod tests {
         let text = status(&api::StatusResponse::default());
         assert!(
             text.contains("has not answered yet") && !text.contains("RESULT"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_drain_names_what_is_left() {
+        let mut progress = api::DrainProgress {
+            left: 2,
+            done: false,
+            unbranded: Some(api::UnbrandedPods::default()),
+        };
+        assert_eq!(drain(&progress), "draining: 2 left\n");
+        progress.done = true;
+        assert_eq!(drain(&progress), "drained: no hull is left\n");
+        progress.unbranded = Some(stranded());
+        let text = drain(&progress);
+        assert!(
+            text.contains("records pending   3") && text.contains("shop/web (0a1b)"),
             "{text}"
         );
     }

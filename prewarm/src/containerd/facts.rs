@@ -5,16 +5,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use hullspeed_proto::cri::v1::{ImageSpec, ImageStatusRequest, ListImagesRequest, StatusRequest, VersionRequest};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::Containerd;
-
-/// Limit on each call.
-const CALL_LIMIT: Duration = Duration::from_secs(10);
+use super::{CallError, Containerd, limited};
 
 /// More handlers, or patterns of one, are not a configuration that somebody wrote.
 const MAX_HANDLERS: usize = 1024;
@@ -24,20 +20,8 @@ const MAX_PATTERNS: usize = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum FactsError {
     /// A call failed.
-    #[error("containerd does not answer {method}")]
-    Call {
-        /// Of CRI.
-        method: &'static str,
-        /// What came instead.
-        #[source]
-        source: Box<tonic::Status>,
-    },
-    /// A call took too long.
-    #[error("containerd does not answer {method} within {} s", CALL_LIMIT.as_secs())]
-    Late {
-        /// Of CRI.
-        method: &'static str,
-    },
+    #[error(transparent)]
+    Call(#[from] CallError),
     /// There is no configuration in the answer.
     #[error("containerd's status has no configuration (key {key:?} of the verbose information)")]
     Missing {
@@ -180,20 +164,6 @@ impl Facts {
     pub fn handler(&self, name: &str) -> Option<&Handler> {
         let name = if name.is_empty() { &self.default_handler } else { name };
         self.handlers.get(name)
-    }
-}
-
-async fn limited<T>(
-    method: &'static str,
-    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-) -> Result<T, FactsError> {
-    match tokio::time::timeout(CALL_LIMIT, call).await {
-        Err(_) => Err(FactsError::Late { method }),
-        Ok(Err(status)) => Err(FactsError::Call {
-            method,
-            source: Box::new(status),
-        }),
-        Ok(Ok(answer)) => Ok(answer.into_inner()),
     }
 }
 

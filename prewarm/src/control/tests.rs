@@ -8,15 +8,20 @@ use hullspeed_proto::cri::v1::PodSandboxConfig;
 use tonic::Code;
 
 use super::*;
-use crate::adopt::{Observer as _, Outcome};
+use crate::adopt::eligibility::Policy;
+use crate::adopt::{self, Observer as _, Outcome};
+use crate::cli::{Form, ask};
 use crate::client::Client;
 use crate::containerd::Containerd;
 use crate::ledger::{Adoption, Mark};
 use crate::metrics::Metrics;
 use crate::pool::{Audit, CreationFailure, HandlerSnapshot, Off, PoolOptions, PoolSnapshot};
+use crate::rules::Events;
+use crate::rules::events::EventOptions;
 
 struct Daemon {
     place: tempfile::TempDir,
+    _state: tempfile::TempDir,
     control: Control,
     stopping: CancellationToken,
     served: tokio::task::JoinHandle<()>,
@@ -24,7 +29,7 @@ struct Daemon {
 
 impl Daemon {
     async fn start() -> Self {
-        let place = tempfile::tempdir().unwrap();
+        let (place, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let config = Config {
             control_socket: place.path().join("control.sock"),
             ..Config::default()
@@ -32,9 +37,31 @@ impl Daemon {
         let metrics = Metrics::unregistered();
         let ledger = Ledger::new(Mark::new("m".to_owned()));
         let containerd = Containerd::at(&place.path().join("none.sock"));
+        let pool = Pool::new(
+            PoolOptions::default(),
+            containerd.clone(),
+            ledger.clone(),
+            metrics.clone(),
+        );
+        let adopter = Adopter::new(adopt::Options {
+            containerd: containerd.clone(),
+            ledger: ledger.clone(),
+            hulls: Arc::new(pool.clone()),
+            events: Events::new(EventOptions {
+                ledger: ledger.clone(),
+                containerd,
+                facts: pool.facts(),
+                supply: false,
+                metrics: metrics.clone(),
+            }),
+            observer: Arc::new(()),
+            state: state.path().to_owned(),
+            policy: Policy::default(),
+        });
         let control = Control {
             warm: None,
-            pool: Pool::new(PoolOptions::default(), containerd, ledger.clone(), metrics.clone()),
+            pool,
+            adopter: adopter.unwrap(),
             config: Arc::new(config),
             ledger,
             requests: Requests::new(metrics),
@@ -45,6 +72,7 @@ impl Daemon {
         let served = tokio::spawn(control.clone().serve(socket, stopping.clone()));
         Self {
             place,
+            _state: state,
             control,
             stopping,
             served,
@@ -70,6 +98,8 @@ async fn status_shows_what_is_there() {
     });
     let status = daemon.client().status().await.unwrap();
     assert_eq!(status.version, env!("CARGO_PKG_VERSION"));
+    // No journal says that its record is rewritten.
+    assert_eq!(status.unbranded.unwrap().pending, 1);
     assert_eq!((status.containerd_version.as_str(), status.adopted), ("", 1));
     let request = &status.requests[0];
     assert_eq!(
@@ -116,11 +146,40 @@ async fn a_drain_ends_when_nothing_is_left_and_holds_until_it_is_taken_back() {
     {
         last = next;
     }
-    assert_eq!(last, api::DrainProgress { left: 0, done: true });
+    let unbranded = Some(api::UnbrandedPods::default());
+    assert_eq!((last.left, last.done, last.unbranded), (0, true, unbranded));
     let pool = client.pool(api::PoolAction::Unspecified).await.unwrap();
     assert_eq!(pool.state, "drained");
     let pool = client.pool(api::PoolAction::Resume).await.unwrap();
     assert_ne!(pool.state, "drained");
+}
+
+#[tokio::test]
+async fn a_drain_waits_for_records_but_not_for_ever() {
+    let daemon = Daemon::start().await;
+    daemon.control.ledger.adopt(Adoption {
+        sandbox_id: "a".to_owned(),
+        config: PodSandboxConfig::default(),
+        runtime_handler: String::new(),
+        adopted_at: 1,
+    });
+    let client = daemon.client();
+    let mut out = Vec::new();
+    let asked = ask::drain(&client, true, Form { json: false }, &mut out);
+    assert!(
+        tokio::time::timeout(2 * PROGRESS_INTERVAL, asked).await.is_err(),
+        "it has not waited"
+    );
+    let text = String::from_utf8(out).unwrap();
+    assert!(text.contains("records pending   1"), "{text}");
+    let bounded = daemon.control.drained(Duration::from_millis(10));
+    tokio::time::timeout(Duration::from_secs(10), bounded).await.unwrap();
+    // The pod goes, and with it what there was to wait for.
+    daemon.control.ledger.forget("a");
+    let mut out = Vec::new();
+    ask::drain(&client, true, Form { json: false }, &mut out).await.unwrap();
+    let text = String::from_utf8(out).unwrap();
+    assert!(text.ends_with("drained: no hull is left\n"), "{text}");
 }
 
 #[test]

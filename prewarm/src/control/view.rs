@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use hullspeed_proto::hullspeed::prewarm::v1 as api;
 
+use crate::adopt::Unbranded;
+use crate::ledger::Adoption;
 use crate::pool::{CreationFailure, HandlerSnapshot, Off, PoolSnapshot};
 use crate::warm::{ImageStatus, WarmStatus};
 
@@ -11,6 +13,21 @@ use crate::warm::{ImageStatus, WarmStatus};
 pub(super) fn left(pool: &PoolSnapshot) -> u64 {
     let hulls = |handler: &HandlerSnapshot| handler.idle + handler.creating;
     (pool.handlers.iter().map(hulls).sum::<usize>() + pool.removing) as u64
+}
+
+pub(super) fn unbranded(unbranded: Unbranded) -> api::UnbrandedPods {
+    let pod = |adoption: &Adoption| {
+        let metadata = adoption.config.metadata.clone().unwrap_or_default();
+        api::UnbrandedPod {
+            sandbox_id: adoption.sandbox_id.clone(),
+            pod_namespace: metadata.namespace,
+            pod_name: metadata.name,
+        }
+    };
+    api::UnbrandedPods {
+        pending: unbranded.pending.len() as u64,
+        refused: unbranded.refused.iter().map(|one| pod(one)).collect(),
+    }
 }
 
 pub(super) fn warm(status: WarmStatus) -> api::WarmStatus {

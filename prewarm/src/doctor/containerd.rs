@@ -10,8 +10,8 @@ use tonic::{Code, Response, Status};
 
 use super::{ANSWER_LIMIT, Report};
 use crate::config::Config;
-use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
+use crate::containerd::{Containerd, Release};
 use crate::pool::{Preview, preview};
 use crate::run::pool_options;
 
@@ -75,11 +75,13 @@ fn unreachable(config: &Config, status: &Status, report: &mut Report) {
 }
 
 fn examine_version(version: &str, report: &mut Report) {
-    let mut numbers = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
-    let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok());
-    let release = (number(numbers.next()), number(numbers.next()));
-    match release {
-        (Some(1), Some(6 | 7)) | (Some(2), Some(_)) => report.ok("containerd", format!("version {version}")),
+    match Release::of(version) {
+        Some(
+            Release {
+                major: 1, minor: 6 | 7, ..
+            }
+            | Release { major: 2, .. },
+        ) => report.ok("containerd", format!("version {version}")),
         _ => report.warn(
             "containerd",
             format!("version {version} is not one that is tested"),

@@ -8,10 +8,12 @@ use std::path::Path;
 use hullspeed_daemon::error::chain;
 use hullspeed_daemon::socket::bound_name;
 use hullspeed_proto::cri::v1::VersionRequest;
+use hullspeed_proto::hullspeed::prewarm::v1 as api;
 use tokio::time::timeout;
 
 use super::containerd::{advice, limited};
 use super::{ANSWER_LIMIT, Places, Report, kubelet};
+use crate::cli::table::names;
 use crate::client::Client;
 use crate::config::Config;
 use crate::containerd::Containerd;
@@ -136,6 +138,7 @@ async fn examine_control(config: &Config, report: &mut Report) -> bool {
         "daemon",
         format!("version {} runs; {} pods are in hulls", status.version, status.adopted),
     );
+    judge_records(&status.unbranded.unwrap_or_default(), report);
     let pool = status.pool.unwrap_or_default();
     let ready: u64 = pool.handlers.iter().map(|handler| handler.ready).sum();
     match pool.state.as_str() {
@@ -169,6 +172,30 @@ async fn examine_control(config: &Config, report: &mut Report) -> bool {
     true
 }
 
+/// Whether containerd, started anew, would know all pods.
+fn judge_records(unbranded: &api::UnbrandedPods, report: &mut Report) {
+    let api::UnbrandedPods { pending, refused } = unbranded;
+    if !refused.is_empty() {
+        report.fail(
+            "records",
+            format!(
+                "containerd's records of {} pods stay their hulls': {}",
+                refused.len(),
+                names(refused)
+            ),
+            "do not leave the relay while they run: delete these pods first; the daemon's log says why",
+        );
+    } else if *pending > 0 {
+        report.warn(
+            "records",
+            format!("containerd's records of {pending} pods are not rewritten yet"),
+            "before leaving the relay wait for them: hullspeed-prewarm drain --wait",
+        );
+    } else {
+        report.ok("records", "containerd's records of pods in hulls are the pods'");
+    }
+}
+
 async fn examine_way_through(config: &Config, report: &mut Report) {
     let relay = Containerd::at(&config.socket);
     match limited(relay.runtime().version(VersionRequest::default())).await {
@@ -188,7 +215,31 @@ async fn examine_way_through(config: &Config, report: &mut Report) {
 mod tests {
     use std::os::unix::net::UnixListener;
 
+    use super::super::Level;
     use super::*;
+
+    #[test]
+    fn pods_that_leaving_would_lose_are_told() {
+        let pod = api::UnbrandedPod {
+            sandbox_id: "0a1b".into(),
+            pod_namespace: "shop".into(),
+            pod_name: "web".into(),
+        };
+        for (pending, refused, level) in [
+            (0, vec![], Level::Ok),
+            (2, vec![], Level::Warn),
+            (2, vec![pod], Level::Fail),
+        ] {
+            let mut report = Report::default();
+            let named = !refused.is_empty();
+            judge_records(&api::UnbrandedPods { pending, refused }, &mut report);
+            let [finding] = report.findings.as_slice() else {
+                panic!("{report:?}")
+            };
+            assert_eq!(finding.level, level);
+            assert_eq!(finding.says.contains("shop/web (0a1b)"), named, "{finding:?}");
+        }
+    }
 
     #[tokio::test]
     async fn who_listens_is_found_without_a_connection() {

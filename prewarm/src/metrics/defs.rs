@@ -96,8 +96,14 @@ pub struct Metrics {
     pub pool_off: Family<ReasonLabels, Gauge>,
     /// Hulls that containerd was asked to make, by result.
     pub hull_creations: Family<ResultLabels, Counter>,
-    /// Time that containerd took to make a hull.
-    pub hull_creation_duration: Histogram,
+    /// Time that it took to make a hull, or to fail at it, by result.
+    pub hull_creation_duration: Histograms<ResultLabels>,
+    /// Age of the oldest hull of a pool; 0 without one.
+    pub pool_oldest: Family<HandlerLabels, Gauge>,
+    /// Measured memory of one hull.
+    pub hull_memory: Gauge,
+    /// Addresses that are free in the pods' network.
+    pub free_addresses: Gauge,
     /// Hulls taken down, by reason.
     pub hulls_destroyed: Family<ReasonLabels, Counter>,
     /// Calls through the relay.
@@ -159,7 +165,10 @@ impl Metrics {
             pool_target: Family::default(),
             pool_off: Family::default(),
             hull_creations: Family::default(),
-            hull_creation_duration: creation_seconds(),
+            hull_creation_duration: Family::new_with_constructor(creation_seconds),
+            pool_oldest: Family::default(),
+            hull_memory: Gauge::default(),
+            free_addresses: Gauge::default(),
             hulls_destroyed: Family::default(),
             relay_calls: Family::default(),
             relay_connections: Gauge::default(),
@@ -217,9 +226,26 @@ impl Metrics {
         );
         r.register_with_unit(
             "hull_creation_duration",
-            "Time that containerd took to make a hull",
+            "Time that it took to make a hull, or to fail at it, by result",
             Unit::Seconds,
             self.hull_creation_duration.clone(),
+        );
+        r.register_with_unit(
+            "pool_oldest_hull",
+            "Age of the oldest hull of a pool; 0 without one",
+            Unit::Seconds,
+            self.pool_oldest.clone(),
+        );
+        r.register_with_unit(
+            "hull_memory",
+            "Measured memory of one hull; 0 before the first measurement",
+            Unit::Bytes,
+            self.hull_memory.clone(),
+        );
+        r.register(
+            "pool_free_addresses",
+            "Free addresses of the pods' network; -1 where they cannot be counted",
+            self.free_addresses.clone(),
         );
         r.register(
             "hulls_destroyed",

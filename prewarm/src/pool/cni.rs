@@ -14,6 +14,7 @@ pub(super) use files::{MAX_FILES, is_configuration};
 
 use std::path::{Path, PathBuf};
 
+use hullspeed_daemon::error::chain;
 use serde_json::{Map, Value};
 
 use super::options::CniPermissions;
@@ -40,7 +41,7 @@ pub(super) fn assess(directory: &Path, max: usize, permissions: &CniPermissions)
         } else {
             "cni_invalid"
         };
-        Off::new(reason, describe(&error))
+        Off::new(reason, chain(&error))
     })?;
     for network in &mut networks {
         if !permissions.allow_any {
@@ -94,17 +95,6 @@ fn comparable(value: &Value) -> Value {
             .collect(),
         other => other.clone(),
     }
-}
-
-pub(super) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

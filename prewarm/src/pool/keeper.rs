@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hullspeed_daemon::error::chain;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -108,7 +109,7 @@ impl Keeper {
         if (wanting && is_due(self.surveyed, TICK / 10, now)) || is_due(self.surveyed, interval, now) {
             self.surveyed = Some(now);
             if let Err(error) = survey(shared).await {
-                tracing::debug!("containerd: {}", cni::describe(&error));
+                tracing::debug!("containerd: {}", chain(&error));
             }
         }
         let sweep = {
@@ -155,7 +156,11 @@ impl Keeper {
             set(HullState::ready, shelf.idle.len());
             set(HullState::creating, shelf.creating);
             let handler = handler.to_owned();
-            let target = metrics.pool_target.get_or_create_owned(&HandlerLabels { handler });
+            let labels = HandlerLabels { handler };
+            let oldest = shelf.idle.front().map_or(0, |idle| idle.born.elapsed().as_secs());
+            let gauge = metrics.pool_oldest.get_or_create_owned(&labels);
+            gauge.set(i64::try_from(oldest).unwrap_or(i64::MAX));
+            let target = metrics.pool_target.get_or_create_owned(&labels);
             target.set(i64::try_from(shelf.target).unwrap_or(i64::MAX));
         }
         // Which handler's they were does not matter any more.
@@ -165,6 +170,9 @@ impl Keeper {
         };
         let destroying = metrics.pool_hulls.get_or_create_owned(&all);
         destroying.set(i64::try_from(state.condemned.len()).unwrap_or(i64::MAX));
+        let shown = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        metrics.hull_memory.set(state.bytes_per_hull.map_or(0, shown));
+        metrics.free_addresses.set(state.free_addresses.map_or(-1, shown));
         let reasons: Vec<&'static str> = state.off_reasons().collect();
         drop(state);
         for reason in self.reasons.iter().filter(|reason| !reasons.contains(reason)) {

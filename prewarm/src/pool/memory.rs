@@ -5,6 +5,8 @@
 use std::io;
 use std::path::Path;
 
+use crate::adopt::hull::parent_of;
+
 /// So many hulls are looked at in one measurement.
 pub(super) const SAMPLES: usize = 8;
 
@@ -19,18 +21,10 @@ pub(super) fn per_hull(pauses: &[i32]) -> Option<u64> {
 }
 
 fn of_hull(pause: i32) -> io::Result<u64> {
-    Ok(own(pause)? + own(parent(pause)?)?)
-}
-
-/// The shim is the parent of the pause process.
-fn parent(pid: i32) -> io::Result<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may hold anything; the last one closes it.
-    let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let parent = rest.split_whitespace().nth(1).and_then(|field| field.parse().ok());
-    parent
-        .filter(|parent| *parent > 1)
-        .ok_or_else(|| io::Error::other("a process without a parent"))
+    // The shim is the parent of the pause process.
+    let shim = parent_of(pause).filter(|parent| *parent > 1);
+    let shim = shim.ok_or_else(|| io::Error::other("a process without a parent"))?;
+    Ok(own(pause)? + own(shim)?)
 }
 
 /// Proportional shares of all memory that is not a file's.

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hullspeed_daemon::error::chain;
 use tokio::task::JoinSet;
 
 use crate::adopt::hull::Hull;
 use crate::metrics::defs::ResultLabels;
 
-use super::cni;
 use super::creation::{self, CreationError, Order};
 use super::fingerprint::Current;
 use super::pace::Obstacles;
@@ -88,7 +88,7 @@ impl Shared {
             let order = match self.order(&state, shelf, &current) {
                 Ok(order) => order,
                 Err(error) => {
-                    state.backoff.failed(cni::describe(&error), 0, now);
+                    state.backoff.failed(chain(&error), 0, now);
                     return state.backoff.until();
                 }
             };
@@ -193,6 +193,11 @@ impl Shared {
             .hull_creations
             .get_or_create(&ResultLabels { result: label })
             .inc();
+        // What a failure costs, a refill costs, too.
+        self.metrics
+            .hull_creation_duration
+            .get_or_create(&ResultLabels { result: label })
+            .observe(took.as_secs_f64());
         let mut state = self.state();
         state.expected.remove(&made.name);
         if let Some(shelf) = state.shelves.get_mut(made.shelf) {
@@ -200,7 +205,6 @@ impl Shared {
         }
         match made.outcome {
             Ok((hull, pid)) => {
-                self.metrics.hull_creation_duration.observe(took.as_secs_f64());
                 state.backoff.succeeded();
                 state.creation_time = if state.creation_time.is_zero() {
                     took
@@ -215,7 +219,7 @@ impl Shared {
                 }
             }
             Err((id, error)) => {
-                let reason = cni::describe(&error);
+                let reason = chain(&error);
                 tracing::warn!(hull = made.name, "no hull was made: {reason}");
                 // Without random numbers all nodes retry alike, which is harmless.
                 let jitter = creation::random().map_or(0, |random| random.to_le_bytes()[0]);

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use hullspeed_daemon::error::chain;
+
 use crate::containerd::facts::{Facts, FactsError};
 
 use super::cgroup;
@@ -31,7 +33,7 @@ pub(super) async fn survey(shared: &Shared) -> Result<(), FactsError> {
     let facts = match Facts::read(&shared.containerd).await {
         Ok(facts) => Arc::new(facts),
         Err(error) => {
-            let detail = cni::describe(&error);
+            let detail = chain(&error);
             shared.state().away = Some(Off::new("containerd_away", detail));
             return Err(error);
         }

@@ -5,11 +5,11 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::GetContainerRequest;
 use hullspeed_proto::cri::v1::{ContainerFilter, ListContainersRequest};
 use tonic::{Code, Status};
 
-use super::cni;
 use super::creation::{self, CreationError, MADE_WITH};
 use super::fingerprint::Current;
 use super::state::{Idle, Shared, Shelf};
@@ -79,7 +79,7 @@ impl Shared {
 
     /// A hull of an earlier run goes on its shelf, if it is as one made now would be; else: why not.
     async fn take_back(&self, id: &str, current: &Current) -> Result<(), String> {
-        let described = |error: CreationError| cni::describe(&error);
+        let described = |error: CreationError| chain(&error);
         let ready = creation::inspect(&self.containerd, id).await.map_err(described)?;
         let handler = &ready.status.runtime_handler;
         let made_with = ready.status.annotations.get(MADE_WITH);

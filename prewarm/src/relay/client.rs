@@ -13,7 +13,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use tonic::{Code, Status};
 
 use super::pump::{Broken, write};
-use super::{Answer, Failure, Messages, Reply, frames, status};
+use super::{Answer, Failure, Limits, Messages, Reply, frames, status};
 
 /// Requests up to this size are sent without waiting for containerd's window. Answers go in copies of at most this size,
 /// so that what waits in a connection does not keep a whole large message in memory.
@@ -23,16 +23,18 @@ const PIECE: usize = 16 << 10;
 pub(super) struct Client {
     grpc: bool,
     stalled: Duration,
+    reading: Duration,
     respond: SendResponse<Bytes>,
     /// Once headers are sent.
     stream: Option<SendStream<Bytes>>,
 }
 
 impl Client {
-    pub(super) fn new(respond: SendResponse<Bytes>, grpc: bool, stalled: Duration) -> Self {
+    pub(super) fn new(respond: SendResponse<Bytes>, grpc: bool, limits: &Limits) -> Self {
         Self {
             grpc,
-            stalled,
+            stalled: limits.stalled,
+            reading: limits.reading,
             respond,
             stream: None,
         }
@@ -134,23 +136,22 @@ impl Client {
             .entry(status::GRPC_STATUS)
             .or_insert(HeaderValue::from_static("0"));
         self.begin(status::head(metadata))?;
-        self.message(message).await?;
+        if !self.message(message).await? {
+            return Err(Broken::Sink);
+        }
         let stream = self.stream.as_mut().ok_or(Broken::Sink)?;
         stream.send_trailers(trailers).map_err(|_| Broken::Sink)?;
         Ok(code)
     }
 
-    /// Sends one message of a stream. One that takes much memory must be read in time; a small one may wait for ever.
-    async fn message(&mut self, message: Bytes) -> Result<(), Broken> {
-        let stalled = self.stalled;
+    /// Sends one message. Whether it was read in time.
+    async fn message(&mut self, message: Bytes) -> Result<bool, Broken> {
+        let Self { stalled, reading, .. } = *self;
         let Some(stream) = &mut self.stream else {
             return Err(Broken::Sink);
         };
-        if message.len() <= PIECE {
-            return send_slowly(stream, message).await;
-        }
-        let sent = tokio::time::timeout(stalled, send_slowly(stream, message)).await;
-        sent.map_err(|_| Broken::Sink)?
+        let sent = tokio::time::timeout(reading, send_slowly(stream, message, stalled)).await;
+        sent.unwrap_or(Ok(false))
     }
 
     async fn messages(&mut self, mut messages: Messages) -> Result<Code, Broken> {
@@ -164,7 +165,10 @@ impl Client {
                     if self.stream.is_none() {
                         self.begin(status::head(HeaderMap::new()))?;
                     }
-                    self.message(message).await?;
+                    if !self.message(message).await? {
+                        // Headers need no window, so this arrives whatever the client has not read.
+                        return Ok(self.fail(&unread_stream()));
+                    }
                 }
                 Some(Err(failure)) => return Ok(self.fail(&failure)),
                 None => return Ok(self.fail(&Failure::Ours(Status::ok("")))),
@@ -185,8 +189,16 @@ pub(super) fn send_at_once(stream: &mut SendStream<Bytes>, message: Bytes, end: 
     Ok(None)
 }
 
-/// Sends a message as its receiver reads it.
-async fn send_slowly(stream: &mut SendStream<Bytes>, message: Bytes) -> Result<(), Broken> {
+/// What a subscriber is told that leaves messages unread.
+fn unread_stream() -> Failure {
+    Failure::Ours(Status::resource_exhausted(
+        "hullspeed: this subscriber does not read, its stream is ended; subscribe again",
+    ))
+}
+
+/// Sends a message as its receiver reads it. Whether it was not `stalled` in a large one.
+async fn send_slowly(stream: &mut SendStream<Bytes>, message: Bytes, stalled: Duration) -> Result<bool, Broken> {
+    let stalled = if message.len() <= PIECE { Duration::MAX } else { stalled };
     let mut framed = BytesMut::with_capacity(PIECE.min(frames::PREFIX + message.len()));
     framed.put_slice(&frames::prefix(&message));
     let mut rest = &message[..];
@@ -194,9 +206,13 @@ async fn send_slowly(stream: &mut SendStream<Bytes>, message: Bytes) -> Result<(
         let part = rest.len().min(PIECE - framed.len());
         framed.put_slice(&rest[..part]);
         rest = &rest[part..];
-        write(stream, framed.split().freeze(), false, |_| {}).await?;
+        let piece = write(stream, framed.split().freeze(), false, |_| {});
+        match tokio::time::timeout(stalled, piece).await {
+            Ok(written) => written?,
+            Err(_) => return Ok(false),
+        }
         if rest.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         framed.reserve(PIECE.min(rest.len()));
     }

@@ -1,6 +1,7 @@
 //! gRPC messages in a body: a flag, a length, that many bytes. Gathered within a budget, unpacked if need be.
 
 use std::io::Read;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use flate2::read::MultiGzDecoder;
@@ -8,7 +9,7 @@ use h2::RecvStream;
 use http::HeaderMap;
 use tonic::Status;
 
-use super::budget::{Bite, Budget};
+use super::budget::{Allowance, Bite};
 use super::status::GRPC_ENCODING;
 
 /// Bytes before a message.
@@ -51,6 +52,8 @@ pub(super) enum Unread {
     Broken(h2::Error),
     /// What came is not gRPC, or too much.
     Bad(Status),
+    /// Nothing came for so long, or not all of it.
+    Stalled(Duration),
 }
 
 impl From<Status> for Unread {
@@ -63,25 +66,36 @@ impl From<Status> for Unread {
 pub(super) struct Frames {
     body: RecvStream,
     encoding: Encoding,
-    budget: Budget,
-    most: usize,
+    allowance: Allowance,
+    bounds: Bounds,
     /// Read and not used yet.
     rest: Bytes,
 }
 
-/// A message and its share of the budget.
+/// What a message must keep to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Its size.
+    pub(super) most: usize,
+    /// Between two pieces of it, and until its end.
+    pub(super) quiet: Duration,
+    /// From its memory's being there to its last byte.
+    pub(super) whole: Duration,
+}
+
+/// A message and its share of the memory.
 pub(super) struct Frame {
     pub(super) message: Bytes,
     pub(super) bite: Bite,
 }
 
 impl Frames {
-    pub(super) fn new(body: RecvStream, encoding: Encoding, budget: Budget, most: usize) -> Self {
+    pub(super) fn new(body: RecvStream, encoding: Encoding, allowance: Allowance, bounds: Bounds) -> Self {
         Self {
             body,
             encoding,
-            budget,
-            most,
+            allowance,
+            bounds,
             rest: Bytes::new(),
         }
     }
@@ -98,31 +112,33 @@ impl Frames {
     /// Makes sure that nothing follows.
     pub(super) async fn end(&mut self) -> Result<(), Unread> {
         while self.rest.is_empty() {
-            if !self.more().await? {
+            if !self.soon().await? {
                 return Ok(());
             }
         }
         Err(violation("received another message where one is expected").into())
     }
 
-    /// The next message; `None` at the end. Waits for its share of the budget before it reads it. What was given before
+    /// The next message; `None` at the end. Waits for its share of the memory before it reads it. What was given before
     /// must have been dropped.
     pub(super) async fn next(&mut self) -> Result<Option<Frame>, Unread> {
         let Some((packed, length)) = self.prefix().await? else {
             return Ok(None);
         };
-        if length > self.most {
-            return Err(too_large("", length, self.most).into());
+        let Bounds { most, whole, .. } = self.bounds;
+        if length > most {
+            return Err(too_large("", length, most).into());
         }
         if packed && self.encoding == Encoding::Identity {
             let text = "grpc: compressed flag set with identity or empty encoding";
             return Err(Status::internal(text).into());
         }
-        // Both forms of a packed message are there at once. Taken in one bite: see the budget.
-        let mut bite = self.budget.take(if packed { length + self.most } else { length }).await;
-        let mut message = self.take(length).await?;
+        // Both forms of a packed message are there at once. Taken in one bite: see the allowance.
+        let mut bite = self.allowance.take(if packed { length + most } else { length }).await;
+        let taken = tokio::time::timeout(whole, self.take(length)).await;
+        let mut message = taken.map_err(|_| Unread::Stalled(whole))??;
         if packed {
-            message = unpack(&message, self.most)?;
+            message = unpack(&message, most)?;
             bite.shrink(message.len());
         }
         Ok(Some(Frame { message, bite }))
@@ -160,10 +176,17 @@ impl Frames {
             if taken.len() == length {
                 return Ok(taken.freeze());
             }
-            if !self.more().await? {
+            if !self.soon().await? {
                 return Err(Status::internal("unexpected EOF").into());
             }
         }
+    }
+
+    /// Reads on, where something must come.
+    async fn soon(&mut self) -> Result<bool, Unread> {
+        let quiet = self.bounds.quiet;
+        let more = tokio::time::timeout(quiet, self.more()).await;
+        more.map_err(|_| Unread::Stalled(quiet))?
     }
 
     /// Reads on. Whether there was anything; then it is in `rest`, which must be empty.

@@ -9,8 +9,8 @@ use tonic::{Code, Status};
 
 use super::client::Client;
 use super::deadline::{Deadline, exceeded};
-use super::frames::{Encoding, Frame, Frames, Unread};
-use super::link::Link;
+use super::frames::{Bounds, Encoding, Frame, Frames, Unread};
+use super::server::Own;
 use super::upstream::Bound;
 use super::{Api, Call, Failure, Method, Reply, Shared, status, stopped};
 
@@ -18,7 +18,7 @@ use super::{Api, Call, Failure, Method, Reply, Shared, status, stopped};
 /// the deadline passes or the relay ends.
 pub(super) async fn gathered(
     shared: &Shared,
-    link: &Arc<Link>,
+    own: &Own,
     (method, api): (Method, Api),
     request: Request<RecvStream>,
     client: &mut Client,
@@ -38,7 +38,12 @@ pub(super) async fn gathered(
         let (parts, body) = request.into_parts();
         let encoding = Encoding::of(&parts.headers)?;
         let limits = &shared.options.limits;
-        let mut frames = Frames::new(body, encoding, shared.requests.clone(), limits.message);
+        let bounds = Bounds {
+            most: limits.message,
+            quiet: limits.quiet,
+            whole: limits.gather,
+        };
+        let mut frames = Frames::new(body, encoding, own.requests.clone(), bounds);
         let only = tokio::time::timeout(limits.gather, frames.only()).await;
         let frame = only.map_err(|_| {
             let text = format!(
@@ -49,15 +54,22 @@ pub(super) async fn gathered(
         })?;
         let Frame { message, bite: taken } = frame.map_err(|unread| match unread {
             Unread::Bad(status) => status,
+            Unread::Stalled(time) => {
+                Status::resource_exhausted(format!("the request has begun and did not go on within {time:?}"))
+            }
             Unread::Broken(error) => Status::cancelled(format!("the request broke: {error}")),
         })?;
         bite = Some(taken);
         let upstream = Box::new(Bound {
-            link: Arc::clone(link),
+            link: Arc::clone(&own.link),
             parts,
             deadline,
-            answers: shared.answers.clone(),
-            most: limits.message,
+            answers: own.answers.clone(),
+            bounds: Bounds {
+                // containerd is given the time that it needs.
+                quiet: limits.gather,
+                ..bounds
+            },
             held: Arc::clone(&held),
         });
         Ok::<_, Failure>(

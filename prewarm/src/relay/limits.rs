@@ -25,19 +25,28 @@ pub struct Limits {
     pub answer_headers: u32,
     /// Largest message that is gathered: containerd itself accepts no larger one.
     pub message: usize,
-    /// Bytes of all gathered requests. At least twice [`Self::message`].
+    /// Up to this size a gathered message is small: it takes of its connection's own bytes, not of those that all share.
+    pub small: usize,
+    /// Bytes of a connection's small messages, each way.
+    pub own: usize,
+    /// Bytes of all large gathered requests, one of each connection. At least twice [`Self::message`].
     pub requests: usize,
-    /// Bytes of all gathered answers. Apart from the requests' bytes, so that a call which holds a request never waits
+    /// Bytes of all large gathered answers, one of each connection. Apart from the requests' bytes, so that a call which holds a request never waits
     /// for one that does. At least twice [`Self::message`].
     pub answers: usize,
     /// How long a connection may take to say that it speaks HTTP/2.
     pub handshake: Duration,
     /// How long connecting to containerd's socket may take.
     pub connect: Duration,
-    /// How long a gathered request may take to come whole, memory for it included.
+    /// How long a gathered request may take to come whole, memory for it included. How long the rest of an answer's message
+    /// may take once it has begun and there is memory for it.
     pub gather: Duration,
-    /// How long a client may take to read a gathered message that is not small.
+    /// How long nothing may come of a request that has begun to come.
+    pub quiet: Duration,
+    /// How long a client may read nothing of a large answer.
     pub stalled: Duration,
+    /// How long a client may take to read one gathered message.
+    pub reading: Duration,
 }
 
 impl Default for Limits {
@@ -51,12 +60,16 @@ impl Default for Limits {
             request_headers: 256 << 10,
             answer_headers: 1 << 20,
             message: MAX_MESSAGE_BYTES,
+            small: 256 << 10,
+            own: 4 << 20,
             requests: 4 * MAX_MESSAGE_BYTES,
             answers: 4 * MAX_MESSAGE_BYTES,
             handshake: Duration::from_secs(10),
             connect: Duration::from_secs(5),
             gather: Duration::from_secs(30),
-            stalled: Duration::from_secs(30),
+            quiet: Duration::from_secs(3),
+            stalled: Duration::from_secs(5),
+            reading: Duration::from_secs(30),
         }
     }
 }

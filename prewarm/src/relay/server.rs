@@ -1,6 +1,7 @@
 //! Connections of clients, and their calls.
 
 use std::io;
+use std::pin::pin;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use super::budget::Allowance;
 use super::client::Client;
 use super::gather::gathered;
 use super::link::Link;
@@ -22,6 +24,10 @@ use super::{Shared, status};
 
 /// Between attempts to accept, when that fails: usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a connection without calls may stay open at the end. A client that speaks HTTP/2 closes it at once, when it is
+/// told to go away; one that does not should not make everybody wait.
+const IDLE: Duration = Duration::from_secs(2);
 
 /// For calls that are ended to be said so, and for connections to close.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -103,6 +109,28 @@ impl Drop for Place {
     }
 }
 
+/// What belongs to one connection of a client.
+#[derive(Clone)]
+pub(super) struct Own {
+    /// Its connection to containerd.
+    pub(super) link: Arc<Link>,
+    /// Its memory for requests.
+    pub(super) requests: Allowance,
+    /// Its memory for answers.
+    pub(super) answers: Allowance,
+}
+
+impl Own {
+    fn new(shared: &Shared) -> Self {
+        let limits = &shared.options.limits;
+        Self {
+            link: Arc::new(Link::new(&shared.options.containerd_socket, *limits)),
+            requests: Allowance::new(limits, &shared.requests),
+            answers: Allowance::new(limits, &shared.answers),
+        }
+    }
+}
+
 /// Serves one connection to its end.
 async fn connection(shared: Arc<Shared>, stream: UnixStream, stages: Stages, tasks: TaskTracker) {
     let shaken = tokio::select! {
@@ -117,34 +145,44 @@ async fn connection(shared: Arc<Shared>, stream: UnixStream, stages: Stages, tas
             return;
         }
     };
-    let link = Arc::new(Link::new(&shared.options.containerd_socket, shared.options.limits));
+    let own = Own::new(&shared);
+    let calls = TaskTracker::new();
+    let mut idle = pin!(idle(&calls));
     let mut going = false;
     loop {
         let accepted = tokio::select! {
             biased;
             () = stages.stopping.cancelled(), if !going => {
                 going = true;
+                calls.close();
                 connection.graceful_shutdown();
                 continue;
             }
             () = stages.closed.cancelled() => return,
+            () = &mut idle, if going => return,
             accepted = connection.accept() => accepted,
         };
         match accepted {
             Some(Ok((request, respond))) => {
-                tasks.spawn(call(
-                    Arc::clone(&shared),
-                    Arc::clone(&link),
-                    request,
-                    respond,
-                    stages.clone(),
-                ));
+                let call = call(Arc::clone(&shared), own.clone(), request, respond, stages.clone());
+                tasks.spawn(calls.track_future(call));
             }
             Some(Err(error)) => {
                 debug!(%error, "a client's connection broke");
                 return;
             }
             None => return,
+        }
+    }
+}
+
+/// Ends when there have been no calls for a while: what they have said last has been read by then, if it is read at all.
+async fn idle(calls: &TaskTracker) {
+    loop {
+        calls.wait().await;
+        tokio::time::sleep(IDLE).await;
+        if calls.is_empty() {
+            return;
         }
     }
 }
@@ -168,7 +206,7 @@ async fn handshake(shared: &Shared, stream: UnixStream) -> io::Result<Connection
 /// Serves one call to its end.
 async fn call(
     shared: Arc<Shared>,
-    link: Arc<Link>,
+    own: Own,
     request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
     stages: Stages,
@@ -184,13 +222,13 @@ async fn call(
         stages.ended
     };
     let grpc = status::is_grpc(request.headers());
-    let mut client = Client::new(respond, grpc, shared.options.limits.stalled);
+    let mut client = Client::new(respond, grpc, &shared.options.limits);
     let rule = called
         .rule
         .filter(|(method, api)| shared.options.rules.wants(*method, *api));
     let code = match rule {
-        Some(rule) => gathered(&shared, &link, rule, request, &mut client, &ended).await,
-        None => pass(&link, request, &mut client, &ended).await,
+        Some(rule) => gathered(&shared, &own, rule, request, &mut client, &ended).await,
+        None => pass(&own.link, request, &mut client, &ended).await,
     };
     shared.options.watch.call_ended(called.label, code);
 }

@@ -13,10 +13,10 @@ use http::request::Parts;
 use http::{HeaderMap, Request, StatusCode};
 use tonic::{Code, Status};
 
-use super::budget::{Bite, Budget};
+use super::budget::{Allowance, Bite};
 use super::client::send_at_once;
 use super::deadline::Deadline;
-use super::frames::{self, Encoding, Frame, Frames, Unread};
+use super::frames::{self, Bounds, Encoding, Frame, Frames, Unread};
 use super::link::Link;
 use super::pump::{reset_by_peer, write};
 use super::status::{GRPC_ACCEPT_ENCODING, GRPC_ENCODING};
@@ -29,9 +29,9 @@ pub(super) struct Bound {
     pub(super) parts: Parts,
     pub(super) deadline: Deadline,
     /// Memory for answers.
-    pub(super) answers: Budget,
-    /// Largest message.
-    pub(super) most: usize,
+    pub(super) answers: Allowance,
+    /// What its messages must keep to.
+    pub(super) bounds: Bounds,
     /// The share of the last unary answer, kept until the call has ended.
     pub(super) held: Arc<Mutex<Option<Bite>>>,
 }
@@ -51,7 +51,7 @@ impl Bound {
         Ok(Asked {
             link: Arc::clone(&self.link),
             answers: self.answers.clone(),
-            most: self.most,
+            bounds: self.bounds,
             response,
             upload,
             rest,
@@ -114,8 +114,8 @@ enum State {
 /// A call whose answer has not begun.
 struct Asked {
     link: Arc<Link>,
-    answers: Budget,
-    most: usize,
+    answers: Allowance,
+    bounds: Bounds,
     response: ResponseFuture,
     upload: SendStream<Bytes>,
     /// What is not sent yet.
@@ -128,7 +128,7 @@ impl Asked {
         let Self {
             link,
             answers,
-            most,
+            bounds,
             response,
             mut upload,
             rest,
@@ -153,7 +153,7 @@ impl Asked {
             return Err(status::of_http(head.status).into());
         }
         let encoding = Encoding::of(&head.headers)?;
-        let frames = Frames::new(body, encoding, answers, most);
+        let frames = Frames::new(body, encoding, answers, bounds);
         Ok(Answering {
             link,
             head: head.headers,
@@ -199,6 +199,10 @@ impl Answering {
         match unread {
             Unread::Broken(error) => failed(&self.link, &error),
             Unread::Bad(status) => status.into(),
+            Unread::Stalled(time) => {
+                let text = format!("containerd began a message and did not go on within {time:?}");
+                Status::unavailable(text).into()
+            }
         }
     }
 }

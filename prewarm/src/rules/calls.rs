@@ -67,8 +67,7 @@ impl CriRules {
                 let status = overlay::status(&status, &adoption, era).map_err(wrong)?;
                 let message = with_inner(&answer.message, 1, &status).map_err(wrong)?;
                 let facts = self.options.events.facts();
-                let message = info::dressed(&message, &adoption, facts.as_deref(), self.options.config_json);
-                let message = message.map_err(wrong)?;
+                let message = info::dressed(&message, &adoption, facts.as_deref()).map_err(wrong)?;
                 Ok(answer.with(message))
             }
         }

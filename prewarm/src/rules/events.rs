@@ -1,6 +1,7 @@
 //! Container events: containerd's, freed of hulls and told of adoptions, or supplied where containerd has none.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -26,7 +27,7 @@ mod supply;
 /// Adoptions and supplied events that a subscriber may be behind; one that is further behind is cut off.
 const QUEUE: usize = 1024;
 
-/// How long adoptions wait for a first subscriber, as containerd's own events do.
+/// How long adoptions wait for a subscriber, as containerd's own events do.
 const PARKED_FOR: Duration = Duration::from_secs(5 * 60);
 
 /// How many adoptions wait for it.
@@ -58,6 +59,19 @@ struct Announced {
     adoption: Arc<Adoption>,
     at: i64,
     pair: OnceCell<[Bytes; 2]>,
+    /// Whether a subscriber has been told.
+    told: AtomicBool,
+}
+
+impl Announced {
+    /// A subscriber has been told.
+    fn told(&self) {
+        self.told.store(true, Ordering::Relaxed);
+    }
+
+    fn is_told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
+    }
 }
 
 struct Hub {
@@ -67,8 +81,8 @@ struct Hub {
     supply: bool,
     metrics: Metrics,
     announced: broadcast::Sender<Arc<Announced>>,
-    /// Adoptions that nobody has heard of. Its lock is held while subscribers come and adoptions are announced, so that
-    /// each adoption is either parked or sent.
+    /// Adoptions that nobody has heard of, until somebody has: a subscriber may go before it was told. Its lock is held
+    /// while subscribers come and adoptions are announced, so that a new subscriber gets each adoption once.
     parked: Mutex<VecDeque<(Instant, Arc<Announced>)>>,
     /// The supply that runs, if one does.
     running: Mutex<Option<broadcast::Sender<Bytes>>>,
@@ -98,13 +112,15 @@ impl Events {
             adoption: Arc::clone(adoption),
             at: now(),
             pair: OnceCell::new(),
+            told: AtomicBool::new(false),
         });
         let mut parked = self.hub.parked();
-        if self.hub.announced.send(Arc::clone(&announced)).is_err() {
-            parked.push_back((Instant::now(), announced));
-            while parked.len() > MAX_PARKED || parked.front().is_some_and(|(when, _)| when.elapsed() > PARKED_FOR) {
-                parked.pop_front();
-            }
+        // Fails if there is no subscriber.
+        let _ = self.hub.announced.send(Arc::clone(&announced));
+        parked.push_back((Instant::now(), announced));
+        let done = |(when, announced): &(Instant, Arc<Announced>)| announced.is_told() || when.elapsed() > PARKED_FOR;
+        while parked.len() > MAX_PARKED || parked.front().is_some_and(done) {
+            parked.pop_front();
         }
     }
 
@@ -137,8 +153,11 @@ impl Hub {
     fn subscribe(&self) -> (broadcast::Receiver<Arc<Announced>>, VecDeque<Arc<Announced>>) {
         let mut parked = self.parked();
         let receiver = self.announced.subscribe();
-        let fresh = |(when, announced): (Instant, _)| (when.elapsed() <= PARKED_FOR).then_some(announced);
-        (receiver, parked.drain(..).filter_map(fresh).collect())
+        parked.retain(|(when, announced)| !announced.is_told() && when.elapsed() <= PARKED_FOR);
+        (
+            receiver,
+            parked.iter().map(|(_, announced)| Arc::clone(announced)).collect(),
+        )
     }
 
     /// CREATED and STARTED of an adoption: what containerd sends when it has made a sandbox, which has no containers.

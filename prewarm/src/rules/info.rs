@@ -8,8 +8,9 @@ use std::borrow::Cow;
 use hullspeed_proto::cri::v1::PodSandboxConfig;
 use serde_json::{Map, Value};
 
-use super::overlay::release;
 use super::parts::{put_text, text};
+use crate::adopt::gojson;
+use crate::containerd::Release;
 use crate::containerd::facts::Facts;
 use crate::containerd::sysctls::stored;
 use crate::ledger::{Adoption, sandbox_name};
@@ -25,16 +26,8 @@ const CRI: &str = "io.kubernetes.cri.";
 /// Prefix of the annotations that the pool puts on a hull. A handler may let all annotations through to specifications.
 const OURS: &str = "io.hullspeed.";
 
-/// The release since which a privileged pod's sandbox is specified with a writable sysfs.
-const WRITABLE_SYSFS: (u32, u32) = (2, 1);
-
 /// A `PodSandboxStatusResponse` with the pod in its document. A document that is not JSON stays as it is.
-pub(crate) fn dressed(
-    response: &[u8],
-    adoption: &Adoption,
-    facts: Option<&Facts>,
-    config_json: fn(&PodSandboxConfig) -> Value,
-) -> Result<Vec<u8>, WireError> {
+pub(crate) fn dressed(response: &[u8], adoption: &Adoption, facts: Option<&Facts>) -> Result<Vec<u8>, WireError> {
     edit(response, |field| {
         let (INFO, Some(entry)) = (field.number, field.value.bytes()) else {
             return Ok(Edit::Keep);
@@ -46,8 +39,8 @@ pub(crate) fn dressed(
             return Ok(Edit::Keep);
         };
         let config = facts.map_or(Cow::Borrowed(&adoption.config), |facts| stored(&adoption.config, facts));
-        edit_document(&mut document, adoption, &config_json(&config));
-        if is_privileged(&adoption.config) && facts.is_some_and(|facts| release(&facts.version) >= WRITABLE_SYSFS) {
+        edit_document(&mut document, adoption, &gojson::value(&config));
+        if is_privileged(&adoption.config) && facts.is_some_and(|facts| has_writable_sysfs(&facts.version)) {
             show_writable_sysfs(&mut document);
         }
         let mut out = Vec::new();
@@ -81,6 +74,11 @@ fn replace(object: &mut Map<String, Value>, key: &str, value: &Value) {
     if let Some(slot) = object.get_mut(key) {
         slot.clone_from(value);
     }
+}
+
+/// Whether this containerd specifies a privileged pod's sandbox with a writable sysfs: since 2.1.
+fn has_writable_sysfs(version: &str) -> bool {
+    Release::of(version).is_none_or(|release| (release.major, release.minor) >= (2, 1))
 }
 
 fn is_privileged(config: &PodSandboxConfig) -> bool {

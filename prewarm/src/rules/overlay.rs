@@ -3,6 +3,7 @@
 use prost::Message as _;
 
 use super::parts::{inner, put_map, put_text, with_inner, without};
+use crate::containerd::Release;
 use crate::ledger::Adoption;
 use crate::wire::{WireError, put_message, put_varint};
 
@@ -91,19 +92,11 @@ pub(crate) enum Era {
 impl Era {
     /// The era of a version, such as `1.6.20~ds1`.
     pub(crate) fn of(version: &str) -> Self {
-        if release(version) < (1, 7) {
-            Self::Until1_6
-        } else {
-            Self::Since1_7
+        match Release::of(version) {
+            Some(Release { major: 1, minor, .. }) if minor < 7 => Self::Until1_6,
+            _ => Self::Since1_7,
         }
     }
-}
-
-/// Major and minor number of a version; one that cannot be read is newer than all.
-pub(crate) fn release(version: &str) -> (u32, u32) {
-    let mut numbers = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
-    let mut next = || numbers.next().and_then(|number| number.parse::<u32>().ok());
-    next().zip(next()).unwrap_or((u32::MAX, u32::MAX))
 }
 
 /// Whether the two eras show this pod's options differently.

@@ -10,6 +10,7 @@ use hullspeed_proto::cri::v1::{
 
 use crate::ledger::{Adoption, HULL_LABEL, Ledger, Mark};
 
+mod events;
 mod handlers;
 mod lists;
 mod messages;

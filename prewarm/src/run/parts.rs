@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use async_trait::async_trait;
+use hullspeed_daemon::grpc::code_name;
 use tonic::Code;
 
 use crate::adopt::eligibility::Policy;
-use crate::adopt::{self, Adopter, AdopterError, gojson};
+use crate::adopt::{self, Adopter, AdopterError};
 use crate::config::{CniVerdict, Config, RunAs, Supply};
 use crate::containerd::Containerd;
 use crate::control::Control;
@@ -15,10 +15,10 @@ use crate::ledger::{Ledger, Mark};
 use crate::metrics::Metrics;
 use crate::metrics::defs::CallLabels;
 use crate::pool::{CniPermissions, HandlerPool, Pool, PoolOptions};
-use crate::relay::{Call, Limits, Relay, RelayOptions, Reply, Watch};
+use crate::relay::{Limits, Relay, RelayOptions, Watch};
 use crate::requests::Requests;
 use crate::rules::events::EventOptions;
-use crate::rules::{CriRules, Events, PoolHooks, RuleOptions, Sandboxes};
+use crate::rules::{CriRules, Events, PoolHooks, RuleOptions};
 use crate::snapshotter::Snapshotter;
 use crate::warm::seen::SeenImages;
 use crate::warm::{WarmAgent, WarmOptions};
@@ -68,34 +68,38 @@ impl Parts {
         let rules = CriRules::new(RuleOptions {
             ledger: ledger.clone(),
             containerd: containerd.clone(),
-            sandboxes: Arc::new(Adopting(adopter.clone())),
+            sandboxes: Arc::new(adopter.clone()),
             hulls: Arc::new(pool.clone()),
-            hooks: Arc::new(Flushing(pool.clone())),
+            hooks: Arc::new(pool.clone()),
             credentials: Arc::new(credentials),
             events,
-            config_json: gojson::value,
         });
-        let relay = Relay::new(RelayOptions {
-            containerd_socket: config.containerd.address.clone(),
-            rules: Arc::new(rules),
-            watch: Arc::new(Counting(metrics)),
-            limits: limits(config),
-        });
+        let control = Control {
+            config: Arc::clone(config),
+            pool,
+            adopter: adopter.clone(),
+            ledger,
+            requests,
+            warm: warm.clone(),
+        };
         Ok(Self {
             containerd,
             adopter,
-            relay,
-            control: Control {
-                config: Arc::clone(config),
-                pool,
-                ledger,
-                requests,
-                warm: warm.clone(),
-            },
+            relay: relay(config, rules, metrics),
+            control,
             logins,
             warm,
         })
     }
+}
+
+fn relay(config: &Config, rules: CriRules, metrics: Metrics) -> Relay {
+    Relay::new(RelayOptions {
+        containerd_socket: config.containerd.address.clone(),
+        rules: Arc::new(rules),
+        watch: Arc::new(Counting(metrics)),
+        limits: limits(config),
+    })
 }
 
 fn logins(config: &Config, images: SeenImages, metrics: Metrics) -> (HandOver, Option<HandOvers>) {
@@ -159,26 +163,9 @@ pub(crate) fn pool_options(config: &Config) -> PoolOptions {
     }
 }
 
-/// The adopter, as the rules see it.
-struct Adopting(Adopter);
-
-#[async_trait]
-impl Sandboxes for Adopting {
-    async fn run_pod_sandbox(&self, call: Call) -> Reply {
-        self.0.run_pod_sandbox(call).await
-    }
-
-    fn removed(&self, sandbox_id: &str) {
-        self.0.removed(sandbox_id);
-    }
-}
-
-/// The pool, as the rules see it.
-struct Flushing(Pool);
-
-impl PoolHooks for Flushing {
+impl PoolHooks for Pool {
     fn flush(&self, reason: &'static str) {
-        self.0.flush(reason);
+        Self::flush(self, reason);
     }
 }
 
@@ -213,28 +200,5 @@ impl Watch for Counting {
 
     fn connections(&self, open: usize) {
         self.0.relay_connections.set(i64::try_from(open).unwrap_or(i64::MAX));
-    }
-}
-
-/// A code as gRPC's documents name it, in small letters.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "ok",
-        Code::Cancelled => "cancelled",
-        Code::Unknown => "unknown",
-        Code::InvalidArgument => "invalid_argument",
-        Code::DeadlineExceeded => "deadline_exceeded",
-        Code::NotFound => "not_found",
-        Code::AlreadyExists => "already_exists",
-        Code::PermissionDenied => "permission_denied",
-        Code::ResourceExhausted => "resource_exhausted",
-        Code::FailedPrecondition => "failed_precondition",
-        Code::Aborted => "aborted",
-        Code::OutOfRange => "out_of_range",
-        Code::Unimplemented => "unimplemented",
-        Code::Internal => "internal",
-        Code::Unavailable => "unavailable",
-        Code::DataLoss => "data_loss",
-        Code::Unauthenticated => "unauthenticated",
     }
 }

@@ -102,3 +102,49 @@ async fn what_is_no_listener_stops_the_start() {
     assert_eq!(error.exit_code(), 73, "{error}");
     assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn the_unit_allows_what_an_adoption_does() {
+    let unit = include_str!("../../../deploy/systemd/hullspeed-prewarm.service");
+    let settings: Vec<(&str, &str)> = unit
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split_once('='))
+        .collect();
+    let words = |key: &str| -> Vec<&str> {
+        let values = settings.iter().filter(|(name, _)| *name == key);
+        values.flat_map(|(_, value)| value.split_whitespace()).collect()
+    };
+    // setns, pidfd_open, poll, sockets and files are in the group; the names of a UTS namespace are not.
+    for call in ["@system-service", "sethostname", "setdomainname"] {
+        assert!(words("SystemCallFilter").contains(&call), "{call}");
+    }
+    // Namespaces and their names; processes and files of others; sysctls of a network namespace.
+    for capability in ["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_NET_ADMIN"] {
+        assert!(words("CapabilityBoundingSet").contains(&capability), "{capability}");
+    }
+    for family in ["AF_UNIX", "AF_INET", "AF_INET6"] {
+        assert!(words("RestrictAddressFamilies").contains(&family), "{family}");
+    }
+    // Each of these takes something away that adopting, or making the cgroup of hulls, needs.
+    for key in [
+        "PrivateTmp",
+        "PrivateMounts",
+        "PrivateNetwork",
+        "PrivateUsers",
+        "PrivatePIDs",
+        "PrivateIPC",
+        "ProtectSystem",
+        "ProtectHome",
+        "ProtectProc",
+        "ProtectHostname",
+        "ProtectKernelTunables",
+        "ProtectControlGroups",
+        "RestrictNamespaces",
+        "ReadWritePaths",
+        "User",
+        "DynamicUser",
+    ] {
+        assert!(words(key).is_empty(), "{key}");
+    }
+}

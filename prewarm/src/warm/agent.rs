@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hullspeed_daemon::grpc::code_name;
 use hullspeed_proto::cri::v1::ListImagesRequest;
 use hullspeed_proto::hullspeed::control::v1 as api;
 use tokio::task::JoinSet;
@@ -308,20 +309,5 @@ impl Shared {
         };
         metrics.warm_wanted.set(sum(|image| image.bytes_wanted));
         metrics.warm_resident.set(sum(|image| image.bytes_resident));
-    }
-}
-
-/// Names of the codes that a failed warm can have; the rest is one.
-fn code_name(code: tonic::Code) -> &'static str {
-    match code {
-        tonic::Code::InvalidArgument => "invalid_argument",
-        tonic::Code::NotFound => "not_found",
-        tonic::Code::Unauthenticated => "unauthenticated",
-        tonic::Code::ResourceExhausted => "resource_exhausted",
-        tonic::Code::FailedPrecondition => "failed_precondition",
-        tonic::Code::Unavailable => "unavailable",
-        tonic::Code::DeadlineExceeded => "deadline_exceeded",
-        tonic::Code::Internal => "internal",
-        _ => "unknown",
     }
 }

@@ -255,3 +255,35 @@ async fn what_does_not_finish_is_ended() {
     assert!(start.elapsed() < Duration::from_secs(4));
     drop(deaf);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_go_away_is_left_behind() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let stand = Stand::with(Rule::none(), Limits::default(), Duration::from_secs(60));
+    let _peer = Peer::start(&stand.upstream(), |request, respond| async move {
+        read_all(&mut request.into_body()).await.unwrap();
+        answer(respond, b"late").await;
+    });
+    // Speaks HTTP/2 as far as its preface, and answers nothing.
+    let mut raw = tokio::net::UnixStream::connect(stand.socket()).await.unwrap();
+    raw.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .await
+        .unwrap();
+    // Another one has a call under way, longer than idle connections are borne.
+    let client = stand.client().await;
+    let (response, mut upload) = client.begin(grpc("/x/Long"), false).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stand.stopping.cancel();
+    let begun = Instant::now();
+    tokio::time::timeout(Duration::from_secs(10), async {
+        let mut read = [0; 1024];
+        while raw.read(&mut read).await.is_ok_and(|read| read > 0) {}
+    })
+    .await
+    .expect("an idle connection stays open");
+    assert!(begun.elapsed() > Duration::from_secs(1));
+    upload.send_data(framed(b"at last").into(), true).unwrap();
+    let late = soon(async { whole(response.await.unwrap()).await.unwrap() }).await;
+    assert_eq!((late.status().0, late.body), (0, framed(b"late")));
+    soon(stand.served).await.unwrap();
+}

@@ -5,5 +5,6 @@ mod gathered;
 mod hostile;
 mod lifetime;
 mod passed;
+mod stalled;
 mod support;
 mod typed;

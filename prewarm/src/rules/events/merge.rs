@@ -8,51 +8,88 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use hullspeed_proto::cri::v1::ContainerEventType;
 use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
 use super::super::identity::Sight;
 use super::super::malformed_answer;
 use super::super::parts::{inner, map, number, text, with_inner};
-use super::{Announced, Hub, supply};
+use super::{Announced, Hub, QUEUE, supply};
 use crate::relay::{Call, Failure, Messages, Upstream};
 
-/// What a subscriber reads from.
-enum Source {
-    /// containerd has not been asked yet.
-    Unasked(Box<Call>),
-    /// Events, of containerd or of the supply.
-    Events {
-        messages: Messages,
-        /// Whether nothing has come yet: then "unimplemented" means that containerd has no events at all.
-        fresh: bool,
-        adoptions: broadcast::Receiver<Arc<Announced>>,
-        // Kept as long as the stream is read.
-        _upstream: Box<dyn Upstream>,
+/// Bytes of events that a subscriber may be behind.
+const QUEUE_BYTES: usize = 4 << 20;
+
+/// What is on its way to a subscriber.
+enum Queued {
+    /// An event.
+    Event {
+        event: Bytes,
+        /// Its share of the queue's bytes.
+        _bytes: OwnedSemaphorePermit,
     },
+    /// An adoption. Its events are made when they are read: what containerd is asked for that must not hold up its events.
+    Adoption(Arc<Announced>),
+}
+
+/// One subscriber.
+enum Subscriber {
+    /// containerd has not been asked yet.
+    Unasked(Arc<Hub>, Box<Call>),
+    /// Events.
+    Reading(Box<Reader>),
     /// Nothing more.
     Ended,
 }
 
-struct Subscriber {
+/// What a subscriber has not read yet.
+struct Reader {
     hub: Arc<Hub>,
-    source: Source,
-    /// Adoptions to be told next.
-    announced: VecDeque<Arc<Announced>>,
-    ready: VecDeque<Bytes>,
+    /// Adoptions that are told next, those that were parked first of all.
+    parked: VecDeque<Arc<Announced>>,
+    /// The adoption whose first event was given, and the second.
+    begun: Option<(Arc<Announced>, Bytes)>,
+    queue: mpsc::Receiver<Result<Queued, Failure>>,
+    /// Cancelled if the queue was too short.
+    overrun: CancellationToken,
+    /// The adoption whose last event was given, and may still be on its way.
+    given: Option<Arc<Announced>>,
+    _drain: AbortOnDropHandle<()>,
+}
+
+/// Takes what containerd says as it says it, whether or not the subscriber reads: containerd 2.x tells nobody anything
+/// while one of its subscribers does not read.
+struct Drain {
+    hub: Arc<Hub>,
+    messages: Messages,
+    /// Whether nothing has come yet: then "unimplemented" means that containerd has no events at all.
+    fresh: bool,
+    adoptions: broadcast::Receiver<Arc<Announced>>,
+    queue: mpsc::Sender<Result<Queued, Failure>>,
+    bytes: Arc<Semaphore>,
+    overrun: CancellationToken,
+    // Kept as long as the stream is read.
+    _upstream: Box<dyn Upstream>,
+}
+
+/// Why a [`Drain`] ends.
+enum End {
+    /// containerd's stream has ended, or failed.
+    Over(Option<Failure>),
+    /// The subscriber is too far behind.
+    Overrun,
 }
 
 /// The answer to `GetContainerEvents`.
 pub(super) fn stream(hub: Arc<Hub>, call: Call) -> Messages {
-    let subscriber = Subscriber {
-        hub,
-        source: Source::Unasked(Box::new(call)),
-        announced: VecDeque::new(),
-        ready: VecDeque::new(),
-    };
+    let subscriber = Subscriber::Unasked(hub, Box::new(call));
     stream::unfold(subscriber, |mut subscriber| async move {
         let item = subscriber.next().await?;
         if item.is_err() {
-            subscriber.source = Source::Ended;
+            // Nothing is kept for it any more, neither here nor in containerd.
+            subscriber = Subscriber::Ended;
         }
         Some((item, subscriber))
     })
@@ -68,72 +105,140 @@ pub(super) fn too_slow() -> Failure {
 
 impl Subscriber {
     async fn next(&mut self) -> Option<Result<Bytes, Failure>> {
+        let reader = match std::mem::replace(self, Self::Ended) {
+            Self::Unasked(hub, call) => Reader::open(hub, *call).await.map(Box::new),
+            Self::Reading(reader) => Ok(reader),
+            Self::Ended => return None,
+        };
+        match reader {
+            Ok(mut reader) => {
+                let item = reader.next().await;
+                *self = Self::Reading(reader);
+                item
+            }
+            Err(failure) => Some(Err(failure)),
+        }
+    }
+}
+
+impl Reader {
+    async fn open(hub: Arc<Hub>, call: Call) -> Result<Self, Failure> {
+        let messages = call.upstream.stream(call.message).await?;
+        let (adoptions, parked) = hub.subscribe();
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let overrun = CancellationToken::new();
+        let drain = Drain {
+            hub: Arc::clone(&hub),
+            messages,
+            fresh: true,
+            adoptions,
+            queue: sender,
+            bytes: Arc::new(Semaphore::new(QUEUE_BYTES)),
+            overrun: overrun.clone(),
+            _upstream: call.upstream,
+        };
+        Ok(Self {
+            hub,
+            parked,
+            begun: None,
+            queue,
+            overrun,
+            given: None,
+            _drain: AbortOnDropHandle::new(tokio::spawn(drain.run())),
+        })
+    }
+
+    async fn next(&mut self) -> Option<Result<Bytes, Failure>> {
+        if let Some(announced) = self.given.take() {
+            announced.told();
+        }
         loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(Ok(event));
+            if self.overrun.is_cancelled() {
+                return Some(Err(too_slow()));
             }
-            if let Some(announced) = self.announced.pop_front() {
-                self.ready.extend(self.hub.pair(&announced).await);
-                continue;
+            if let Some((announced, started)) = self.begun.take() {
+                self.given = Some(announced);
+                return Some(Ok(started));
             }
-            match self.step().await {
-                Ok(true) => {}
-                Ok(false) => return None,
+            if let Some(announced) = self.parked.pop_front() {
+                let [created, started] = self.hub.pair(&announced).await;
+                self.begun = Some((announced, started));
+                return Some(Ok(created));
+            }
+            let queued = tokio::select! {
+                biased;
+                () = self.overrun.cancelled() => continue,
+                queued = self.queue.recv() => queued?,
+            };
+            match queued {
+                Ok(Queued::Event { event, .. }) => return Some(Ok(event)),
+                Ok(Queued::Adoption(announced)) => self.parked.push_back(announced),
                 Err(failure) => return Some(Err(failure)),
             }
         }
     }
+}
 
-    /// Makes something ready, or not; `false` at the end.
-    async fn step(&mut self) -> Result<bool, Failure> {
-        let Source::Events {
-            messages,
-            fresh,
-            adoptions,
-            ..
-        } = &mut self.source
-        else {
-            return self.open().await;
+impl Drain {
+    async fn run(mut self) {
+        let end = loop {
+            if let Err(end) = self.step().await {
+                break end;
+            }
         };
+        let overrun = match end {
+            End::Overrun => true,
+            End::Over(None) => false,
+            End::Over(Some(failure)) => self.queue.try_send(Err(failure)).is_err(),
+        };
+        if overrun {
+            self.overrun.cancel();
+        }
+    }
+
+    /// Takes what comes next.
+    async fn step(&mut self) -> Result<(), End> {
         let item = tokio::select! {
             // Adoptions first: an event of a pod's container comes after the pod was adopted and announced.
             biased;
-            announced = adoptions.recv() => {
-                match announced {
-                    Ok(announced) => self.announced.push_back(announced),
-                    Err(RecvError::Lagged(_)) => return Err(too_slow()),
-                    Err(RecvError::Closed) => return Ok(false),
-                }
-                return Ok(true);
+            announced = self.adoptions.recv() => {
+                return match announced {
+                    Ok(announced) => self.queue(Queued::Adoption(announced)),
+                    Err(RecvError::Lagged(_)) => Err(End::Overrun),
+                    Err(RecvError::Closed) => Err(End::Over(None)),
+                };
             }
-            item = messages.next() => item,
+            item = self.messages.next() => item,
         };
-        let first = std::mem::replace(fresh, false);
+        let first = std::mem::replace(&mut self.fresh, false);
         match item {
-            None => return Ok(false),
+            None => Err(End::Over(None)),
             Some(Err(failure)) if self.hub.supply && first && has_no_events(&failure) => {
-                *messages = supply::join(&self.hub);
+                self.messages = supply::join(&self.hub);
+                Ok(())
             }
-            Some(Err(failure)) => return Err(failure),
-            Some(Ok(message)) => self.ready.extend(seen(&self.hub, &message).await?),
+            Some(Err(failure)) => Err(End::Over(Some(failure))),
+            Some(Ok(message)) => match seen(&self.hub, &message).await {
+                Ok(None) => Ok(()),
+                Ok(Some(event)) => self.put(&event),
+                Err(failure) => Err(End::Over(Some(failure))),
+            },
         }
-        Ok(true)
     }
 
-    async fn open(&mut self) -> Result<bool, Failure> {
-        let Source::Unasked(call) = std::mem::replace(&mut self.source, Source::Ended) else {
-            return Ok(false);
-        };
-        let messages = call.upstream.stream(call.message.clone()).await?;
-        let (adoptions, parked) = self.hub.subscribe();
-        self.announced = parked;
-        self.source = Source::Events {
-            messages,
-            fresh: true,
-            adoptions,
-            _upstream: call.upstream,
-        };
-        Ok(true)
+    /// Puts an event into the queue, if there is room.
+    fn put(&self, event: &Bytes) -> Result<(), End> {
+        let bytes = u32::try_from(event.len().min(QUEUE_BYTES)).unwrap_or(u32::MAX);
+        let permit = Arc::clone(&self.bytes).try_acquire_many_owned(bytes);
+        self.queue(Queued::Event {
+            // A copy, because a short message may be a part of a long piece of memory.
+            event: Bytes::copy_from_slice(event),
+            _bytes: permit.map_err(|_| End::Overrun)?,
+        })
+    }
+
+    fn queue(&self, queued: Queued) -> Result<(), End> {
+        self.queue.try_send(Ok(queued)).map_err(|_| End::Overrun)
     }
 }
 

@@ -92,17 +92,38 @@ impl Outlet {
     }
 }
 
+impl Drop for Outlet {
+    /// However the supply ends, nobody joins what does not run any more.
+    fn drop(&mut self) {
+        let mut running = self.hub.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.take_if(|supply| supply.same_channel(&self.sender));
+    }
+}
+
+/// How far the supply has come.
+#[derive(Default)]
+struct Progress {
+    /// Whether the state is known that events start from.
+    seeded: bool,
+    /// Whether this connection has been of use.
+    stood: bool,
+}
+
 /// The supply's task.
 async fn run(hub: Arc<Hub>, sender: broadcast::Sender<Bytes>) {
     let mut tracks = Tracks::new(hub.containerd.clone());
     let outlet = Outlet { hub, sender };
     let mut pause = FIRST_PAUSE;
-    let mut seeded = false;
+    let mut progress = Progress::default();
     while !outlet.is_idle() {
-        match connected(&mut tracks, &outlet, &mut seeded).await {
+        progress.stood = false;
+        match connected(&mut tracks, &outlet, &mut progress).await {
             Ok(()) => return,
-            Err(error) if seeded => tracing::info!(%error, "containerd's events are away"),
+            Err(error) if progress.seeded => tracing::info!(%error, "containerd's events are away"),
             Err(error) => tracing::warn!(%error, "no events from containerd yet"),
+        }
+        if progress.stood {
+            pause = FIRST_PAUSE;
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -110,7 +131,7 @@ async fn run(hub: Arc<Hub>, sender: broadcast::Sender<Bytes>) {
 }
 
 /// One connection; ends well when nobody listens any more.
-async fn connected(tracks: &mut Tracks, outlet: &Outlet, seeded: &mut bool) -> Result<(), Status> {
+async fn connected(tracks: &mut Tracks, outlet: &Outlet, progress: &mut Progress) -> Result<(), Status> {
     let mut client = outlet.hub.containerd.events();
     let filters = TOPICS.map(|topic| format!("namespace==\"{NAMESPACE}\",topic==\"{topic}\""));
     let request = SubscribeRequest {
@@ -119,7 +140,7 @@ async fn connected(tracks: &mut Tracks, outlet: &Outlet, seeded: &mut bool) -> R
     // containerd answers with its first event, not before: until then nothing tells that the subscription stands.
     let subscribing = client.subscribe(request);
     tokio::pin!(subscribing);
-    if *seeded {
+    if progress.seeded {
         outlet.send(tracks.catch_up().await?);
     } else {
         tokio::select! {
@@ -127,17 +148,20 @@ async fn connected(tracks: &mut Tracks, outlet: &Outlet, seeded: &mut bool) -> R
             // Polled first, so that the request leaves before the state is read.
             answer = &mut subscribing => {
                 tracks.seed().await?;
-                *seeded = true;
-                return events(tracks, outlet, answer?.into_inner()).await;
+                progress.seeded = true;
+                let events_of = answer?.into_inner();
+                progress.stood = true;
+                return events(tracks, outlet, events_of).await;
             }
             seeded_now = tracks.seed() => seeded_now?,
         }
-        *seeded = true;
+        progress.seeded = true;
     }
     loop {
         tokio::select! {
             answer = &mut subscribing => {
                 let events_of = answer?.into_inner();
+                progress.stood = true;
                 // What happened before the subscription stood.
                 outlet.send(tracks.catch_up().await?);
                 return events(tracks, outlet, events_of).await;
@@ -145,6 +169,7 @@ async fn connected(tracks: &mut Tracks, outlet: &Outlet, seeded: &mut bool) -> R
             () = tokio::time::sleep(IDLE) => {
                 // A node where nothing happens sends nothing; the state tells what was missed.
                 outlet.send(tracks.catch_up().await?);
+                progress.stood = true;
                 if outlet.is_idle() {
                     return Ok(());
                 }
@@ -223,6 +248,33 @@ mod tests {
             }),
             ..Default::default()
         }
+    }
+
+    #[tokio::test]
+    async fn a_supply_that_dies_is_not_joined() {
+        let events = super::super::Events::new(super::super::EventOptions {
+            ledger: crate::ledger::Ledger::new(crate::ledger::Mark::new("secret".into())),
+            containerd: crate::containerd::Containerd::at(std::path::Path::new("/no/such/socket")),
+            facts: tokio::sync::watch::channel(None).1,
+            supply: true,
+            metrics: crate::metrics::Metrics::unregistered(),
+        });
+        let supply = |sender: &broadcast::Sender<Bytes>| Outlet {
+            hub: Arc::clone(&events.hub),
+            sender: sender.clone(),
+        };
+        let (sender, _receiver) = broadcast::channel(1);
+        *events.hub.running.lock().unwrap() = Some(sender.clone());
+        // An older one is no matter.
+        drop(supply(&broadcast::channel(1).0));
+        assert!(events.hub.running.lock().unwrap().is_some());
+        let outlet = supply(&sender);
+        let died = tokio::spawn(async move {
+            let _outlet = outlet;
+            panic!("as it must not");
+        });
+        assert!(died.await.unwrap_err().is_panic());
+        assert!(events.hub.running.lock().unwrap().is_none());
     }
 
     #[test]

@@ -36,7 +36,9 @@ fn listed(sandboxes: &[(String, HashMap<String, String>)]) -> Vec<u8> {
 }
 
 /// containerd 1.6's answers about the sandboxes that are given: full id, labels.
-fn containerd(all: Vec<(String, HashMap<String, String>)>) -> impl Fn(&str, &[u8]) -> Result<Vec<u8>, Status> {
+pub(super) fn containerd(
+    all: Vec<(String, HashMap<String, String>)>,
+) -> impl Fn(&str, &[u8]) -> Result<Vec<u8>, Status> {
     move |method, message| {
         let asked = PodSandboxStatusRequest::decode(message).map(|request| request.pod_sandbox_id);
         let id = asked.unwrap_or_default();
@@ -295,7 +297,7 @@ async fn metrics_of_hulls_are_hidden_even_before_the_ledger_knows_them() {
     assert_eq!(ids, [native]);
 }
 
-fn event(id: &str, sandbox: &str, kind: ContainerEventType, with_status: bool) -> Bytes {
+pub(super) fn event(id: &str, sandbox: &str, kind: ContainerEventType, with_status: bool) -> Bytes {
     let status = PodSandboxStatus {
         id: sandbox.into(),
         labels: marked(),
@@ -311,7 +313,7 @@ fn event(id: &str, sandbox: &str, kind: ContainerEventType, with_status: bool) -
     event.encode_to_vec().into()
 }
 
-async fn subscribed(world: &World, items: Messages) -> Messages {
+pub(super) async fn subscribed(world: &World, items: Messages) -> Messages {
     match world
         .call_with(Method::GetContainerEvents, Vec::new(), Some(items))
         .await

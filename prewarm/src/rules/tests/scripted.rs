@@ -152,7 +152,6 @@ impl World {
             hooks: around.clone(),
             credentials: around,
             events: events.clone(),
-            config_json: |_| serde_json::json!({}),
         });
         Self {
             ledger,

@@ -1,6 +1,6 @@
 //! How far each sandbox and container has come, and the events between what was told of it and what is there now.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -109,9 +109,11 @@ struct Waiting {
 }
 
 /// What CRI shows now, of one id.
+#[derive(Debug, PartialEq, Eq)]
 struct Shown {
     sandbox: String,
-    step: Step,
+    /// `None` if containerd itself does not know: it could not reach the shim. It will stop it.
+    step: Option<Step>,
 }
 
 /// All that is known.
@@ -141,6 +143,8 @@ impl Tracks {
     /// Takes what is there as told.
     pub(super) async fn seed(&mut self) -> Result<(), Status> {
         for (id, Shown { sandbox, step }) in self.all().await? {
+            // One that containerd is not sure of has run, and its end will be told.
+            let step = step.unwrap_or(Step::Started);
             self.known.insert(id, Track { sandbox, told: step });
         }
         Ok(())
@@ -151,14 +155,17 @@ impl Tracks {
         let shown = self.all().await?;
         let mut events = Vec::new();
         let mut gone: Vec<String> = self.known.keys().cloned().collect();
-        gone.retain(|id| !shown.iter().any(|(shown, _)| shown == id));
+        let there: HashSet<&str> = shown.iter().map(|(id, _)| id.as_str()).collect();
+        gone.retain(|id| !there.contains(id.as_str()));
         // Containers before their sandboxes.
         gone.sort_by_key(|id| self.known.get(id).is_some_and(|track| track.sandbox == *id));
         for id in gone {
             events.extend(self.deleted(&id).await);
         }
         for (id, Shown { sandbox, step }) in shown {
-            events.extend(self.reached(&id, &sandbox, step).await);
+            if let Some(step) = step {
+                events.extend(self.reached(&id, &sandbox, step).await);
+            }
         }
         Ok(events)
     }
@@ -212,14 +219,18 @@ impl Tracks {
 
     /// Tells how far an id has come, and whether that is as far as was said.
     async fn look(&mut self, trigger: &Trigger) -> (Vec<Bytes>, bool) {
-        let Ok(Some(Shown { sandbox, step })) = self.shown(&trigger.id).await else {
+        let Ok(Some(Shown {
+            sandbox,
+            step: Some(step),
+        })) = self.shown(&trigger.id).await
+        else {
             return (Vec::new(), false);
         };
         let mut events = Vec::new();
         if sandbox != trigger.id && !self.known.contains_key(&sandbox) {
             // The sandbox comes before what is in it.
-            if let Ok(Some(of)) = self.shown(&sandbox).await {
-                events.extend(self.reached(&sandbox, &sandbox, of.step).await);
+            if let Ok(Some(Shown { step: Some(step), .. })) = self.shown(&sandbox).await {
+                events.extend(self.reached(&sandbox, &sandbox, step).await);
             }
         }
         events.extend(self.reached(&trigger.id, &sandbox, step).await);
@@ -356,18 +367,17 @@ fn sandbox(id: &str, item: &[u8]) -> Option<Shown> {
     let ready = number(item, 3).ok()?.unwrap_or_default() == 0;
     Some(Shown {
         sandbox: id.to_owned(),
-        step: if ready { Step::Started } else { Step::Stopped },
+        step: Some(if ready { Step::Started } else { Step::Stopped }),
     })
 }
 
 /// A `Container`.
 fn container(item: &[u8]) -> Option<Shown> {
     let step = match number(item, 6).ok()?.unwrap_or_default() {
-        0 => Step::Created,
-        1 => Step::Started,
-        2 => Step::Stopped,
-        // Unknown: containerd could not reach its shim. It will stop it.
-        _ => return None,
+        0 => Some(Step::Created),
+        1 => Some(Step::Started),
+        2 => Some(Step::Stopped),
+        _ => None,
     };
     Some(Shown {
         sandbox: text(item, 2).ok()?,
