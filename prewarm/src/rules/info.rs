@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::parts::{put_text, text};
 use crate::adopt::gojson;
+use crate::containerd::Release;
 use crate::containerd::facts::Facts;
 use crate::containerd::sysctls::stored;
 use crate::ledger::{Adoption, sandbox_name};
@@ -39,6 +40,9 @@ pub(crate) fn dressed(response: &[u8], adoption: &Adoption, facts: Option<&Facts
         };
         let config = facts.map_or(Cow::Borrowed(&adoption.config), |facts| stored(&adoption.config, facts));
         edit_document(&mut document, adoption, &gojson::value(&config));
+        if is_privileged(&adoption.config) && facts.is_some_and(|facts| has_writable_sysfs(&facts.version)) {
+            show_writable_sysfs(&mut document);
+        }
         let mut out = Vec::new();
         put_text(&mut out, 1, DOCUMENT);
         put_bytes(&mut out, 2, Value::Object(document).to_string().as_bytes());
@@ -69,6 +73,30 @@ fn edit_document(document: &mut Map<String, Value>, adoption: &Adoption, config:
 fn replace(object: &mut Map<String, Value>, key: &str, value: &Value) {
     if let Some(slot) = object.get_mut(key) {
         slot.clone_from(value);
+    }
+}
+
+/// Whether this containerd specifies a privileged pod's sandbox with a writable sysfs: since 2.1.
+fn has_writable_sysfs(version: &str) -> bool {
+    Release::of(version).is_none_or(|release| (release.major, release.minor) >= (2, 1))
+}
+
+fn is_privileged(config: &PodSandboxConfig) -> bool {
+    let linux = config.linux.as_ref();
+    let context = linux.and_then(|linux| linux.security_context.as_ref());
+    context.is_some_and(|context| context.privileged)
+}
+
+/// A privileged pod's sandbox has a writable sysfs. At adoption it became so; the hull's was specified without.
+fn show_writable_sysfs(document: &mut Map<String, Value>) {
+    let mounts = document.get_mut("runtimeSpec").and_then(|spec| spec.get_mut("mounts"));
+    let of_sysfs = |mount: &&mut Value| mount.get("destination").and_then(Value::as_str) == Some("/sys");
+    let mounts = mounts.and_then(Value::as_array_mut);
+    for mount in mounts.into_iter().flatten().filter(of_sysfs) {
+        let options = mount.get_mut("options").and_then(Value::as_array_mut);
+        for option in options.into_iter().flatten().filter(|option| *option == "ro") {
+            *option = "rw".into();
+        }
     }
 }
 

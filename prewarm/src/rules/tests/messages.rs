@@ -416,6 +416,33 @@ fn the_verbose_document_names_the_pod_and_keeps_the_rest() {
     let seen = hullspeed_proto::cri::v1::PodSandboxStatusResponse::decode(seen.as_slice()).unwrap();
     let shown = seen.info["info"].matches("net.ipv4.ip_unprivileged_port_start").count();
     assert_eq!(shown, 2, "{}", seen.info["info"]);
+    // A privileged pod's sysfs is writable since 2.1.
+    let document = r#"{"runtimeSpec":{"mounts":[{"destination":"/proc","options":["ro"]},{"destination":"/sys","options":["nosuid","ro"]}]}}"#;
+    let mut entry = Vec::new();
+    put_bytes(&mut entry, 1, b"info");
+    put_bytes(&mut entry, 2, document.as_bytes());
+    let mut of_mounts = Vec::new();
+    put_bytes(&mut of_mounts, 2, &entry);
+    for (version, privileged, expected) in [
+        ("1.6.20", true, r#"["nosuid","ro"]"#),
+        ("2.0.7", true, r#"["nosuid","ro"]"#),
+        ("2.1.9", false, r#"["nosuid","ro"]"#),
+        ("2.1.9", true, r#"["nosuid","rw"]"#),
+    ] {
+        let facts = Facts {
+            version: version.into(),
+            ..Facts::default()
+        };
+        let linux = pod.config.linux.as_mut().unwrap();
+        linux.security_context.as_mut().unwrap().privileged = privileged;
+        let seen = info::dressed(&of_mounts, &pod, Some(&facts)).unwrap();
+        let seen = hullspeed_proto::cri::v1::PodSandboxStatusResponse::decode(seen.as_slice()).unwrap();
+        let seen = &seen.info["info"];
+        assert!(
+            seen.contains(expected) && seen.contains(r#""/proc","options":["ro"]"#),
+            "{version} {seen}"
+        );
+    }
     // Another document, or none, stays.
     let same = with_inner(&response, 2, b"\x0a\x04info\x12\x03{no").unwrap();
     assert_eq!(info::dressed(&same, &pod, None).unwrap(), same);
