@@ -89,6 +89,11 @@ impl Control {
     /// Until no hull is left, and records are rewritten or have taken too long.
     async fn drained(&self, records_limit: Duration) {
         self.pool.drain().await;
+        self.branded(records_limit).await;
+    }
+
+    /// Until records are rewritten, or have taken too long.
+    async fn branded(&self, records_limit: Duration) {
         let branded = async {
             while !self.adopter.unbranded().pending.is_empty() {
                 tokio::time::sleep(PROGRESS_INTERVAL).await;
@@ -100,9 +105,15 @@ impl Control {
     }
 
     fn progress(&self, done: bool) -> api::DrainProgress {
-        let left = if done { 0 } else { view::left(&self.pool.snapshot()) };
-        let unbranded = Some(view::unbranded(self.adopter.unbranded()));
-        api::DrainProgress { left, done, unbranded }
+        let pool = self.pool.snapshot();
+        let left = if done { 0 } else { view::left(&pool) };
+        let waiting = pool.off.filter(|_| !done && left == 0).map(|off| off.detail);
+        api::DrainProgress {
+            left,
+            done,
+            unbranded: Some(view::unbranded(self.adopter.unbranded())),
+            waiting: waiting.unwrap_or_default(),
+        }
     }
 }
 

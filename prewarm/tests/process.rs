@@ -183,8 +183,9 @@ fn the_daemon_answers_its_commands_and_tells_the_service_manager() {
     let status = &ask(&["status"])[0];
     assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(status["pool"]["handlers"][0]["max"], 10);
-    let drained = ask(&["drain", "--wait"]);
-    assert_eq!(drained.last().unwrap()["done"], true);
+    // Without containerd nobody can tell whether hulls are left.
+    let drained = ask(&["drain"]);
+    assert_eq!((&drained[0]["left"], &drained[0]["done"]), (&0.into(), &false.into()));
     assert_eq!(ask(&["pool"])[0]["state"], "drained");
     assert_ne!(ask(&["pool", "resume"])[0]["state"], "drained");
     let text = output(&["status", "--config", &place.config()]);

@@ -334,8 +334,8 @@ async fn sysfs_of(node: &mut Node, pod: &Pod, id: &str) -> String {
     let mounts = std::fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
     let of_sysfs: Vec<_> = mounts.lines().filter(|line| line.starts_with("sysfs /sys ")).collect();
     let alias = format!("/proc/{pid}/root/sys/class/net/eth0/ifalias");
-    std::fs::write(&alias, "written\n").unwrap();
-    format!("{of_sysfs:?} {}", std::fs::read_to_string(&alias).unwrap())
+    let written = std::fs::write(&alias, "written\n").map_err(|error| error.kind());
+    format!("{of_sysfs:?} {written:?} {}", std::fs::read_to_string(&alias).unwrap())
 }
 
 async fn privileged_pods_write_to_sysfs(release: Release) {
@@ -349,7 +349,9 @@ async fn privileged_pods_write_to_sysfs(release: Release) {
     assert_eq!(id, hull);
     let native = node.cri.run_sandbox(&theirs).await.unwrap();
     let adopted = sysfs_of(&mut node, &ours, &id).await;
-    assert!(adopted.ends_with("written\n"), "{adopted}");
+    // Before 2.1 a privileged pod of containerd's own cannot, either.
+    let writes = release == Release::Two;
+    assert_eq!(adopted.ends_with("written\n"), writes, "{adopted}");
     assert_eq!(adopted, sysfs_of(&mut node, &theirs, &native).await);
     node.life().adopter.shutdown().await;
     node.cri.remove_everything().await.unwrap();

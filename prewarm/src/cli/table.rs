@@ -197,11 +197,16 @@ fn age(seconds: u64) -> String {
 }
 
 pub(super) fn drain(progress: &api::DrainProgress) -> String {
-    let api::DrainProgress { left, done, unbranded } = progress;
-    let mut text = if *done {
-        "drained: no hull is left\n".to_owned()
-    } else {
-        format!("draining: {left} left\n")
+    let api::DrainProgress {
+        left,
+        done,
+        unbranded,
+        waiting,
+    } = progress;
+    let mut text = match (done, waiting.as_str()) {
+        (true, _) => "drained: no hull is left\n".to_owned(),
+        (false, "") => format!("draining: {left} left\n"),
+        (false, waiting) => format!("draining: {left} left; {waiting}\n"),
     };
     text.extend(unbranded.iter().map(self::unbranded));
     text
@@ -330,8 +335,11 @@ mod tests {
             left: 2,
             done: false,
             unbranded: Some(api::UnbrandedPods::default()),
+            waiting: String::new(),
         };
         assert_eq!(drain(&progress), "draining: 2 left\n");
+        progress.waiting = "containerd does not answer".to_owned();
+        assert!(drain(&progress).ends_with("; containerd does not answer\n"));
         progress.done = true;
         assert_eq!(drain(&progress), "drained: no hull is left\n");
         progress.unbranded = Some(stranded());

@@ -300,7 +300,12 @@ impl Shared {
     }
 
     pub(super) fn start_begins(&self, sandbox: &str, now: Instant) {
-        self.state().starts.begin(sandbox, now);
+        let mut state = self.state();
+        state.starts.begin(sandbox, now);
+        // It may be a hull that has just been adopted. Its pod may be gone before the next look, and then nothing would tell.
+        state.settle_lent(&self.ledger, now);
+        drop(state);
+        self.removed.notify_waiters();
     }
 
     pub(super) fn start_ended(&self, sandbox: &str, now: Instant) {

@@ -40,7 +40,7 @@ pub(crate) fn dressed(response: &[u8], adoption: &Adoption, facts: Option<&Facts
         };
         let config = facts.map_or(Cow::Borrowed(&adoption.config), |facts| stored(&adoption.config, facts));
         edit_document(&mut document, adoption, &gojson::value(&config));
-        if is_privileged(&adoption.config) && facts.is_some_and(|facts| has_writable_sysfs(&facts.version)) {
+        if is_privileged(&adoption.config) && facts.is_some_and(|facts| Release::has_writable_sysfs(&facts.version)) {
             show_writable_sysfs(&mut document);
         }
         let mut out = Vec::new();
@@ -74,11 +74,6 @@ fn replace(object: &mut Map<String, Value>, key: &str, value: &Value) {
     if let Some(slot) = object.get_mut(key) {
         slot.clone_from(value);
     }
-}
-
-/// Whether this containerd specifies a privileged pod's sandbox with a writable sysfs: since 2.1.
-fn has_writable_sysfs(version: &str) -> bool {
-    Release::of(version).is_none_or(|release| (release.major, release.minor) >= (2, 1))
 }
 
 fn is_privileged(config: &PodSandboxConfig) -> bool {

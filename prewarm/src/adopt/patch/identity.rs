@@ -17,6 +17,7 @@ use super::{Hull, PatchError};
 use crate::adopt::eligibility::{EmptyDns, empty_dns, is_safe_sysctl};
 use crate::adopt::fault;
 use crate::adopt::hull::{Files, HOST_HOSTS, MAX_FILE_BYTES, Stamp};
+use crate::containerd::Release;
 use crate::containerd::facts::Facts;
 
 /// The host's resolver configuration, for pods without one of their own.
@@ -39,7 +40,7 @@ pub struct Identity {
     resolv_conf: ResolvConf,
     sysctls: Vec<(String, String)>,
     /// Whether its containers may write to sysfs.
-    privileged: bool,
+    writes_sysfs: bool,
 }
 
 impl Identity {
@@ -54,7 +55,8 @@ impl Identity {
             hostname: config.hostname.clone(),
             resolv_conf: resolv_conf(config.dns_config.as_ref(), &facts.version),
             sysctls,
-            privileged: context.is_some_and(|context| context.privileged),
+            writes_sysfs: context.is_some_and(|context| context.privileged)
+                && Release::has_writable_sysfs(&facts.version),
         }
     }
 
@@ -71,7 +73,7 @@ impl Identity {
         fault::point("hostname");
         self.write_files(hostname, &hull.files)?;
         fault::point("files");
-        if self.privileged {
+        if self.writes_sysfs {
             home.away(Kind::Net, &hull.namespaces.net, || {
                 make_sysfs_writable().map_err(PatchError::Sysfs)
             })?;
