@@ -71,7 +71,7 @@ pub struct RelayConfig {
     pub max_connections: usize,
     /// Calls under way of one connection.
     pub max_parallel: u32,
-    /// Memory for gathered requests, and as much again for gathered answers.
+    /// Memory for large gathered requests, and as much again for large gathered answers.
     pub max_gathered: ByteSize,
 }
 

@@ -123,3 +123,15 @@ pub fn pids(run: &Path, name: &str) -> Vec<u32> {
         .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
         .collect()
 }
+
+/// The ids of the processes in hulls: pause processes, which know nothing of the run.
+#[must_use]
+pub fn hull_processes(run: &RunDir) -> Vec<u32> {
+    let tops = children(Path::new("/sys/fs/cgroup"));
+    let hulls = tops.iter().map(|hierarchy| hierarchy.join(&run.names().hull_cgroup));
+    let groups = hulls.flat_map(|top| children(&top));
+    let lists = groups.filter_map(|group| fs::read_to_string(group.join("cgroup.procs")).ok());
+    lists
+        .flat_map(|list| list.lines().filter_map(|line| line.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}

@@ -426,7 +426,7 @@ async fn hulls_are_made_between_starts() {
     let mut node = Node::start(Release::One).await;
     let options = PoolOptions {
         quiet: Duration::from_secs(2),
-        max_deferral: Duration::from_secs(20),
+        max_deferral: Duration::from_secs(6),
         start_limit: Duration::from_secs(30),
         ..node.options(2)
     };
@@ -438,6 +438,7 @@ async fn hulls_are_made_between_starts() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(node.count().await, 2, "a hull was made while a pod started");
     pool.start_ended("pod");
+    pool.start_ended(&hull.id);
     let ended = Instant::now();
     filled(pool, 2).await;
     assert!(ended.elapsed() >= Duration::from_secs(2));

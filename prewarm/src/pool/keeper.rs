@@ -141,24 +141,18 @@ impl Keeper {
     fn publish(&mut self, shared: &Shared) {
         let metrics = &shared.metrics;
         let state = shared.state();
-        let default = state
-            .current
-            .as_ref()
-            .map_or("default", |current| &current.facts.default_handler);
-        for shelf in &state.shelves {
-            let handler = match shelf.config.runtime_handler.as_str() {
-                "" => default,
-                name => name,
-            };
+        for (at, shelf) in state.shelves.iter().enumerate() {
+            let handler = state.label(shelf);
             let set = |state, count: usize| {
-                let handler = handler.to_owned();
+                let handler = handler.clone();
                 let gauge = metrics.pool_hulls.get_or_create_owned(&HullLabels { handler, state });
                 gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
             };
-            set(HullState::ready, shelf.idle.len());
+            state.show_ready(metrics, at);
             set(HullState::creating, shelf.creating);
-            let handler = handler.to_owned();
-            let labels = HandlerLabels { handler };
+            let labels = HandlerLabels {
+                handler: handler.clone(),
+            };
             let oldest = shelf.idle.front().map_or(0, |idle| idle.born.elapsed().as_secs());
             let gauge = metrics.pool_oldest.get_or_create_owned(&labels);
             gauge.set(i64::try_from(oldest).unwrap_or(i64::MAX));
