@@ -22,6 +22,7 @@ mod cgroup;
 mod cni;
 mod creation;
 mod fingerprint;
+mod gauges;
 mod keeper;
 mod memory;
 mod nri;
