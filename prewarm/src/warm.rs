@@ -1,6 +1,6 @@
 //! Keeps shares of images resident in the snapshotter, as a policy file says.
 //!
-//! - [`policy`] is the file, [`file`] reads it again when it changes; [`glob`] are its patterns, matched against the images that
+//! - [`policy`] is the file, [`mod@file`] reads it again when it changes; [`glob`] are its patterns, matched against the images that
 //!   containerd has and against [`seen`], those that were pulled through the relay;
 //! - [`schedule`] is what is to be warmed and when: pure, with the time handed to it;
 //! - [`agent`] does it: one `Warm` call per image, few at once, none while pods start.

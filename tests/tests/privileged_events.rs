@@ -318,13 +318,13 @@ fn lines(events: &[ContainerEventResponse], sandbox: &str) -> Vec<Line> {
         };
         let status = event.pod_sandbox_status.as_ref();
         assert!(event.created_at > 1_600_000_000_000_000_000);
-        let states = event.containers_statuses.iter().map(|of| of.state());
-        (
-            who,
-            event.container_event_type(),
-            status.map(|of| of.state()),
-            states.collect(),
-        )
+        // A supplied event shows how things are when CRI is asked: on a busy machine the pod's container may be there already.
+        let beginning = matches!(event.container_event_type(), Created | Started);
+        let states = match who {
+            "sandbox" if beginning => Vec::new(),
+            _ => event.containers_statuses.iter().map(|of| of.state()).collect(),
+        };
+        (who, event.container_event_type(), status.map(|of| of.state()), states)
     };
     events.iter().map(line).collect()
 }
