@@ -8,7 +8,7 @@
 //! the result depends only on the adoption. What is not ours in a record stays as it is, byte for byte.
 //!
 //! **Others who read records.** NRI plugins and the legacy NRI get what containerd has in memory: the hull's names until
-//! containerd restarts. Whatever reads containers.v1 (cAdvisor, nerdctl, ctr) sees the pod's labels at once.
+//! containerd restarts. Whatever reads containers.v1 (nerdctl, ctr) sees the pod's labels at once.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
