@@ -38,10 +38,29 @@ mod upstream;
 
 pub use limits::Limits;
 
-/// Methods that a rule may want.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "the names are CRI's")]
-pub enum Method {
+/// Makes [`Method`] and finds its values by their names, so that each method is written down once.
+macro_rules! methods {
+    ($($method:ident),* $(,)?) => {
+        /// Methods that a rule may want.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[allow(missing_docs, reason = "the names are CRI's")]
+        pub enum Method {
+            $($method),*
+        }
+
+        impl Method {
+            /// The method of this name, and the name as a label.
+            fn named(name: &str) -> Option<(Self, &'static str)> {
+                match name {
+                    $(stringify!($method) => Some((Self::$method, stringify!($method))),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+methods!(
     RunPodSandbox,
     StopPodSandbox,
     RemovePodSandbox,
@@ -64,7 +83,7 @@ pub enum Method {
     UpdateRuntimeConfig,
     GetContainerEvents,
     PullImage,
-}
+);
 
 /// Version of CRI that a client speaks. The messages of both are the same on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -54,7 +54,7 @@ pub(super) fn called(path: &str) -> Called {
         "runtime.v1alpha2.ImageService" => (Api::V1Alpha2, true),
         _ => return other,
     };
-    match method(name) {
+    match Method::named(name) {
         Some((method, label)) if (method == Method::PullImage) == image => Called {
             rule: Some((method, api)),
             label,
@@ -65,41 +65,6 @@ pub(super) fn called(path: &str) -> Called {
             .find(|plain| **plain == name)
             .map_or(other, |label| Called { rule: None, label }),
     }
-}
-
-fn method(name: &str) -> Option<(Method, &'static str)> {
-    macro_rules! named {
-        ($($method:ident),* $(,)?) => {
-            match name {
-                $(stringify!($method) => Some((Method::$method, stringify!($method))),)*
-                _ => None,
-            }
-        };
-    }
-    named!(
-        RunPodSandbox,
-        StopPodSandbox,
-        RemovePodSandbox,
-        PodSandboxStatus,
-        ListPodSandbox,
-        StreamPodSandboxes,
-        CreateContainer,
-        StartContainer,
-        ListContainers,
-        StreamContainers,
-        ListContainerStats,
-        StreamContainerStats,
-        PortForward,
-        PodSandboxStats,
-        ListPodSandboxStats,
-        StreamPodSandboxStats,
-        ListPodSandboxMetrics,
-        StreamPodSandboxMetrics,
-        UpdatePodSandboxResources,
-        UpdateRuntimeConfig,
-        GetContainerEvents,
-        PullImage,
-    )
 }
 
 /// Whether a call of this path is a stream that has no end of its own, so that waiting for it is in vain.
