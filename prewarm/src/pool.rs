@@ -96,11 +96,6 @@ impl Pool {
         self.shared.release_all(reason);
     }
 
-    /// A hull that was taken and not touched: it can be taken again, unless what it was made with has changed since.
-    pub fn give_back(&self, hull: Hull) {
-        self.shared.give_back(hull);
-    }
-
     /// Makes no hulls until [`Self::resume`]. Those that are there are handed out.
     pub fn pause(&self) {
         self.shared.state().paused = true;
@@ -141,6 +136,10 @@ impl HullSource for Pool {
 
     fn discard(&self, hull: Hull, why: &'static str) {
         self.shared.discard(hull, why);
+    }
+
+    fn give_back(&self, hull: Hull) {
+        self.shared.give_back(hull);
     }
 
     fn start_begins(&self, sandbox_id: &str) {

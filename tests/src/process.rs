@@ -10,8 +10,9 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, bail};
-use rustix::process::{Pid, Signal};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal};
 
 /// Environment variable that marks every process of a run; its value is the run directory.
 pub const RUN_DIR_VARIABLE: &str = "HULLSPEED_RUN_DIR";
@@ -230,6 +231,18 @@ fn tail(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Kills a process that is not ours with SIGKILL and waits until all of it has ended: of a process with threads, the
+/// first may be a zombie while others still run.
+pub fn kill(pid: u32) -> Result<()> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("no process has the number 0")?;
+    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    rustix::process::pidfd_send_signal(&process, Signal::KILL)?;
+    let limit = Timespec::try_from(STOP_GRACE)?;
+    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit))?;
+    ensure!(ended == 1, "process {pid:?} does not end");
+    Ok(())
 }
 
 /// Runs a short command to its end and returns its standard output; a failure quotes its standard error.

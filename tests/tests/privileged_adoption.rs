@@ -396,6 +396,11 @@ async fn what_cannot_be_adopted_is_made_by_containerd() {
     );
     assert!(node.life().ledger.is_hull(&hull), "it stays hidden");
     assert!(node.life().ledger.adoption(&hull).is_none());
+    // It costs no second hull.
+    let spared = node.stock().await;
+    let another = node.pod("another").sysctl("net.ipv4.ip_local_port_range", "2 1");
+    node.run_pod(&another).await.unwrap_err();
+    assert_eq!(node.life().hulls.hulls.lock().unwrap().pop().unwrap().id, spared);
     let miss = node.pod("miss");
     node.run_pod(&miss).await.unwrap();
     let counted: Vec<_> = node.life().counts.requests.lock().unwrap().clone();
@@ -404,6 +409,7 @@ async fn what_cannot_be_adopted_is_made_by_containerd() {
         (Outcome::Ineligible, "sysctls"),
         (Outcome::NativeOnly, "name_contested"),
         (Outcome::Failed, "patch_sysctl"),
+        (Outcome::Ineligible, "sysctl_refused"),
         (Outcome::Miss, "empty"),
     ];
     assert_eq!(counted, expected);

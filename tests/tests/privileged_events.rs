@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
@@ -74,6 +74,8 @@ impl HullSource for Around {
     }
 
     fn discard(&self, _hull: Hull, _why: &'static str) {}
+
+    fn give_back(&self, _hull: Hull) {}
 
     fn start_begins(&self, _sandbox_id: &str) {}
 
@@ -558,8 +560,19 @@ async fn usage_is_read_as_containerd_reads_it(release: Release) {
         let answer: PodSandboxStatsResponse = setting.ask(Method::PodSandboxStats, &request).await.unwrap();
         answer.stats.unwrap()
     };
-    // The same pod, as containerd reads it and, said to be adopted, as we do.
-    let native = stats(&setting).await;
+    // The same pod, as containerd reads it and, said to be adopted, as we do; at rest, for nobody reads both at once.
+    let memory_of = |stats: &PodSandboxStats| stats.linux.as_ref().and_then(|linux| linux.memory).unwrap();
+    let in_use = |stats: &PodSandboxStats| memory_of(stats).usage_bytes.unwrap().value;
+    let mut native = stats(&setting).await;
+    let end = Instant::now() + EVENT_LIMIT;
+    loop {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let before = std::mem::replace(&mut native, stats(&setting).await);
+        if close(in_use(&before), in_use(&native), 64 << 10) {
+            break;
+        }
+        assert!(Instant::now() < end, "the pod does not come to rest: {native:?}");
+    }
     let adoption = setting.adopt(&sandbox, &pod);
     let ours = stats(&setting).await;
     assert_eq!(ours.attributes.as_ref().unwrap().metadata, adoption.config.metadata);

@@ -14,8 +14,8 @@ use hullspeed_proto::cri::v1::{
 };
 use hullspeed_tests::cri::{Cri, container_config};
 use hullspeed_tests::pod_node::{HULL_LABEL, PodNode};
+use hullspeed_tests::process;
 use hullspeed_tests::release::Release;
-use rustix::process::{Pid, Signal};
 use tonic::Code;
 
 /// Pods that come and go while others look, by each worker.
@@ -289,14 +289,7 @@ async fn dead_hulls_are_not_handed_out(release: Release) {
         for hull in node.hulls().await.unwrap() {
             let (pause, shim) = node.processes(&hull.id).await.unwrap();
             let pid = if kill_shim { shim } else { pause };
-            let pid = Pid::from_raw(pid.cast_signed()).unwrap();
-            rustix::process::kill_process(pid, Signal::KILL).unwrap();
-            // A signal takes its time; what is asked for is that the dead are not handed out.
-            while std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))
-                .is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
-            {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
+            process::kill(pid).unwrap();
             dead.insert(hull.id);
         }
         assert!(!dead.is_empty());

@@ -18,11 +18,11 @@ use hullspeed_tests::containerd::{Containerd, ContainerdOptions, SnapshotterChoi
 use hullspeed_tests::cri::Cri;
 use hullspeed_tests::network::Network;
 use hullspeed_tests::pause;
+use hullspeed_tests::process;
 use hullspeed_tests::registry::Registry;
 use hullspeed_tests::release::Release;
 use hullspeed_tests::run::RunDir;
 use hullspeed_tests::scenario::Scenario;
-use rustix::process::{Pid, Signal, kill_process};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -184,19 +184,8 @@ fn shim_of(id: &str) -> i32 {
     found.next().unwrap().0
 }
 
-/// Returns when the process has ended; taking its namespaces down can take it a while.
 fn kill(pid: i32) {
-    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-    let end = Instant::now() + LIMIT;
-    let lives = || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(") ")
-            .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
-    };
-    while lives() {
-        assert!(Instant::now() < end, "process {pid} does not end");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    process::kill(pid.unsigned_abs()).unwrap();
 }
 
 async fn until(what: &str, pool: &Pool, mut holds: impl AsyncFnMut() -> bool) {

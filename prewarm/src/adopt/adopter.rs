@@ -25,14 +25,13 @@ use crate::rules::Events;
 mod adoption;
 mod forward;
 mod recover;
+mod setbacks;
 
 use adoption::Attempt;
+use setbacks::Setbacks;
 
 /// The journal's name in the state directory.
 pub const JOURNAL: &str = "journal";
-
-/// After a failure that is not the pod's doing, hulls are left alone for so long: each attempt costs one.
-const PAUSE: Duration = Duration::from_secs(10);
 
 /// How long a call waits for containerd to have been asked what its sandboxes are.
 const KNOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -76,7 +75,7 @@ struct Shared {
     known: watch::Sender<bool>,
     /// Adoptions hold it for reading. None until containerd's state is known.
     facts: Arc<RwLock<Option<Arc<Facts>>>>,
-    paused_until: Mutex<Option<Instant>>,
+    setbacks: Mutex<Setbacks>,
     stopping: CancellationToken,
     work: Mutex<Option<JoinHandle<()>>>,
 }
@@ -101,12 +100,7 @@ impl Adopter {
         let journal = Journal::open(&options.state.join(JOURNAL)).map_err(AdopterError::Journal)?;
         let journal = Arc::new(journal);
         let patcher = Patcher::start().map_err(AdopterError::Patcher)?;
-        let rebrander = Rebrander::new(
-            options.containerd.clone(),
-            options.ledger.clone(),
-            Arc::clone(&journal),
-            Arc::clone(&options.observer),
-        );
+        let rebrander = Rebrander::new(&options, Arc::clone(&journal));
         let stopping = CancellationToken::new();
         let work = tokio::spawn(rebrander.clone().run(stopping.clone()));
         // Whoever asks before containerd has been asked is told of these at least.
@@ -122,7 +116,7 @@ impl Adopter {
             rebrander,
             known: watch::Sender::new(false),
             facts: Arc::default(),
-            paused_until: Mutex::new(None),
+            setbacks: Mutex::default(),
             stopping,
             work: Mutex::new(Some(work)),
         };
@@ -195,7 +189,7 @@ impl Adopter {
             .try_read_owned()
             .map_err(|_| recovering)?;
         let facts = gate.as_ref().ok_or(recovering)?;
-        if self.is_paused() {
+        if self.shared.setbacks().is_paused(Instant::now()) {
             return Err((Outcome::NativeOnly, "paused"));
         }
         schema::check(&call.message).map_err(|error| {
@@ -206,6 +200,9 @@ impl Adopter {
         let handler = request.runtime_handler;
         eligibility::check(&config, &handler, facts, &self.shared.options.policy)
             .map_err(|why| (Outcome::Ineligible, why.reason()))?;
+        if self.shared.setbacks().refuses(&config, Instant::now()) {
+            return Err((Outcome::Ineligible, "sysctl_refused"));
+        }
         Ok((gate, config, handler))
     }
 
@@ -277,7 +274,8 @@ impl Adopter {
         *self.shared.facts.write().await = None;
     }
 
-    /// Ends background work; what is left of it is done after the next start.
+    /// Ends background work, once records that wait are rewritten or cannot be in time; what is left is done after the
+    /// next start.
     pub async fn shutdown(&self) {
         self.suspend().await;
         self.shared.stopping.cancel();
@@ -291,11 +289,6 @@ impl Adopter {
 
     fn count(&self, (outcome, reason): Passed) {
         self.shared.options.observer.request(outcome, reason);
-    }
-
-    fn is_paused(&self) -> bool {
-        let until = *self.shared.paused_until.lock().unwrap_or_else(PoisonError::into_inner);
-        until.is_some_and(|until| Instant::now() < until)
     }
 
     /// In a task of its own, which nobody can give up halfway.

@@ -1,14 +1,15 @@
 //! Making a hull a pod's: hostname, files, sysctls.
 //!
 //! Namespaces belong to threads, so one thread of its own enters them, does what is to be done, and comes back. Jobs
-//! queue for it within a bound. A thread that cannot come back ends, and every later job fails: its pods are
-//! containerd's then.
+//! queue for it within a bound. A thread that cannot come back ends, with those that wait for it, whose pods are
+//! containerd's then; the next job gets a new thread.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use hullspeed_daemon::error::chain;
 use tokio::sync::oneshot;
 
 use super::hull::Hull;
@@ -90,6 +91,11 @@ pub enum PatchError {
 }
 
 impl PatchError {
+    /// Whether the hull has not been touched.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Busy | Self::Ended)
+    }
+
     fn file<'a>(what: &'static str, path: &'a Path) -> impl Fn(std::io::Error) -> Self + 'a {
         move |source| Self::File {
             what,
@@ -110,14 +116,21 @@ struct Job {
 
 /// The thread, and the way to it.
 #[derive(Debug)]
-pub struct Patcher {
-    jobs: Mutex<Option<SyncSender<Job>>>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+struct Worker {
+    jobs: SyncSender<Job>,
+    thread: JoinHandle<()>,
 }
 
-impl Patcher {
+/// Has hulls made pods'.
+#[derive(Debug)]
+pub struct Patcher {
+    /// None once stopped.
+    worker: Mutex<Option<Worker>>,
+}
+
+impl Worker {
     /// Starts the thread, in the namespaces of the caller.
-    pub fn start() -> Result<Self, PatchError> {
+    fn start() -> Result<Self, PatchError> {
         let failed = PatchError::file("start a thread from", Path::new("/proc/thread-self/ns"));
         let (sender, receiver) = sync_channel(QUEUE);
         let (started, has_started) = sync_channel(1);
@@ -135,9 +148,23 @@ impl Patcher {
             .spawn(work)
             .map_err(failed)?;
         has_started.recv().map_err(|_| PatchError::Ended)??;
+        Ok(Self { jobs: sender, thread })
+    }
+
+    /// Ends the thread when it has done what waits for it. Blocks that long.
+    fn stop(self) {
+        drop(self.jobs);
+        if self.thread.join().is_err() {
+            tracing::error!("the thread that enters namespaces has panicked");
+        }
+    }
+}
+
+impl Patcher {
+    /// Starts the thread, in the namespaces of the caller.
+    pub fn start() -> Result<Self, PatchError> {
         Ok(Self {
-            jobs: Mutex::new(Some(sender)),
-            thread: Mutex::new(Some(thread)),
+            worker: Mutex::new(Some(Worker::start()?)),
         })
     }
 
@@ -146,14 +173,7 @@ impl Patcher {
     pub async fn patch(&self, hull: Hull, identity: Identity) -> (Option<Hull>, Result<(), PatchError>) {
         let (answer, worked) = oneshot::channel();
         let job = Job { hull, identity, answer };
-        let refused = match &*self.jobs.lock().unwrap_or_else(PoisonError::into_inner) {
-            None => Some((job, PatchError::Ended)),
-            Some(jobs) => match jobs.try_send(job) {
-                Ok(()) => None,
-                Err(TrySendError::Full(job)) => Some((job, PatchError::Busy)),
-                Err(TrySendError::Disconnected(job)) => Some((job, PatchError::Ended)),
-            },
-        };
+        let refused = self.submit(job);
         match refused {
             Some((job, error)) => (Some(job.hull), Err(error)),
             None => match worked.await {
@@ -163,12 +183,34 @@ impl Patcher {
         }
     }
 
+    /// Has the thread do it, or a new one if that has ended. Gives back what cannot be done.
+    fn submit(&self, job: Job) -> Option<(Job, PatchError)> {
+        let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(current) = worker.as_mut() else {
+            return Some((job, PatchError::Ended));
+        };
+        let job = match current.jobs.try_send(job).err()? {
+            TrySendError::Full(job) => return Some((job, PatchError::Busy)),
+            TrySendError::Disconnected(job) => job,
+        };
+        match Worker::start() {
+            Ok(new) => *current = new,
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "no new thread enters namespaces");
+                return Some((job, PatchError::Ended));
+            }
+        }
+        match current.jobs.try_send(job).err()? {
+            TrySendError::Full(job) => Some((job, PatchError::Busy)),
+            TrySendError::Disconnected(job) => Some((job, PatchError::Ended)),
+        }
+    }
+
     /// Ends the thread when it has done what waits for it. Blocks that long.
     pub fn stop(&self) {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread that enters namespaces has panicked");
+        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(worker) = worker {
+            worker.stop();
         }
     }
 }
@@ -185,7 +227,9 @@ fn serve(jobs: &Receiver<Job>, home: &Home) {
         let lost = matches!(result, Err(PatchError::Leave { .. }));
         let _ = answer.send((hull, result));
         if lost {
-            tracing::error!("a thread is caught in a sandbox's namespace: nothing is adopted until a restart");
+            tracing::error!(
+                "a thread is caught in a sandbox's namespace: it ends, and the next adoption has a new one"
+            );
             return;
         }
     }

@@ -4,15 +4,17 @@
 //! pod's, the next start of containerd makes it the pod's everywhere, with or without this daemon. That is also how one
 //! leaves: drain, restart containerd, point the kubelet at it.
 //!
-//! The work is done in the background, a few at a time, again and again while containerd is away. It can be repeated:
-//! the result depends only on the adoption. What is not ours in a record stays as it is, byte for byte.
+//! The work is done in the background, a few at a time, again and again while containerd is away, and not before the
+//! pod has had time to start: until then the journal answers for it. A daemon that is told to stop does first what it
+//! can. The work can be repeated: the result depends only on the adoption. What is not ours in a record stays as it is,
+//! byte for byte.
 //!
 //! **Others who read records.** NRI plugins and the legacy NRI get what containerd has in memory: the hull's names until
 //! containerd restarts. Whatever reads containers.v1 (nerdctl, ctr) sees the pod's labels at once.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hullspeed_daemon::error::chain;
 use hullspeed_proto::containerd::services::containers::v1::{GetContainerRequest, UpdateContainerRequest};
@@ -24,10 +26,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
+use super::adopter::Options;
 use super::journal::{Journal, Record};
 use super::{Observer, fault};
-use crate::containerd::{CallError, Containerd, limited};
+use crate::containerd::{CallError, Containerd, limited, sysctls};
 use crate::ledger::{Adoption, HULL_LABEL, Ledger, sandbox_name};
+use crate::rules::Events;
 
 pub mod record;
 
@@ -44,6 +48,13 @@ pub const ADOPTION_EXTENSION: &str = "io.hullspeed.adoption";
 
 /// Records rewritten at once. Each costs containerd a transaction or two, which pods' starts wait for.
 const AT_ONCE: usize = 2;
+
+/// How long the record of a sandbox waits after its adoption. containerd commits one transaction after the other, each
+/// to the disk, and the pod's containers need some.
+const SETTLING: Duration = Duration::from_secs(2);
+
+/// For what is left when the daemon is told to stop.
+const LEAVING: Duration = Duration::from_secs(10);
 
 /// Sandboxes that wait. Those beyond are taken up by the next recovery.
 const MAX_WAITING: usize = 4096;
@@ -100,7 +111,8 @@ impl RebrandError {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    order: VecDeque<String>,
+    /// With the time from which on each may be worked on, the earliest first.
+    order: VecDeque<(Instant, String)>,
     known: BTreeSet<String>,
     /// Given up, until the next recovery. Only what the ledger calls adopted stays in it.
     refused: BTreeSet<String>,
@@ -128,6 +140,7 @@ impl Unbranded {
 struct Shared {
     containerd: Containerd,
     ledger: Ledger,
+    events: Events,
     journal: Arc<Journal>,
     observer: Arc<dyn Observer>,
     waiting: Mutex<Waiting>,
@@ -145,12 +158,13 @@ pub struct Rebrander {
 impl Rebrander {
     /// One for these parts; [`Self::run`] does the work.
     #[must_use]
-    pub fn new(containerd: Containerd, ledger: Ledger, journal: Arc<Journal>, observer: Arc<dyn Observer>) -> Self {
+    pub fn new(options: &Options, journal: Arc<Journal>) -> Self {
         let shared = Shared {
-            containerd,
-            ledger,
+            containerd: options.containerd.clone(),
+            ledger: options.ledger.clone(),
+            events: options.events.clone(),
             journal,
-            observer,
+            observer: Arc::clone(&options.observer),
             waiting: Mutex::default(),
             more: Notify::new(),
             writing: RwLock::new(()),
@@ -164,8 +178,17 @@ impl Rebrander {
         self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The record of this sandbox, which the ledger calls adopted, is to be rewritten.
+    /// The record of this sandbox, which the ledger calls adopted, is to be rewritten now.
     pub fn add(&self, sandbox_id: &str) {
+        self.add_at(sandbox_id, Instant::now());
+    }
+
+    /// The same once its pod has had time to start.
+    pub fn add_later(&self, sandbox_id: &str) {
+        self.add_at(sandbox_id, Instant::now() + SETTLING);
+    }
+
+    fn add_at(&self, sandbox_id: &str, due: Instant) {
         let mut waiting = self.waiting();
         if waiting.order.len() >= MAX_WAITING {
             tracing::warn!(
@@ -174,10 +197,20 @@ impl Rebrander {
             );
         } else if waiting.known.insert(sandbox_id.to_owned()) {
             waiting.refused.remove(sandbox_id);
-            waiting.order.push_back(sandbox_id.to_owned());
+            let at = waiting.order.partition_point(|(other, _)| *other <= due);
+            waiting.order.insert(at, (due, sandbox_id.to_owned()));
         }
         drop(waiting);
         self.shared.more.notify_one();
+    }
+
+    /// The next one that may be worked on, or when there will be one.
+    fn next(&self, now: Instant) -> Result<String, Option<Instant>> {
+        let mut waiting = self.waiting();
+        match waiting.order.pop_front_if(|(due, _)| *due <= now) {
+            Some((_, id)) => Ok(id),
+            None => Err(waiting.order.front().map(|(due, _)| *due)),
+        }
     }
 
     /// What is left to do, and what cannot be done.
@@ -194,31 +227,53 @@ impl Rebrander {
         waiting.refused.insert(id.to_owned());
     }
 
-    /// Works until told to stop. What is left then is in the journal.
+    /// Works until told to stop, and then, for a while, on what is left. What is left after that is in the journal.
     pub async fn run(self, stopping: CancellationToken) {
         let mut tasks = JoinSet::new();
-        loop {
-            while tasks.len() < AT_ONCE {
-                let Some(id) = self.waiting().order.pop_front() else {
-                    break;
-                };
-                let this = self.clone();
-                tasks.spawn(async move {
-                    this.work_on(&id).await;
-                    this.waiting().known.remove(&id);
-                });
-            }
+        while !stopping.is_cancelled() {
+            let due = self.begin(&mut tasks, Instant::now(), &stopping);
+            let may_begin = tasks.len() < AT_ONCE;
+            let until = tokio::time::Instant::from_std(due.unwrap_or_else(Instant::now));
             tokio::select! {
-                () = stopping.cancelled() => break,
-                () = self.shared.more.notified(), if tasks.len() < AT_ONCE => {}
+                () = stopping.cancelled() => {}
+                () = self.shared.more.notified(), if may_begin => {}
+                () = tokio::time::sleep_until(until), if may_begin && due.is_some() => {}
                 Some(_) = tasks.join_next() => {}
             }
+        }
+        let everything = async {
+            loop {
+                // All of it is due when there is no later.
+                self.begin(&mut tasks, Instant::now() + SETTLING, &stopping);
+                if tasks.join_next().await.is_none() {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(LEAVING, everything).await.is_err() {
+            tracing::warn!("not every record is rewritten; the next start goes on");
         }
         tasks.shutdown().await;
     }
 
-    /// Until it is done, the sandbox is gone, or the record is such that it never will be.
-    async fn work_on(&self, id: &str) {
+    /// Begins what may be begun. Says when there is more, unless all that may be under way is.
+    fn begin(&self, tasks: &mut JoinSet<()>, now: Instant, stopping: &CancellationToken) -> Option<Instant> {
+        while tasks.len() < AT_ONCE {
+            let id = match self.next(now) {
+                Ok(id) => id,
+                Err(due) => return due,
+            };
+            let (this, stopping) = (self.clone(), stopping.clone());
+            tasks.spawn(async move {
+                this.work_on(&id, &stopping).await;
+                this.waiting().known.remove(&id);
+            });
+        }
+        None
+    }
+
+    /// Until it is done, the sandbox is gone, or the record is such that it never will be. Told to stop, it tries once.
+    async fn work_on(&self, id: &str, stopping: &CancellationToken) {
         let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
         let result = loop {
             // Removed by its pod meanwhile, it is nobody's.
@@ -239,7 +294,13 @@ impl Rebrander {
                     tracing::warn!(sandbox_id = id, error = %chain(&error), "a sandbox's record could not be rewritten yet");
                 }
             }
-            tokio::time::sleep(pause).await;
+            if stopping.is_cancelled() {
+                return;
+            }
+            tokio::select! {
+                () = stopping.cancelled() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
             pause = (pause * 2).min(LONGEST_PAUSE);
         };
         self.shared.observer.rebranded(result);
@@ -256,6 +317,14 @@ impl Rebrander {
     /// Makes both copies of the record the pod's.
     async fn rebrand(&self, adoption: &Adoption) -> Result<(), RebrandError> {
         let containerd = &self.shared.containerd;
+        let facts = self.shared.events.facts();
+        let adoption = &match facts.map(|facts| sysctls::stored(&adoption.config, &facts).into_owned()) {
+            Some(config) => Adoption {
+                config,
+                ..adoption.clone()
+            },
+            None => adoption.clone(),
+        };
         let request = container_update(containerd, adoption, record::note(adoption)).await?;
         self.while_adopted(adoption, update_container(containerd, request))
             .await?;

@@ -11,6 +11,9 @@ pub trait HullSource: Send + Sync + 'static {
     /// A hull that was taken and cannot be used: it is destroyed in the background.
     fn discard(&self, hull: Hull, why: &'static str);
 
+    /// A hull that was taken and not touched: it can be handed out again, unless what it was made with has changed since.
+    fn give_back(&self, hull: Hull);
+
     /// A pod of this sandbox begins its start, whoever makes the sandbox; refill waits until it has ended or some seconds
     /// have passed. While containerd makes a sandbox, its name stands for its id.
     fn start_begins(&self, sandbox_id: &str);

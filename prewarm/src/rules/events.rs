@@ -130,7 +130,7 @@ impl Events {
     }
 
     /// What containerd is, if that is known.
-    pub(super) fn facts(&self) -> Option<Arc<Facts>> {
+    pub(crate) fn facts(&self) -> Option<Arc<Facts>> {
         self.hub.facts.borrow().clone()
     }
 

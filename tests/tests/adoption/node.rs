@@ -49,6 +49,10 @@ impl HullSource for Hulls {
         self.discarded.lock().unwrap().push((hull.id.clone(), why));
     }
 
+    fn give_back(&self, hull: Hull) {
+        self.hulls.lock().unwrap().push(hull);
+    }
+
     fn start_begins(&self, sandbox_id: &str) {
         self.begun.lock().unwrap().push(sandbox_id.into());
     }

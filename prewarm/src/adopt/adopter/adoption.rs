@@ -1,6 +1,6 @@
 //! One adoption, from the hull in hand to the answer.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hullspeed_daemon::error::chain;
@@ -8,7 +8,7 @@ use hullspeed_proto::cri::v1::{PodSandboxConfig, RunPodSandboxResponse};
 use prost::Message as _;
 use tokio::sync::oneshot;
 
-use super::{Gate, PAUSE, Shared};
+use super::{Gate, Setbacks, Shared};
 use crate::adopt::hull::Hull;
 use crate::adopt::journal::{AdoptRecord, JournalError, Record};
 use crate::adopt::patch::{Identity, PatchError};
@@ -59,6 +59,14 @@ impl AdoptionError {
     }
 }
 
+/// What becomes of a hull that did not become the pod's.
+enum Leftover {
+    /// It is as it was.
+    Untouched(Hull),
+    /// Nobody can have it any more.
+    Spoilt(Option<Hull>),
+}
+
 impl Shared {
     /// Runs to its end once it has begun. The gate is held until then.
     pub(super) async fn adopt(&self, attempt: Attempt, name: Reservation, answer: oneshot::Sender<Finished>) {
@@ -71,7 +79,7 @@ impl Shared {
         } = attempt;
         fault::point("taken");
         let Some(facts) = gate.as_ref() else {
-            self.options.hulls.discard(hull, "recovering");
+            self.options.hulls.give_back(hull);
             let _ = answer.send(Err((name, "recovering")));
             return;
         };
@@ -94,7 +102,7 @@ impl Shared {
                 }
             }
             Err((hull, error)) => {
-                self.abort(&adoption.sandbox_id, hull, &error);
+                self.abort(&adoption, hull, &error);
                 let _ = answer.send(Err((name, error.reason())));
             }
         }
@@ -106,7 +114,7 @@ impl Shared {
         hull: Hull,
         adoption: &Adoption,
         identity: Identity,
-    ) -> Result<Hull, (Option<Hull>, AdoptionError)> {
+    ) -> Result<Hull, (Leftover, AdoptionError)> {
         let record = Record::Adopt(AdoptRecord {
             id: adoption.sandbox_id.clone(),
             runtime_handler: adoption.runtime_handler.clone(),
@@ -114,18 +122,25 @@ impl Shared {
             adopted_at: adoption.adopted_at,
         });
         if let Err(error) = self.journal.append(record) {
-            return Err((Some(hull), AdoptionError::Journal(error)));
+            return Err((Leftover::Untouched(hull), AdoptionError::Journal(error)));
         }
         fault::point("journalled");
         let hull = match self.patcher.patch(hull, identity).await {
             (Some(hull), Ok(())) if hull.is_alive() => hull,
-            (hull, Ok(())) => return Err((hull, AdoptionError::Died)),
-            (hull, Err(error)) => return Err((hull, AdoptionError::Patch(error))),
+            (hull, Ok(())) => return Err((Leftover::Spoilt(hull), AdoptionError::Died)),
+            (Some(hull), Err(error)) if error.is_refusal() => {
+                return Err((Leftover::Untouched(hull), AdoptionError::Patch(error)));
+            }
+            (hull, Err(error)) => return Err((Leftover::Spoilt(hull), AdoptionError::Patch(error))),
         };
         match self.journal.append(Record::Whole(hull.id.clone())) {
             Ok(()) => Ok(hull),
-            Err(error) => Err((Some(hull), AdoptionError::Journal(error))),
+            Err(error) => Err((Leftover::Spoilt(Some(hull)), AdoptionError::Journal(error))),
         }
+    }
+
+    pub(super) fn setbacks(&self) -> MutexGuard<'_, Setbacks> {
+        self.setbacks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From here on the sandbox is the pod's for everybody who asks the relay.
@@ -135,7 +150,8 @@ impl Shared {
         self.options.hulls.start_begins(id);
         self.options.events.adopted(&adoption);
         fault::point("published");
-        self.rebrander.add(id);
+        self.rebrander.add_later(id);
+        self.setbacks().succeeded();
         self.options.observer.request(Outcome::Hit, "");
         self.options.observer.adopted(begun.elapsed(), age);
         let response = RunPodSandboxResponse {
@@ -144,22 +160,40 @@ impl Shared {
         Reply::One(Answer::ours(response.encode_to_vec()))
     }
 
-    /// The hull is neither a hull any more nor the pod's.
-    fn abort(&self, id: &str, hull: Option<Hull>, error: &AdoptionError) {
+    /// The hull is not the pod's, and a hull still only if nothing was done to it and the journal says so.
+    fn abort(&self, adoption: &Adoption, hull: Leftover, error: &AdoptionError) {
+        let id = &adoption.sandbox_id;
         tracing::warn!(sandbox_id = id, error = %chain(error), "an adoption is given up; containerd makes the sandbox");
+        let now = Instant::now();
+        if let AdoptionError::Patch(PatchError::Sysctl { name, .. }) = error {
+            let sysctls = adoption.config.linux.as_ref().map(|linux| &linux.sysctls);
+            if let Some(value) = sysctls.and_then(|sysctls| sysctls.get(name)) {
+                self.setbacks().refused(name, value, now);
+            }
+        }
+        if error.is_ours() {
+            self.setbacks().failed(now);
+        }
+        match hull {
+            Leftover::Untouched(hull) if self.journal.append(Record::Forgotten(id.clone())).is_ok() => {
+                self.options.hulls.give_back(hull);
+            }
+            Leftover::Untouched(hull) => self.spoil(id, Some(hull), error),
+            Leftover::Spoilt(hull) => self.spoil(id, hull, error),
+        }
+        self.compact();
+    }
+
+    /// The hull is neither a hull any more nor the pod's.
+    fn spoil(&self, id: &str, hull: Option<Hull>, why: &AdoptionError) {
         if let Err(error) = self.journal.append(Record::Aborted(id.to_owned())) {
             tracing::warn!(sandbox_id = id, error = %chain(&error), "the journal does not know of an adoption given up");
         }
         // Hidden until it is gone, whoever destroys it.
         self.options.ledger.retire_hull(id);
         if let Some(hull) = hull {
-            self.options.hulls.discard(hull, error.reason());
+            self.options.hulls.discard(hull, why.reason());
         }
-        if error.is_ours() {
-            let mut until = self.paused_until.lock().unwrap_or_else(PoisonError::into_inner);
-            *until = Some(Instant::now() + PAUSE);
-        }
-        self.compact();
     }
 
     /// The journal may let go of this sandbox.

@@ -123,6 +123,8 @@ mod tests {
 
         fn discard(&self, _hull: Hull, _why: &'static str) {}
 
+        fn give_back(&self, _hull: Hull) {}
+
         fn start_begins(&self, sandbox_id: &str) {
             self.0.lock().unwrap().push(format!("begins {sandbox_id}"));
         }

@@ -72,6 +72,8 @@ impl HullSource for Around {
 
     fn discard(&self, _hull: Hull, _why: &'static str) {}
 
+    fn give_back(&self, _hull: Hull) {}
+
     fn start_begins(&self, _sandbox_id: &str) {}
 
     fn start_ended(&self, sandbox_id: &str) {
