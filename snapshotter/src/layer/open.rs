@@ -1,19 +1,25 @@
-//! Opening a layer that is not in the cache: one request for the end of its blob, which holds footer and TOC.
+//! Opening a layer that is not in the cache: one request for the end of its blob, which holds footer and TOC, or for the TOC
+//! alone where the manifest tells its place. Only a layer whose TOC is in another image costs more.
 //!
 //! The TOC's digest is compared before the TOC is parsed; everything taken from it afterwards is what the image's manifest
 //! promised. What else the request brought is handed back, so that it need not be fetched again.
+
+pub(super) mod elsewhere;
+mod form;
 
 use std::ops::Range;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use estargz::digest::Digest;
-use estargz::footer::{FOOTER_SIZE, Footer, FooterError};
-use estargz::toc::{MAX_TOC_MEMBER_BYTES, parse_member};
+use estargz::footer::MAX_FOOTER_SIZE;
+use estargz::footer::zstd::Position;
+use estargz::member::Compression;
 use futures_util::StreamExt;
 
+use self::elsewhere::TocImages;
+use super::NotLazy;
 use super::source::{BlobSource, ByteStream, Priority, SourceError};
-use super::{Cause, NotLazy};
 use crate::metrics::Metrics;
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
@@ -36,14 +42,18 @@ pub(super) struct Expected {
     pub(super) layer: Digest,
     /// Digest of the TOC in the manifest.
     pub(super) toc: Digest,
+    /// Where the manifest says that the TOC is.
+    pub(super) position: Option<Position>,
 }
 
 /// A verified TOC and what came with it.
 pub(super) struct OpenedBlob {
-    /// The exact TOC document; its digest is the expected one.
+    /// The TOC in the form whose digest is the expected one.
     pub(super) toc: Vec<u8>,
-    /// Where the TOC member begins.
+    /// Where the part of the blob that holds files ends.
     pub(super) toc_offset: u64,
+    /// How the blob's members are compressed.
+    pub(super) compression: Compression,
     /// Size of the whole blob.
     pub(super) blob_size: u64,
     /// Bytes of the blob before the TOC that were received too, and where they begin.
@@ -56,11 +66,12 @@ pub(super) fn tail_length(size: Option<u64>) -> u64 {
     size.map_or(guess, |size| guess.min(size))
 }
 
-/// Reads footer and TOC of `source` and verifies the TOC.
+/// Reads footer and TOC of `source` and verifies the TOC; asks `elsewhere` for a TOC that is not in the blob.
 pub(super) async fn open(
     source: &dyn BlobSource,
     image: &str,
     expected: Expected,
+    elsewhere: &dyn TocImages,
     metrics: &Metrics,
     stall: Duration,
 ) -> Result<OpenedBlob, NotLazy> {
@@ -70,57 +81,49 @@ pub(super) async fn open(
         layer: expected.layer,
         cause: Box::new(cause),
     };
-    let not_estargz = |cause: Cause| NotLazy::NotEstargz {
-        layer: expected.layer,
-        cause,
+    let (footer, received) = match form::told(expected, source.size()) {
+        Some((footer, toc, size)) => {
+            let part = reader.with_toc(toc, size).await.map_err(unreachable)?;
+            (
+                footer,
+                Received {
+                    blob_size: size,
+                    ..part
+                },
+            )
+        }
+        None => {
+            let tail = reader.tail().await.map_err(unreachable)?;
+            let footer = form::footer(&tail.bytes, tail.blob_size, expected.layer)?;
+            (footer, tail)
+        }
     };
     let Received {
         start,
         blob_size,
-        bytes: tail,
-    } = reader.tail().await.map_err(unreachable)?;
-    let footer = Footer::parse(&tail, blob_size).map_err(|error| match error {
-        FooterError::Unsupported { variant } => NotLazy::Unsupported {
-            layer: expected.layer,
-            what: variant.to_owned(),
-        },
-        error => not_estargz(Box::new(error)),
-    })?;
-    let range = footer.toc_range(blob_size);
-    if range.end - range.start > MAX_TOC_MEMBER_BYTES {
-        let length = range.end - range.start;
-        return Err(not_estargz(
-            format!("its footer leaves {length} bytes for the TOC, more than {MAX_TOC_MEMBER_BYTES}").into(),
-        ));
-    }
-    let (member, leftover) = reader.member(range.clone(), start, tail).await.map_err(unreachable)?;
-    let toc = verify(member, expected).await?;
+        bytes,
+    } = received;
+    let (compressed, leftover) = match footer.toc.clone() {
+        Some(toc) => reader.member(toc, start, bytes).await.map_err(unreachable)?,
+        None => {
+            let toc = reader.elsewhere(elsewhere, image, expected).await?;
+            (toc, (start, before(bytes, start, footer.toc_offset)))
+        }
+    };
+    let compression = footer.kind.compression();
     Ok(OpenedBlob {
-        toc,
-        toc_offset: range.start,
+        toc: form::verified(compression, compressed, expected).await?,
+        toc_offset: footer.toc_offset,
+        compression,
         blob_size,
         leftover,
     })
 }
 
-/// Unfolds the TOC member and compares the document's digest, before anything looks into it.
-async fn verify(member: Bytes, expected: Expected) -> Result<Vec<u8>, NotLazy> {
-    let invalid = |cause: Cause| NotLazy::TocInvalid {
-        layer: expected.layer,
-        cause,
-    };
-    let document = tokio::task::spawn_blocking(move || parse_member(&member)).await;
-    let document = document
-        .map_err(|error| invalid(Box::new(error)))?
-        .map_err(|error| invalid(Box::new(error)))?;
-    if document.digest != expected.toc {
-        return Err(NotLazy::TocMismatch {
-            layer: expected.layer,
-            expected: expected.toc,
-            found: document.digest,
-        });
-    }
-    Ok(document.json)
+/// What of `bytes`, which begin at `start` of the blob, lies before `end`.
+fn before(mut bytes: Bytes, start: u64, end: u64) -> Bytes {
+    bytes.truncate(usize::try_from(end.saturating_sub(start)).unwrap_or(usize::MAX));
+    bytes
 }
 
 struct TailReader<'a> {
@@ -164,6 +167,31 @@ impl TailReader<'_> {
             }
             None => self.receive(Part::Tail(length)).await,
         }
+    }
+
+    /// The TOC, whose place is known, and as much before it as would come with a tail.
+    async fn with_toc(&self, toc: Range<u64>, size: u64) -> Result<Received, SourceError> {
+        let start = toc.start.min(size.saturating_sub(tail_length(Some(size))));
+        self.receive(Part::Range(start..toc.end)).await
+    }
+
+    /// The TOC that another image has.
+    async fn elsewhere(&self, images: &dyn TocImages, image: &str, expected: Expected) -> Result<Bytes, NotLazy> {
+        let failed = |cause: SourceError| NotLazy::TocImage {
+            image: image.to_owned(),
+            layer: expected.layer,
+            cause: Box::new(cause),
+        };
+        let source = images.find(image, &expected.layer).await.map_err(failed)?;
+        let size = source.size().unwrap_or(0);
+        form::bounded(&(0..size), expected.layer)?;
+        let reader = TailReader {
+            source: &*source,
+            metrics: self.metrics,
+            stall: self.stall,
+        };
+        let received = reader.receive(Part::Range(0..size)).await.map_err(failed)?;
+        Ok(received.bytes)
     }
 
     /// The TOC member, from the tail as far as it is there, and what the tail holds before it.
@@ -257,12 +285,14 @@ impl TailReader<'_> {
     }
 }
 
-const _: () = assert!(MIN_TAIL > FOOTER_SIZE as u64, "the first request holds the footer");
+const _: () = assert!(MIN_TAIL > MAX_FOOTER_SIZE as u64, "the first request holds the footer");
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
+    use async_trait::async_trait;
+    use estargz::footer::FooterKind;
     use proptest::prelude::*;
 
     use super::*;
@@ -290,19 +320,116 @@ mod tests {
         }
     }
 
+    /// TOC images that have one TOC, or none.
+    struct Elsewhere(Option<Arc<Scripted>>);
+
+    #[async_trait]
+    impl TocImages for Elsewhere {
+        async fn find(&self, image: &str, _layer: &Digest) -> Result<Arc<dyn BlobSource>, SourceError> {
+            assert_eq!(image, "registry.test/image:1");
+            match &self.0 {
+                Some(source) => Ok(Arc::new(source.clone())),
+                None => Err(SourceError::transient("there is none")),
+            }
+        }
+    }
+
     async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+        opened_with(source, sample, None, &Elsewhere(None)).await
+    }
+
+    async fn opened_with(
+        source: &Arc<Scripted>,
+        sample: &Sample,
+        position: Option<Position>,
+        elsewhere: &Elsewhere,
+    ) -> Result<OpenedBlob, NotLazy> {
         let expected = Expected {
             layer: Digest::of(&sample.blob),
             toc: sample.toc_digest,
+            position,
         };
-        open(
-            source,
-            "registry.test/image:1",
-            expected,
-            &Metrics::unregistered(),
-            STALL,
-        )
-        .await
+        let (image, metrics) = ("registry.test/image:1", Metrics::unregistered());
+        open(source, image, expected, elsewhere, &metrics, STALL).await
+    }
+
+    fn zstd(count: usize, length: usize) -> Sample {
+        Sample::of_form(FooterKind::ZstdChunked, count, length, Packing::default())
+    }
+
+    /// What the manifest of a zstd:chunked sample says about its TOC.
+    fn position(sample: &Sample) -> Position {
+        let (offset, length) = (sample.toc_offset + 8, sample.compressed_toc.len());
+        Position::parse(&format!("{offset}:{length}:0:1")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_toc_in_a_zstd_frame_is_known_by_its_document_or_by_its_frame() {
+        for sample in [zstd(60, 30_000), zstd(60, 30_000).named_by_frame()] {
+            let source = Arc::new(Scripted::new(sample.blob.clone()));
+            let opened = opened(&source, &sample).await.unwrap();
+            assert!(opened.toc == sample.toc_json);
+            assert_eq!(
+                (opened.toc_offset, opened.blob_size, opened.compression),
+                (sample.toc_offset, sample.blob.len() as u64, Compression::Zstd)
+            );
+            assert_eq!(source.requests().len(), 1);
+            let (start, bytes) = opened.leftover;
+            assert!(bytes == sample.blob[usize::try_from(start).unwrap()..][..bytes.len()]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_toc_whose_place_the_manifest_tells_costs_one_request_however_long_it_is() {
+        let sample = zstd(6_000, 1);
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        let told = Some(position(&sample));
+        let opened = opened_with(&source, &sample, told, &Elsewhere(None)).await.unwrap();
+        assert!(opened.toc == sample.toc_json && opened.toc_offset == sample.toc_offset);
+        let toc = sample.toc_offset + 8..sample.toc_offset + 8 + sample.compressed_toc.len() as u64;
+        assert!(toc.end - toc.start > tail_length(Some(sample.blob.len() as u64)));
+        assert_eq!(
+            source
+                .requests()
+                .iter()
+                .map(|request| request.0.clone())
+                .collect::<Vec<_>>(),
+            [toc]
+        );
+        // A place outside the blob tells nothing; a wrong one in it gives another TOC.
+        let beyond = Position::parse("99999999999:5:5:1").ok();
+        let opened = opened_with(&source, &sample, beyond, &Elsewhere(None)).await.unwrap();
+        assert!(opened.toc == sample.toc_json);
+        let wrong = Position::parse("8:100:100:1").ok();
+        let error = opened_with(&source, &sample, wrong, &Elsewhere(None))
+            .await
+            .err()
+            .unwrap();
+        assert_eq!(error.reason(), "toc_invalid");
+    }
+
+    #[tokio::test]
+    async fn a_toc_in_another_image_is_taken_if_it_is_the_promised_one() {
+        let sample = Sample::of_form(FooterKind::ExternalToc, 60, 30_000, Packing::default());
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        let other = Sample::uniform(2, 10, Packing::default());
+        let toc = |bytes: &Bytes| Elsewhere(Some(Arc::new(Scripted::new(bytes.clone()))));
+        let opened = opened_with(&source, &sample, None, &toc(&sample.compressed_toc))
+            .await
+            .unwrap();
+        assert!(opened.toc == sample.toc_json && opened.compression == Compression::Gzip);
+        assert_eq!(opened.toc_offset, sample.blob.len() as u64 - 46);
+        let (start, bytes) = opened.leftover;
+        assert_eq!(start + bytes.len() as u64, sample.toc_offset);
+        assert_eq!(source.requests().len(), 1);
+        for (elsewhere, reason) in [
+            (toc(&other.compressed_toc), "toc_mismatch"),
+            (toc(&other.blob.slice(10..60)), "toc_invalid"),
+            (Elsewhere(None), "toc_image"),
+        ] {
+            let error = opened_with(&source, &sample, None, &elsewhere).await.err().unwrap();
+            assert_eq!(error.reason(), reason, "{error}");
+        }
     }
 
     #[tokio::test]
@@ -361,8 +488,9 @@ mod tests {
             cut in 0usize..2_000,
             flips in prop::collection::vec((0usize..2_500, 1u8..), 0..6),
             known in any::<bool>(),
+            form in prop::sample::select(vec![FooterKind::Gzip, FooterKind::ZstdChunked, FooterKind::ExternalToc]),
         ) {
-            let sample = Sample::uniform(5, 300, Packing::default());
+            let sample = Sample::of_form(form, 5, 300, Packing::default());
             let mut blob = sample.blob.to_vec();
             blob.truncate(blob.len() - cut.min(blob.len()));
             for (back, flip) in flips {
@@ -375,7 +503,10 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             match runtime.block_on(opened(&source, &sample)) {
                 Ok(opened) => prop_assert!(opened.toc == sample.toc_json),
-                Err(error) => prop_assert!(["toc_mismatch", "toc_invalid", "not_estargz", "unsupported"].contains(&error.reason()), "{error}"),
+                Err(error) => {
+                    let reasons = ["toc_mismatch", "toc_invalid", "not_estargz", "unsupported", "toc_image"];
+                    prop_assert!(reasons.contains(&error.reason()), "{error}");
+                }
             }
             prop_assert!(source.requests().len() <= 2);
         }
