@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use estargz::digest::Digest;
 use estargz::index::{self, BlobLayout, LayerIndex};
+use estargz::member::Compression;
 use estargz::toc::Toc;
 use serde::{Deserialize, Serialize};
 
@@ -81,8 +82,11 @@ pub struct Origin {
     pub layer_digest: Digest,
     /// Size of the compressed blob.
     pub blob_size: u64,
-    /// Where the TOC begins in the blob.
+    /// Where the part of the blob that holds files ends.
     pub toc_offset: u64,
+    /// How the blob's members are compressed.
+    #[serde(default)]
+    pub compression: Compression,
 }
 
 impl Origin {
@@ -90,6 +94,7 @@ impl Origin {
         BlobLayout {
             blob_size: self.blob_size,
             toc_offset: self.toc_offset,
+            compression: self.compression,
         }
     }
 }
@@ -328,7 +333,7 @@ fn verify(toc_digest: &Digest, toc_json: &[u8]) -> Result<(), CacheError> {
 }
 
 fn build_index(toc_json: &[u8], origin: &Origin, toc_digest: &Digest) -> Result<Vec<u8>, CacheError> {
-    let toc = Toc::parse(toc_json).map_err(|error| CacheError::Toc(Box::new(error)))?;
+    let toc = Toc::parse_verified(toc_json).map_err(|error| CacheError::Toc(Box::new(error)))?;
     index::build(&toc, origin.layout(), *toc_digest).map_err(|error| CacheError::Toc(Box::new(error)))
 }
 
