@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use estargz::digest::Digest;
 
+use super::evict::Need;
 use super::layer::{CachedLayer, OpenLayer, RESIDENT};
 use super::limits::{Bounds, Limits};
 use super::reuse::digests::Digests;
@@ -345,12 +346,12 @@ impl Shelf {
     }
 
     /// Makes sure that so many bytes more fit into the quota.
-    pub(super) fn admit(&self, bytes: u64) -> io::Result<()> {
+    pub(super) fn admit(&self, bytes: u64, need: Need) -> io::Result<()> {
         let fits = || self.used.load(Ordering::Relaxed).saturating_add(bytes) <= self.quota.load(Ordering::Relaxed);
         if fits() {
             return Ok(());
         }
-        self.make_room_in_quota(bytes);
+        self.make_room_in_quota(bytes, need);
         if fits() {
             return Ok(());
         }
