@@ -21,7 +21,7 @@ use super::plan::{self, Reach};
 use super::readahead::Readahead;
 use super::remotes::{Remote, Remotes};
 use super::tally::{Counts, Tally};
-use crate::layer::cache::CachedLayer;
+use crate::layer::cache::{CachedLayer, StoreError};
 use crate::layer::source::BlobSource;
 use crate::metrics::defs::SourceLabels;
 
@@ -210,7 +210,6 @@ impl LayerFetch {
 
     /// Returns when all of `chunks` are resident, or when the read's deadline is over. Needs no runtime to be polled on.
     pub async fn ensure(self: &Arc<Self>, chunks: Range<u32>) -> Result<(), Failure> {
-        self.pipes.advance(|| self.position_of(chunks.end.checked_sub(1)?));
         if self.layer.residency().contains_all(chunks.clone()) {
             return Ok(());
         }
@@ -236,6 +235,11 @@ impl LayerFetch {
         result
     }
 
+    /// Tells that a reader is at `chunks`, resident or not.
+    pub fn note_read(&self, chunks: &Range<u32>) {
+        self.pipes.advance(|| self.position_of(chunks.end.checked_sub(1)?));
+    }
+
     /// Where in the blob a chunk begins.
     fn position_of(&self, chunk: u32) -> Option<u64> {
         let member = self.layer.index().chunk(chunk)?.member;
@@ -257,6 +261,8 @@ impl LayerFetch {
                 let Wait { chunks, progress } = wait;
                 match follow(progress, || self.layer.residency().contains_all(chunks.clone())).await {
                     Ok(()) => {}
+                    // Nobody waited for it when it was stored; now somebody does.
+                    Err(failure) if matches!(*failure, FetchError::Store(StoreError::NoRoom { .. })) => {}
                     // Who fetched it gave up; but this read still has time.
                     Err(failure) if self.may_pass(&failure, began) => fruitless = 0,
                     Err(failure) => return Err(failure),
