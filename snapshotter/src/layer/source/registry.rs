@@ -29,6 +29,12 @@ impl Registries {
         }
     }
 
+    /// One source per host that may serve the blob `digest` of `image`, in the order in which they are to be asked; never empty, the
+    /// registry itself last. `size` where a manifest told it.
+    pub fn sources(self: &Arc<Self>, image: &str, digest: &Digest, size: Option<u64>) -> Vec<Arc<dyn BlobSource>> {
+        vec![Arc::new(RegistryBlob::new(self.clone(), image, digest, size))]
+    }
+
     /// The client that all layers share.
     pub fn client(&self) -> Result<Client, SourceError> {
         // What the lock guards is whole or absent.
@@ -123,6 +129,10 @@ fn body(response: RangeResponse) -> ByteStream {
 
 #[async_trait]
 impl BlobSource for RegistryBlob {
+    fn host(&self) -> &str {
+        self.image.as_ref().map_or("", Reference::host)
+    }
+
     fn size(&self) -> Option<u64> {
         self.size
     }
