@@ -60,7 +60,10 @@ impl Scope {
     fn wanted(&self, named: Option<&str>) -> Vec<String> {
         let mut actions = self.actions.clone();
         let own = format!("repository:{}:", self.repository);
-        let longer = named.filter(|name| name.strip_suffix(&self.repository).is_some_and(|head| head.ends_with('/')));
+        let longer = named.filter(|name| {
+            name.strip_suffix(&self.repository)
+                .is_some_and(|head| head.ends_with('/'))
+        });
         if let (Some(name), Some(first)) = (longer, actions.first_mut())
             && let Some(rest) = first.strip_prefix(&own)
         {
@@ -267,7 +270,14 @@ impl Client {
                 Ok(Some(grant)) => return Ok(grant),
                 Ok(None) => {}
                 Err(fault) if fault.class() == ErrorClass::Auth => {
-                    tracing::debug!(host = endpoint.name, %fault, "a source of logins was of no use");
+                    if let Fault::Credentials(error) = &fault {
+                        // What the registry says in the end tells nothing of it.
+                        tracing::warn!(
+                            host = endpoint.name,
+                            error = error as &dyn std::error::Error,
+                            "a source of logins cannot be used"
+                        );
+                    }
                     known = true;
                     first.get_or_insert(fault);
                 }
@@ -295,7 +305,9 @@ impl Client {
         since: Option<Instant>,
     ) -> Result<Option<Grant>, Fault> {
         let find = async |since| {
-            let found = self.credentials().find(source, &endpoint.name, &scope.repository, since);
+            let found = self
+                .credentials()
+                .find(source, &endpoint.name, &scope.repository, since);
             found.await.map_err(Fault::Credentials)
         };
         let Some(found) = find(since).await? else {
@@ -309,7 +321,9 @@ impl Client {
                 if other.login == found.login {
                     return Err(fault);
                 }
-                self.grant(endpoint, scope, challenge, Some(other), giver).await.map(Some)
+                self.grant(endpoint, scope, challenge, Some(other), giver)
+                    .await
+                    .map(Some)
             }
             made => made.map(Some),
         }
@@ -459,7 +473,8 @@ fn token_request(
     let mut url = realm.clone();
     url.query_pairs_mut()
         .extend_pairs(service.map(|service| ("service", service)));
-    url.query_pairs_mut().extend_pairs(scopes.iter().map(|scope| ("scope", scope)));
+    url.query_pairs_mut()
+        .extend_pairs(scopes.iter().map(|scope| ("scope", scope)));
     let request = endpoint.http(&url)?.request(Method::GET, url.clone());
     Ok(match login {
         Some(Login::Basic { username, password }) => request.basic_auth(username, Some(password)),
@@ -520,8 +535,17 @@ mod tests {
             Scope::pull("a/b").wanted(repository.as_deref()).remove(0)
         };
         assert_eq!(named("repository:proxy/a/b:pull"), "repository:proxy/a/b:pull");
-        assert_eq!(named("registry:catalog:* repository:x/a/b:push"), "repository:x/a/b:pull");
-        for other in ["repository:secret:pull,push", "repository:xa/b:pull", "registry:catalog:*", "", "repository:"] {
+        assert_eq!(
+            named("registry:catalog:* repository:x/a/b:push"),
+            "repository:x/a/b:pull"
+        );
+        for other in [
+            "repository:secret:pull,push",
+            "repository:xa/b:pull",
+            "registry:catalog:*",
+            "",
+            "repository:",
+        ] {
             assert_eq!(named(other), "repository:a/b:pull", "{other}");
         }
     }

@@ -150,7 +150,10 @@ impl BlobStream {
                     }
                     self.source = Source::Broken;
                     let mut failures = self.failures;
-                    let paused = self.client.pause(&mut failures, self.client.retry().attempts, fault).await;
+                    let paused = self
+                        .client
+                        .pause(&mut failures, self.client.retry().attempts, fault)
+                        .await;
                     self.failures = failures;
                     paused.map_err(|fault| self.error(fault))?;
                 }

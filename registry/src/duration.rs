@@ -61,7 +61,9 @@ mod tests {
             assert_eq!(parse(text), Some(Duration::from_millis(milliseconds)), "{text}");
         }
         assert_eq!(parse("99999999999h"), Some(LONGEST));
-        for bad in ["", "1", "s", "-1s", "1 s", "1d", "..s", ".", "1s2", "1e3s", "NaNs", "infs"] {
+        for bad in [
+            "", "1", "s", "-1s", "1 s", "1d", "..s", ".", "1s2", "1e3s", "NaNs", "infs",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }

@@ -26,7 +26,9 @@ impl Stamp {
     pub(crate) fn of(path: &Path) -> Self {
         match std::fs::metadata(path) {
             Ok(found) => Self::from(&found),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Self::Absent,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Self::Absent
+            }
             Err(_) => Self::Unreadable,
         }
     }

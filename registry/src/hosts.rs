@@ -86,11 +86,7 @@ impl Hosts {
                 checked: Instant::now(),
             };
         };
-        let directory::Loaded {
-            entries,
-            seen,
-            problem,
-        } = directory::load(root, registry);
+        let directory::Loaded { entries, seen, problem } = directory::load(root, registry);
         let endpoints: Endpoints = entries.into_iter().map(|entry| Arc::new(make(entry))).collect();
         let mut known = Known {
             sound: problem.is_none() && endpoints.iter().all(|endpoint| endpoint.problem().is_none()),
@@ -108,11 +104,20 @@ impl Hosts {
             "the registry itself is asked in its place"
         };
         if let Some(problem) = &problem {
-            tracing::error!(registry, error = problem as &dyn std::error::Error, "hosts of a registry: {instead}");
+            tracing::error!(
+                registry,
+                error = problem as &dyn std::error::Error,
+                "hosts of a registry: {instead}"
+            );
         }
         for endpoint in known.endpoints.iter() {
             if let Some(problem) = endpoint.problem() {
-                tracing::error!(registry, host = endpoint.name, problem, "a host of a registry cannot be used");
+                tracing::error!(
+                    registry,
+                    host = endpoint.name,
+                    problem,
+                    "a host of a registry cannot be used"
+                );
             }
         }
         if let Some(kept) = kept {

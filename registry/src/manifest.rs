@@ -95,14 +95,7 @@ impl Client {
     ) -> Result<Digest, Error> {
         let endpoint = self.endpoint(image)?;
         let asked = format!("push of manifest {version} of {}", image.repository());
-        let mut ask = manifest_ask(
-            Method::PUT,
-            &endpoint,
-            image,
-            version,
-            Scope::push,
-            asked,
-        )?;
+        let mut ask = manifest_ask(Method::PUT, &endpoint, image, version, Scope::push, asked)?;
         let value =
             HeaderValue::from_str(media_type).map_err(|_| bad_type(media_type).at(&endpoint.name, &ask.asked))?;
         ask.headers.insert(CONTENT_TYPE, value);

@@ -161,7 +161,12 @@ impl Client {
 
 pub(crate) fn blob_ask(endpoint: &Endpoint, image: &Reference, digest: &Digest, asked: String) -> Result<Ask, Error> {
     match endpoint.url(image, &format!("blobs/{digest}")) {
-        Ok(url) => Ok(Ask::new(Method::GET, url, Scope::pull(&endpoint.repository(image)), asked)),
+        Ok(url) => Ok(Ask::new(
+            Method::GET,
+            url,
+            Scope::pull(&endpoint.repository(image)),
+            asked,
+        )),
         Err(fault) => Err(fault.at(&endpoint.name, asked)),
     }
 }

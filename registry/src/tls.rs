@@ -71,7 +71,8 @@ impl Trust {
     /// The set-up of connections: with the system's authorities or without, and as somebody or as nobody.
     pub(crate) fn config(&self, system: bool, identified: bool) -> Result<ClientConfig, rustls::Error> {
         let provider = Arc::new(ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+        let builder =
+            ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
         let builder = if self.skip_verify {
             builder
                 .dangerous()
@@ -237,9 +238,22 @@ mod tests {
 
     /// A certificate of `openssl` and its key in one directory, issued by itself.
     fn certificate(directory: &Path, name: &str) -> (std::path::PathBuf, std::path::PathBuf) {
-        let (crt, key) = (directory.join(format!("{name}.crt")), directory.join(format!("{name}.key")));
+        let (crt, key) = (
+            directory.join(format!("{name}.crt")),
+            directory.join(format!("{name}.key")),
+        );
         let made = std::process::Command::new("openssl")
-            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+            .args([
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-days",
+                "2",
+            ])
             .args(["-subj", &format!("/O=hullspeed/CN={name}"), "-keyout"])
             .arg(&key)
             .arg("-out")
@@ -265,7 +279,10 @@ mod tests {
         let schemes = [SignatureScheme::ECDSA_NISTP256_SHA256];
         let chosen = |acceptable: &[&[u8]], schemes: &[SignatureScheme]| {
             let chosen = identities.resolve(acceptable, schemes)?;
-            trust.identities.iter().position(|identity| Arc::ptr_eq(identity, &chosen))
+            trust
+                .identities
+                .iter()
+                .position(|identity| Arc::ptr_eq(identity, &chosen))
         };
         assert_eq!(chosen(&[], &schemes), Some(0));
         assert_eq!(chosen(&[&own(1)], &schemes), Some(1));

@@ -51,10 +51,9 @@ impl Avoided {
         if table.len() >= MAX_REGISTRIES {
             table.retain(|_, failures| failures.until > now);
         }
-        let failures = table.entry(endpoint.key().to_owned()).or_insert(Failures {
-            count: 0,
-            until: now,
-        });
+        let failures = table
+            .entry(endpoint.key().to_owned())
+            .or_insert(Failures { count: 0, until: now });
         failures.until = now + back_off(failures.count);
         failures.count = failures.count.saturating_add(1);
     }

@@ -112,9 +112,14 @@ impl Client {
             return Ok(Uploaded::Existed);
         };
         url.query_pairs_mut().append_pair("digest", digest.as_str());
-        let mut ask = Ask::new(Method::PUT, url, Scope::push(&endpoint.repository(image)), asked.to_owned())
-            .header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))
-            .header(CONTENT_LENGTH, HeaderValue::from(payload.len()));
+        let mut ask = Ask::new(
+            Method::PUT,
+            url,
+            Scope::push(&endpoint.repository(image)),
+            asked.to_owned(),
+        )
+        .header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))
+        .header(CONTENT_LENGTH, HeaderValue::from(payload.len()));
         ask.payload = payload.clone();
         self.send_once(endpoint, &ask).await.map(|_| Uploaded::Sent)
     }

@@ -154,7 +154,10 @@ password = ""
             fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
             let error = check_credentials_file(&path).unwrap_err();
             let why = std::error::Error::source(&error).unwrap().to_string();
-            assert!(error.to_string().contains("logins.toml") && why.contains("0600"), "{error}: {why}");
+            assert!(
+                error.to_string().contains("logins.toml") && why.contains("0600"),
+                "{error}: {why}"
+            );
         }
         fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         for (host, repository, wanted) in [
@@ -167,7 +170,11 @@ password = ""
             ("r.io:5000", "x", "none"),
             ("sub.r.io", "x", "none"),
         ] {
-            assert_eq!(shown(find(&path, host, repository).unwrap()), wanted, "{host}/{repository}");
+            assert_eq!(
+                shown(find(&path, host, repository).unwrap()),
+                wanted,
+                "{host}/{repository}"
+            );
         }
     }
 
@@ -179,7 +186,7 @@ password = ""
             ("[login.'r.io']\npasword = 'secret'", "line"),
             ("[login.'r.io']\npassword = 'secret'", "r.io"),
             ("[login.'r.io']\nusername = 'a:b'\npassword = 'secret'", "colon"),
-            ("[login.'r.io']\nregistry_token = 'sec\\u0000ret'", "r.io"),
+            ("[login.'r.io']\nregistry_token = \"secret\\u0000\"", "r.io"),
             ("[login.'https://r.io']\nregistry_token = 'secret'", "https://r.io"),
             ("[login.'r.io']\nregistry_token = 'secret'\nusername = 'x'", "must have"),
         ] {

@@ -100,9 +100,11 @@ struct Table {
     generation: u64,
 }
 
+type List = Arc<[Arc<Provider>]>;
+
 struct Loaded {
     seen: Vec<(PathBuf, Stamp)>,
-    providers: Arc<[Arc<Provider>]>,
+    providers: List,
 }
 
 struct Kept {
@@ -221,7 +223,7 @@ impl Shared {
     }
 
     /// The programs of the configuration as it is now. What programs of another one said is forgotten.
-    fn load(&self) -> Result<(Arc<[Arc<Provider>]>, u64), ProviderError> {
+    fn load(&self) -> Result<(List, u64), ProviderError> {
         let seen = config::stamps(&self.config);
         {
             let table = self.table();
@@ -229,7 +231,7 @@ impl Shared {
                 return Ok((Arc::clone(&loaded.providers), table.generation));
             }
         }
-        let providers: Arc<[Arc<Provider>]> = config::read(&self.config)?.into_iter().map(Arc::new).collect();
+        let providers: List = config::read(&self.config)?.into_iter().map(Arc::new).collect();
         let mut table = self.table();
         table.providers = Some(Loaded {
             seen,
@@ -284,7 +286,9 @@ impl Shared {
         let (shared, provider, image, filed) = (Arc::clone(self), Arc::clone(provider), Arc::clone(image), key.clone());
         let run = async move {
             let asked = match shared.running.acquire().await {
-                Ok(_place) => plugin::ask(&provider, &shared.programs, &image, PROVIDER_TIMEOUT).await.map_err(Arc::new),
+                Ok(_place) => plugin::ask(&provider, &shared.programs, &image, PROVIDER_TIMEOUT)
+                    .await
+                    .map_err(Arc::new),
                 Err(_) => Err(Arc::new(ProviderError::Plugin {
                     name: provider.name.clone(),
                     reason: "was not asked".to_owned(),

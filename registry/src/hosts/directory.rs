@@ -134,7 +134,12 @@ fn certificates(directory: &Path) -> io::Result<HostEntry> {
         }
     }
     let has_extension = |path: &Path, wanted: &str| path.extension().is_some_and(|extension| extension == wanted);
-    let of = |wanted: &'static str| names.iter().filter(move |path| has_extension(path, wanted)).take(MAX_HOST_FILES);
+    let of = |wanted: &'static str| {
+        names
+            .iter()
+            .filter(move |path| has_extension(path, wanted))
+            .take(MAX_HOST_FILES)
+    };
     entry.tls.authorities = of("crt").cloned().collect();
     let with_key = |certificate: &PathBuf| {
         let key = certificate.with_extension("key");
@@ -215,7 +220,12 @@ mod tests {
         let loaded = load(root.path(), "r.io");
         let problem = loaded.problem.unwrap();
         assert!(problem.to_string().contains("r.io/hosts.toml"), "{problem}");
-        assert!(std::error::Error::source(&problem).unwrap().to_string().contains("server"));
+        assert!(
+            std::error::Error::source(&problem)
+                .unwrap()
+                .to_string()
+                .contains("server")
+        );
         assert_eq!(loaded.entries[0].tls.authorities.len(), 2);
     }
 }

@@ -106,7 +106,11 @@ pub(crate) fn parse(text: &str, directory: &Path) -> Result<Vec<HostEntry>, File
         }
         let hosts = value.get_ref().as_table();
         for (name, host) in hosts.ok_or_else(|| bad("host", "must be written [host.\"https://…\"]"))? {
-            named.push((name.span().start, name.get_ref().as_ref(), host.get_ref()));
+            // A table of its own may follow later than its header's table; the first of them counts.
+            let inner = host.get_ref().as_table();
+            let inner = inner.and_then(|table| table.keys().map(|key| key.span().start).min());
+            let place = inner.map_or(name.span().start, |inner| inner.min(name.span().start));
+            named.push((place, name.get_ref().as_ref(), host.get_ref()));
         }
     }
     if named.len() > MAX_HOSTS {
@@ -260,7 +264,10 @@ fn headers(table: &DeTable<'_>, at: &str) -> Result<HeaderMap, FileError> {
             Ok(line)
         };
         let values = match value.get_ref().as_array() {
-            Some(list) => list.iter().map(|value| line(value.get_ref())).collect::<Result<_, _>>()?,
+            Some(list) => list
+                .iter()
+                .map(|value| line(value.get_ref()))
+                .collect::<Result<_, _>>()?,
             None => vec![line(value.get_ref())?],
         };
         for value in at_most(MAX_HOST_HEADERS, &key, values)? {
@@ -305,11 +312,7 @@ fn dial_timeout(table: &DeTable<'_>, at: &str) -> Result<Option<Duration>, FileE
 }
 
 fn overrides_path(table: &DeTable<'_>, at: &str) -> Result<bool, FileError> {
-    let at = if at.is_empty() {
-        String::new()
-    } else {
-        format!("{at}.")
-    };
+    let at = if at.is_empty() { String::new() } else { format!("{at}.") };
     switch(table, &at, "override_path")
 }
 
@@ -334,14 +337,22 @@ fn address(text: &str, as_it_is: bool) -> Result<Url, &'static str> {
     }
     let host = given.host_str().filter(|host| !host.is_empty()).ok_or(wrong)?;
     // Docker Hub's API is not at the name that its images have.
-    let host = if host == "docker.io" { "registry-1.docker.io" } else { host };
+    let host = if host == "docker.io" {
+        "registry-1.docker.io"
+    } else {
+        host
+    };
     let port = given.port().map(|port| format!(":{port}")).unwrap_or_default();
     // Names and passwords in an address are dropped, as is a query.
     let mut api = Url::parse(&format!("{}://{host}{port}/", given.scheme())).map_err(|_| wrong)?;
     let steps = given.path().split('/').filter(|step| !step.is_empty());
     let mut path = steps.collect::<Vec<_>>().join("/");
     if !path.ends_with("/v2") && path != "v2" && !as_it_is {
-        path = if path.is_empty() { "v2".to_owned() } else { format!("{path}/v2") };
+        path = if path.is_empty() {
+            "v2".to_owned()
+        } else {
+            format!("{path}/v2")
+        };
     }
     if !path.is_empty() {
         api.set_path(&format!("/{path}/"));

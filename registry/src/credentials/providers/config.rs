@@ -132,7 +132,11 @@ pub(super) fn read(path: &Path) -> Result<Vec<Provider>, ProviderError> {
         }
         for (at, provider) in all.iter().enumerate().skip(1).take(last) {
             if all[..at].iter().any(|other| other.name == provider.name) {
-                return Err(bad(&file, &format!("provider {:?}", provider.name), "it is there twice"));
+                return Err(bad(
+                    &file,
+                    &format!("provider {:?}", provider.name),
+                    "it is there twice",
+                ));
             }
         }
     }
@@ -159,7 +163,11 @@ fn parse(text: &str, path: &Path) -> Result<Vec<Provider>, ProviderError> {
             "must be kubelet.config.k8s.io/v1, v1beta1 or v1alpha1",
         ));
     }
-    document.providers.into_iter().map(|entry| checked(entry, path)).collect()
+    document
+        .providers
+        .into_iter()
+        .map(|entry| checked(entry, path))
+        .collect()
 }
 
 fn checked(entry: Entry, path: &Path) -> Result<Provider, ProviderError> {
@@ -177,7 +185,10 @@ fn checked(entry: Entry, path: &Path) -> Result<Provider, ProviderError> {
         ));
     }
     if entry.match_images.is_empty() || !entry.match_images.iter().all(|pattern| pattern::is_usable(pattern)) {
-        return Err(wrong("matchImages", "must be a list of patterns such as \"*.example.com\""));
+        return Err(wrong(
+            "matchImages",
+            "must be a list of patterns such as \"*.example.com\"",
+        ));
     }
     let default_cache = entry.default_cache_duration.as_deref().and_then(duration::parse);
     let Some(default_cache) = default_cache else {
@@ -205,7 +216,10 @@ fn checked(entry: Entry, path: &Path) -> Result<Provider, ProviderError> {
         default_cache,
         api_version: entry.api_version,
         args,
-        env: env.into_iter().map(|variable| (variable.name, variable.value)).collect(),
+        env: env
+            .into_iter()
+            .map(|variable| (variable.name, variable.value))
+            .collect(),
         wants_service_account,
     })
 }
@@ -268,13 +282,19 @@ providers:
     fn a_directory_is_read_in_the_order_of_its_names() {
         let directory = tempfile::tempdir().unwrap();
         let write = |file: &str, name: &str| {
-            let text = YAML.replace("ecr-credential-provider", name).replace("name: other", &format!("name: {name}2"));
+            let text = YAML
+                .replace("ecr-credential-provider", name)
+                .replace("name: other", &format!("name: {name}2"));
             std::fs::write(directory.path().join(file), text).unwrap();
         };
         write("b.yaml", "b");
         write("a.yml", "a");
         write("c.txt", "c");
-        let names: Vec<_> = read(directory.path()).unwrap().into_iter().map(|provider| provider.name).collect();
+        let names: Vec<_> = read(directory.path())
+            .unwrap()
+            .into_iter()
+            .map(|provider| provider.name)
+            .collect();
         assert_eq!(names, ["a", "a2", "b", "b2"]);
         write("d.json", "a");
         let error = read(directory.path()).unwrap_err();
@@ -288,9 +308,21 @@ providers:
             ("kubelet.config.k8s.io/v1", "kubelet.config.k8s.io/v9", "apiVersion"),
             ("name: other", "name: ../other", "name of provider"),
             ("name: other", "name: \"\"", "name of provider"),
-            ("matchImages: [r.io]", "matchImages: []", "matchImages of provider \"other\""),
-            ("defaultCacheDuration: 0s", "x: 1", "defaultCacheDuration of provider \"other\""),
-            ("defaultCacheDuration: 0s", "defaultCacheDuration: -5s", "defaultCacheDuration"),
+            (
+                "matchImages: [r.io]",
+                "matchImages: []",
+                "matchImages of provider \"other\"",
+            ),
+            (
+                "defaultCacheDuration: 0s",
+                "x: 1",
+                "defaultCacheDuration of provider \"other\"",
+            ),
+            (
+                "defaultCacheDuration: 0s",
+                "defaultCacheDuration: -5s",
+                "defaultCacheDuration",
+            ),
             ("name: AWS_PROFILE", "name: \"A=B\"", "env of provider"),
             ("args: [get-credentials]", "args: {secret: 1}", "line"),
             ("providers:", "providers: [", "line"),
@@ -299,7 +331,10 @@ providers:
             assert_ne!(text, YAML);
             let error = parse(&text, Path::new("/etc/providers.yaml")).unwrap_err();
             let said = format!("{error} {error:?}");
-            assert!(said.contains(word) && said.contains("/etc/providers.yaml"), "{to}: {said}");
+            assert!(
+                said.contains(word) && said.contains("/etc/providers.yaml"),
+                "{to}: {said}"
+            );
             assert!(!said.contains("secret"), "{said}");
         }
     }

@@ -15,7 +15,9 @@ fn parts(text: &str) -> Parts<'_> {
     let (authority, path) = text.split_at(at);
     // A port is behind the last colon, if what is before it is a host.
     let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !host.contains(':') || (host.starts_with('[') && host.ends_with(']')) => (host, port),
+        // An address in brackets loses them, which would be a class otherwise.
+        Some((host, port)) if host.starts_with('[') && host.ends_with(']') => (&host[1..host.len() - 1], port),
+        Some((host, port)) if !host.contains(':') => (host, port),
         _ => (authority, ""),
     };
     Parts {
@@ -30,8 +32,8 @@ pub(super) fn matches(pattern: &str, image: &str) -> bool {
     let (pattern, image) = (parts(pattern), parts(image));
     let labels = || {
         let pairs = pattern.labels.iter().zip(&image.labels);
-        pattern.labels.len() == image.labels.len()
-            && { pairs }.all(|(pattern, label)| label_matches(pattern.as_bytes(), label.as_bytes()))
+        pattern.labels.len() == image.labels.len() && { pairs }
+            .all(|(pattern, label)| label_matches(pattern.as_bytes(), label.as_bytes()))
     };
     pattern.port == image.port && image.path.starts_with(pattern.path) && labels()
 }
@@ -134,8 +136,16 @@ mod tests {
             ("r.*", "r.io/x", true),
             ("app*.r.io", "application.r.io/x", true),
             ("app*.r.io", "my-app.r.io/x", false),
-            ("*.dkr.ecr.*.amazonaws.com", "1234.dkr.ecr.eu-west-1.amazonaws.com/x", true),
-            ("*.dkr.ecr-fips.*.amazonaws.com", "1234.dkr.ecr.eu-west-1.amazonaws.com/x", false),
+            (
+                "*.dkr.ecr.*.amazonaws.com",
+                "1234.dkr.ecr.eu-west-1.amazonaws.com/x",
+                true,
+            ),
+            (
+                "*.dkr.ecr-fips.*.amazonaws.com",
+                "1234.dkr.ecr.eu-west-1.amazonaws.com/x",
+                false,
+            ),
             ("a?c.io", "abc.io", true),
             ("a[b-d]c.io", "adc.io", true),
             ("a[^b-d]c.io", "adc.io", false),

@@ -51,7 +51,9 @@ impl Answer {
         let matching = self.auth.iter().find(|(own, _)| pattern::matches(own, image));
         let hub = || {
             let host = image.split('/').next().unwrap_or_default();
-            is_hub(host).then(|| of("index.docker.io").or_else(|| of("docker.io"))).flatten()
+            is_hub(host)
+                .then(|| of("index.docker.io").or_else(|| of("docker.io")))
+                .flatten()
         };
         matching.map(|(_, login)| login).or_else(hub)
     }
@@ -165,7 +167,9 @@ async fn read(mut pipe: impl AsyncRead + Unpin, limit: u64) -> std::io::Result<V
 
 /// Ends a program and all that it has started.
 async fn end(child: &mut Child) {
-    let group = child.id().and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()));
+    let group = child
+        .id()
+        .and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()));
     if let Some(group) = group {
         // It has not been waited for, so the number is still its own.
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
@@ -255,13 +259,24 @@ mod tests {
     #[test]
     fn the_closest_login_counts() {
         let answer = answer(SAID.as_bytes(), &provider()).unwrap();
-        assert_eq!((answer.reach, answer.kept), (Reach::Registry, Duration::from_secs(6 * 3600)));
+        assert_eq!(
+            (answer.reach, answer.kept),
+            (Reach::Registry, Duration::from_secs(6 * 3600))
+        );
         let user = |image: &str| match answer.login(image) {
             Some(Login::Basic { username, .. }) => username.clone(),
             _ => "none".to_owned(),
         };
         assert_eq!(
-            ["r.io/x", "r.io/team/x", "a.r.io/x", "docker.io/library/x", "bad.io/x", "r.io:5000/x"].map(user),
+            [
+                "r.io/x",
+                "r.io/team/x",
+                "a.r.io/x",
+                "docker.io/library/x",
+                "bad.io/x",
+                "r.io:5000/x"
+            ]
+            .map(user),
             ["all", "team", "sub", "hub", "none", "none"]
         );
     }
@@ -292,7 +307,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (program, pid) = (directory.path().join("p"), directory.path().join("pid"));
         // It says whom it has started, and then says nothing that would be an answer.
-        let script = format!("#!/bin/sh\nsleep 1000 &\necho $! > {0}.new; mv {0}.new {0}\nwait\n", pid.display());
+        let script = format!(
+            "#!/bin/sh\nsleep 1000 &\necho $! > {0}.new; mv {0}.new {0}\nwait\n",
+            pid.display()
+        );
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let asked = ask(&provider(), directory.path(), "r.io/x", Duration::from_secs(2)).await;

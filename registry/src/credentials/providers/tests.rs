@@ -26,7 +26,10 @@ fn fixture(script: &str) -> Fixture {
 
 /// A program that answers at once.
 fn answering(reach: &str, time: &str) -> String {
-    let answer = ANSWER.replace("REACH", reach).replace("TIME", time).replace('"', "\\\"");
+    let answer = ANSWER
+        .replace("REACH", reach)
+        .replace("TIME", time)
+        .replace('"', "\\\"");
     format!("RUN=$(wc -l < $RUNS); echo \"{answer}\"")
 }
 
@@ -154,7 +157,10 @@ async fn a_changed_configuration_counts_at_once() {
     assert!(fixture.user("r.io", "x").await.is_some());
     fixture.configure("  tokenAttributes: {serviceAccountTokenAudience: a, requireServiceAccount: true}\n");
     let said = fixture.error().await;
-    assert!(said.contains("service account") && said.contains("credential provider p"), "{said}");
+    assert!(
+        said.contains("service account") && said.contains("credential provider p"),
+        "{said}"
+    );
     fixture.configure("  tokenAttributes: {serviceAccountTokenAudience: a, requireServiceAccount: false}\n");
     assert!(fixture.user("r.io", "x").await.is_some());
     assert_eq!(fixture.runs().len(), 2);
@@ -167,7 +173,10 @@ async fn a_changed_configuration_counts_at_once() {
 async fn programs_that_fail_are_told_of() {
     let fixture = fixture("echo 'no such\taccount' >&2; echo '{\"auth\": \"hidden\"}'; exit 3");
     let said = fixture.error().await;
-    assert!(said.contains("credential provider p failed") && said.contains("no such account"), "{said}");
+    assert!(
+        said.contains("credential provider p failed") && said.contains("no such account"),
+        "{said}"
+    );
     fixture.program("echo '{\"auth\": \"hidden\"}'");
     let said = fixture.error().await;
     assert!(said.contains("gave an answer that is none"), "{said}");

@@ -70,7 +70,11 @@ fn paths_follow_the_rules_of_containerd() {
         ("h:5000/us", "https://h:5000/us/v2/", "https://h:5000/us/"),
         ("http://[::1]:5000", "http://[::1]:5000/v2/", "http://[::1]:5000/"),
         ("https://user:secret@h/x?y#z", "https://h/x/v2/", "https://h/x/"),
-        ("https://docker.io", "https://registry-1.docker.io/v2/", "https://registry-1.docker.io/"),
+        (
+            "https://docker.io",
+            "https://registry-1.docker.io/v2/",
+            "https://registry-1.docker.io/",
+        ),
     ] {
         for (as_it_is, wanted) in [(false, plain), (true, overridden)] {
             let text = format!("server = {address:?}\noverride_path = {as_it_is}\n");
@@ -84,7 +88,10 @@ fn files_are_texts_lists_and_pairs() {
     let clients = |text: &str| parsed(&format!("client = {text}")).remove(0).tls.identities;
     let certs = |name: &str| PathBuf::from("/certs").join(name);
     assert_eq!(clients("'a.pem'"), [(certs("a.pem"), None)]);
-    assert_eq!(clients("['a.pem', '/b']"), [(certs("a.pem"), None), ("/b".into(), None)]);
+    assert_eq!(
+        clients("['a.pem', '/b']"),
+        [(certs("a.pem"), None), ("/b".into(), None)]
+    );
     assert_eq!(
         clients("[['a.cert', 'a.key'], ['b.pem', '']]"),
         [(certs("a.cert"), Some(certs("a.key"))), (certs("b.pem"), None)]
@@ -95,7 +102,8 @@ fn files_are_texts_lists_and_pairs() {
 
 #[test]
 fn headers_are_single_or_many_and_never_shown() {
-    let hosts = parsed("[header]\nX-One = 'a'\nx-two = ['b', 'c']\nAuthorization = 'Bearer secret'\nRange = 'bytes=0-1'\n");
+    let hosts =
+        parsed("[header]\nX-One = 'a'\nx-two = ['b', 'c']\nAuthorization = 'Bearer secret'\nRange = 'bytes=0-1'\n");
     let headers = &hosts[0].headers;
     assert_eq!(headers["x-one"], "a");
     assert_eq!(headers.get_all("x-two").iter().collect::<Vec<_>>(), ["b", "c"]);
@@ -111,7 +119,10 @@ fn what_is_wrong_is_named_and_the_file_is_not_quoted() {
         ("server = 'https://'", "server"),
         ("host = 1", "host"),
         ("[host]\nx = 1", "host.\"x\""),
-        ("[host.'h']\ncapabilities = ['pull', 'fetch']", "host.\"h\".capabilities"),
+        (
+            "[host.'h']\ncapabilities = ['pull', 'fetch']",
+            "host.\"h\".capabilities",
+        ),
         ("capabilities = 'pull'", "capabilities"),
         ("ca = 1", "ca"),
         ("ca = [1]", "ca"),
@@ -127,7 +138,10 @@ fn what_is_wrong_is_named_and_the_file_is_not_quoted() {
         ("[header]\nx = \"secret\\n\"", "header.\"x\""),
     ] {
         let error = parse(text, Path::new("/")).unwrap_err();
-        assert!(matches!(&error, FileError::Value { key: found, .. } if found == key), "{text}: {error}");
+        assert!(
+            matches!(&error, FileError::Value { key: found, .. } if found == key),
+            "{text}: {error}"
+        );
         assert!(!error.to_string().contains("secret"), "{error}");
     }
     let error = parse("# fine\n[header]\nAuthorization = secret\n", Path::new("/")).unwrap_err();
