@@ -38,8 +38,8 @@ mod tally;
 #[cfg(test)]
 mod tests;
 
-pub(super) use decode::ingest;
 pub use background::Completion;
+pub(super) use decode::ingest;
 pub use engine::{Engine, FetchOptions};
 pub use error::{Failure, FetchError};
 pub use layer::{LayerFetch, LayerNames};

@@ -385,7 +385,11 @@ mod tests {
         opened(&source, &sample).await.unwrap();
         assert_eq!(source.requests().len(), 3);
         let asked: Vec<_> = source.requests().into_iter().map(|(range, _)| range.start).collect();
-        assert_eq!([asked[1] - asked[0], asked[2] - asked[0]], [100, 110], "what came is kept");
+        assert_eq!(
+            [asked[1] - asked[0], asked[2] - asked[0]],
+            [100, 110],
+            "what came is kept"
+        );
         source.script([Fault::Permanent]);
         assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
         source.script([Fault::EndAfter(10); 9]);
@@ -404,10 +408,17 @@ mod tests {
         let sample = Sample::uniform(60, 3_000, Packing::default());
         let source = |host: &str| Arc::new(Scripted::new(sample.blob.clone()).at(host));
         let (mirror, registry) = (source("mirror.test"), source("registry.test"));
-        for fault in [Fault::Permanent, Fault::Transient, Fault::Busy(60_000), Fault::StallAfter(1_000)] {
+        for fault in [
+            Fault::Permanent,
+            Fault::Transient,
+            Fault::Busy(60_000),
+            Fault::StallAfter(1_000),
+        ] {
             mirror.script([fault]);
             let before = registry.requests().len();
-            let opened = opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None)).await.unwrap();
+            let opened = opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None))
+                .await
+                .unwrap();
             assert!(opened.toc == sample.toc_json, "{fault:?}");
             assert_eq!(registry.requests().len(), before + 1, "{fault:?}");
         }
@@ -417,10 +428,17 @@ mod tests {
         let (asked, rest) = (mirror.requests().pop().unwrap().0, registry.requests().pop().unwrap().0);
         assert_eq!(rest, asked.start + 1_000..asked.end);
         mirror.corrupt(sample.toc_offset + 40, u32::MAX);
-        let opened = opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None)).await.unwrap();
+        let opened = opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None))
+            .await
+            .unwrap();
         assert!(opened.toc == sample.toc_json);
         registry.corrupt(sample.toc_offset + 41, u32::MAX);
-        assert!(is_content(&opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None)).await.err().unwrap()));
+        assert!(is_content(
+            &opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None))
+                .await
+                .err()
+                .unwrap()
+        ));
     }
 
     proptest! {

@@ -189,7 +189,11 @@ impl LayerFetch {
     fn claim_hole(&self, from: u32, is_patient: bool) -> Option<(Group, u32)> {
         let mut flights = self.flights().hold();
         let free = |member: u32| !flights.contains(member) && self.is_missing(member);
-        let most = self.engine().options.completion.range();
+        let most = if self.remotes().ignore_ranges() {
+            u64::MAX
+        } else {
+            self.engine().options.completion.range()
+        };
         let members = plan::holes(self.layer().index(), from, free, most)?;
         let (first, end) = (*members.first()?, members.last()? + 1);
         let bytes = plan::blob_range(self.layer().index(), &(first..end));

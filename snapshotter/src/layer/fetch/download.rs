@@ -65,6 +65,8 @@ pub(super) struct Download {
     whom: Whom,
     /// Asked now, or last.
     remote: Option<Arc<Remote>>,
+    /// Who broke the protocol once; a proxy in between may have.
+    misfits: Vec<Arc<Remote>>,
     /// A source refused for good, and the present one has not delivered yet.
     on_trial: bool,
     last_error: Option<SourceError>,
@@ -102,6 +104,7 @@ impl Download {
             fetch,
             whom,
             remote: None,
+            misfits: Vec::new(),
             on_trial: false,
             last_error: None,
             position: range.start,
@@ -309,10 +312,12 @@ impl Download {
         };
         let progressed = self.received >= PROGRESS;
         self.fruitless = if progressed { 0 } else { self.fruitless + 1 };
-        self.fetch.counts().failed(remote.host.name(), error.to_string(), error.class());
+        self.fetch
+            .counts()
+            .failed(remote.host.name(), error.to_string(), error.class());
         let (image, layer) = (&remote.names.image, remote.names.layer_digest);
         let cause = &error as &dyn std::error::Error;
-        if !error.is_transient() {
+        if !error.is_transient() && !self.is_first_misfit(&error, &remote) {
             tracing::warn!(image, %layer, host = remote.host.name(), error = cause, "a source of the layer refuses");
             self.on_trial = true;
             match &mut self.whom {
@@ -334,7 +339,20 @@ impl Download {
             Whom::AnyBut(_) if self.is_urgent() => u32::MAX,
             Whom::AnyBut(_) => MAX_FRUITLESS,
         };
-        if self.fruitless >= most { Err(self.error()) } else { Ok(()) }
+        if self.fruitless >= most {
+            Err(self.error())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether a source broke the protocol for the first time: asked once more, as after a failure that may pass.
+    fn is_first_misfit(&mut self, error: &SourceError, remote: &Arc<Remote>) -> bool {
+        let is_first = error.class() == "protocol" && !self.misfits.iter().any(|other| Arc::ptr_eq(other, remote));
+        if is_first {
+            self.misfits.push(remote.clone());
+        }
+        is_first
     }
 
     fn error(&mut self) -> FetchError {
@@ -395,7 +413,10 @@ impl Download {
         self.permit = None;
         let metrics = &self.fetch.engine().metrics;
         let kind = self.lane.priority().kind();
-        metrics.fetch_requests.get_or_create(&FetchLabels { kind, result }).inc();
+        metrics
+            .fetch_requests
+            .get_or_create(&FetchLabels { kind, result })
+            .inc();
         metrics.fetch_request.observe(self.asked.elapsed().as_secs_f64());
     }
 }

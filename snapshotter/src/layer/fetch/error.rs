@@ -74,7 +74,9 @@ impl FetchError {
     pub fn disk_error(&self) -> Option<&io::Error> {
         match self {
             Self::Store(StoreError::Write { source, .. }) => Some(source),
-            Self::Store(_) | Self::Source { .. } | Self::Corrupt { .. } | Self::Deadline { .. } | Self::Abandoned => None,
+            Self::Store(_) | Self::Source { .. } | Self::Corrupt { .. } | Self::Deadline { .. } | Self::Abandoned => {
+                None
+            }
         }
     }
 }

@@ -226,7 +226,10 @@ impl State {
 
     fn reduce(&mut self, share: f64) {
         let now = Instant::now();
-        if self.reduced.is_none_or(|before| now.saturating_duration_since(before) >= REDUCE_EVERY) {
+        if self
+            .reduced
+            .is_none_or(|before| now.saturating_duration_since(before) >= REDUCE_EVERY)
+        {
             self.reduced = Some(now);
             self.limit = (self.limit * share).max(1.0);
         }

@@ -348,10 +348,13 @@ impl LayerFetch {
         let index = self.layer.index();
         let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
         let window = readahead.window(plan::member_range(index, first).start);
-        let reach = Reach {
-            window: window.length,
-            max: self.engine.options.max_range,
+        // A server that sends all that lies before a range is asked once for all that is missing.
+        let (around, max) = if self.remotes.ignore_ranges() {
+            (u64::MAX, u64::MAX)
+        } else {
+            (window.length, self.engine.options.max_range)
         };
+        let reach = Reach { window: around, max };
         let mut groups = plan::groups(index, wanted, free, reach);
         groups.truncate(MAX_GROUPS);
         if let Some(last) = groups.last() {

@@ -123,14 +123,9 @@ impl Counters {
     }
 
     fn amounts(&self) -> Amounts {
-        let [toc, demand, prefetch, warm, background] = [
-            &self.toc,
-            &self.demand,
-            &self.prefetch,
-            &self.warm,
-            &self.background,
-        ]
-        .map(|counter| counter.load(Ordering::Relaxed));
+        let [toc, demand, prefetch, warm, background] =
+            [&self.toc, &self.demand, &self.prefetch, &self.warm, &self.background]
+                .map(|counter| counter.load(Ordering::Relaxed));
         Amounts {
             toc,
             demand,
@@ -207,11 +202,7 @@ impl Counts {
             requests: self.requests.amounts(),
             reused_bytes: load(&self.reused),
             verify_failures: load(&self.verify_failures),
-            last_failure: self
-                .last_failure
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            last_failure: self.last_failure.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             background: BackgroundState::ALL.get(state).copied().unwrap_or_default(),
         }
     }
@@ -238,8 +229,14 @@ mod tests {
         counts.failed("mirror.test", "no".to_owned(), "transient");
         let tally = counts.read();
         assert_eq!((tally.requests.total(), tally.bytes.total()), (5, 150));
-        assert_eq!((tally.bytes.toc, tally.bytes.warm, tally.bytes.background), (10, 40, 50));
-        assert_eq!((tally.demand_reads_stalled, tally.stall_time), (1, Duration::from_millis(7)));
+        assert_eq!(
+            (tally.bytes.toc, tally.bytes.warm, tally.bytes.background),
+            (10, 40, 50)
+        );
+        assert_eq!(
+            (tally.demand_reads_stalled, tally.stall_time),
+            (1, Duration::from_millis(7))
+        );
         assert_eq!(tally.last_failure.unwrap().host, "mirror.test");
         for state in BackgroundState::ALL {
             counts.background(state);

@@ -101,7 +101,8 @@ fn missing_image(image: &Reference, error: &Arc<Arc<SourceError>>) -> SourceErro
     let what = format!("the manifest of {image} did not come");
     let cause: Option<crate::layer::source::BoxError> = Some(Box::new(error.clone()));
     if error.is_transient() {
-        SourceError::Transient { what, cause }
+        let load = error.overload();
+        SourceError::Transient { what, load, cause }
     } else {
         let class = error.class();
         SourceError::Permanent { what, class, cause }

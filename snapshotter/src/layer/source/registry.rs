@@ -1,14 +1,15 @@
 //! A registry as a [`BlobSource`].
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, Fault, HandedOver, HostHandle, InUse, Place, RangeResponse, RangeSpec,
-    Reference, ReferenceError,
+    Client, ClientOptions, Error, ErrorClass, Fault, HostHandle, InUse, Place, RangeResponse, RangeSpec, Reference,
+    ReferenceError,
 };
 
 use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
@@ -47,6 +48,7 @@ impl Registries {
         let of = |host| -> Arc<dyn BlobSource> {
             Arc::new(RegistryBlob {
                 host: Some(host),
+                ignores_ranges: Arc::default(),
                 ..any.clone()
             })
         };
@@ -81,6 +83,8 @@ pub struct RegistryBlob {
     host: Option<HostHandle>,
     /// Keeps the logins for the repository.
     in_use: Option<Arc<InUse>>,
+    /// Whether the host was seen to ignore ranges.
+    ignores_ranges: Arc<AtomicBool>,
 }
 
 /// The registry client's form of a digest.
@@ -140,9 +144,9 @@ impl RegistryBlob {
             size,
             host: None,
             in_use: None,
+            ignores_ranges: Arc::default(),
         }
     }
-
 
     async fn ask(&self, range: RangeSpec) -> Result<RangeResponse, SourceError> {
         let image = self.image.as_ref().map_err(|error| reference_error(error.clone()))?;
@@ -150,7 +154,14 @@ impl RegistryBlob {
             Some(host) => host.blob_range(&self.digest, range).await,
             None => self.registries.client()?.blob_range(image, &self.digest, range).await,
         };
-        answer.map_err(source_error)
+        let response = answer.map_err(source_error)?;
+        if response.ranges_ignored && !self.ignores_ranges.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                host = self.host(),
+                "the server ignores ranges; whole layers are read from it in few requests"
+            );
+        }
+        Ok(response)
     }
 }
 
@@ -167,6 +178,10 @@ impl BlobSource for RegistryBlob {
 
     fn size(&self) -> Option<u64> {
         self.size
+    }
+
+    fn ignores_ranges(&self) -> bool {
+        self.ignores_ranges.load(Ordering::Relaxed)
     }
 
     async fn read(&self, range: Range<u64>, _priority: Priority) -> Result<ByteStream, SourceError> {

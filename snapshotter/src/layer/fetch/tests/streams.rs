@@ -60,7 +60,12 @@ async fn a_reader_who_stops_is_not_fetched_for_without_end() {
         bench.fs.read(ino, offset, 128 << 10).await.unwrap();
     }
     bench.settle().await;
-    let fetched: u64 = bench.source.requests().iter().map(|(range, _)| range.end - range.start).sum();
+    let fetched: u64 = bench
+        .source
+        .requests()
+        .iter()
+        .map(|(range, _)| range.end - range.start)
+        .sum();
     assert!((4 << 20..13 << 20).contains(&fetched), "{fetched}");
 }
 
@@ -92,13 +97,19 @@ async fn a_mounted_layer_is_completed_in_order_and_large_requests() {
     bench.settle().await;
     assert!(fetch.layer().residency().is_complete() && !fetch.layer().is_dirty());
     let made: Vec<_> = bench.source.requests().split_off(before.len());
-    assert!(made.iter().all(|(_, priority)| *priority == Priority::Background), "{made:?}");
+    assert!(
+        made.iter().all(|(_, priority)| *priority == Priority::Background),
+        "{made:?}"
+    );
     assert!(made.windows(2).all(|two| two[0].0.end <= two[1].0.start), "{made:?}");
     let bytes: u64 = made.iter().map(|(range, _)| range.end - range.start).sum();
     assert!(bytes * 100 <= missing * 105, "{bytes} for {missing}");
     assert!(made.len() as u64 <= bytes.div_ceil(1 << 20), "{made:?}");
     let tally = fetch.tally();
-    assert_eq!((tally.requests.background, tally.bytes.background), (made.len() as u64, bytes));
+    assert_eq!(
+        (tally.requests.background, tally.bytes.background),
+        (made.len() as u64, bytes)
+    );
     assert_eq!(bench.metrics.background_layers.get(), 0);
     assert_only_verified(fetch.layer());
 }
@@ -109,7 +120,9 @@ async fn completion_waits_for_readers_and_its_holes_are_joined_where_that_costs_
         read_around: 1,
         ..FetchOptions::default()
     };
-    let bench = Bench::with_options(Sample::uniform(200, 20_000, Packing::default()), options, |source| source);
+    let bench = Bench::with_options(Sample::uniform(200, 20_000, Packing::default()), options, |source| {
+        source
+    });
     for path in ["dir1/file0050", "dir2/file0100", "dir3/file0150"] {
         bench.assert_file(path).await;
     }
@@ -124,7 +137,11 @@ async fn completion_waits_for_readers_and_its_holes_are_joined_where_that_costs_
     drop(reader);
     until(|| fetch.tally().background == BackgroundState::Complete).await;
     // 4 MB with three small islands: one request.
-    assert!(bench.source.requests().len() <= before + 2, "{:?}", bench.source.requests());
+    assert!(
+        bench.source.requests().len() <= before + 2,
+        "{:?}",
+        bench.source.requests()
+    );
     assert_only_verified(fetch.layer());
 }
 
@@ -160,7 +177,9 @@ async fn whatever_one_source_does_the_other_gives_the_right_bytes_and_none_twice
         Fault::StallAfter(0),
         Fault::StallAfter(100_000),
     ] {
-        let bench = Bench::with_options(Sample::uniform(9, 50_000, Packing::default()), options(), |source| source);
+        let bench = Bench::with_options(Sample::uniform(9, 50_000, Packing::default()), options(), |source| {
+            source
+        });
         let mirror = Arc::new(Scripted::new(bench.sample.blob.clone()).at("mirror.test"));
         let names = LayerNames {
             image: "registry.test/image:1".to_owned(),
@@ -193,7 +212,11 @@ async fn a_reader_in_time_gets_the_bytes_of_a_source_that_comes_back_and_readers
         read_deadline: Duration::from_secs(30),
         ..small_windows()
     };
-    let bench = Arc::new(Bench::with_options(Sample::uniform(3, 5_000, Packing::default()), options, |source| source));
+    let bench = Arc::new(Bench::with_options(
+        Sample::uniform(3, 5_000, Packing::default()),
+        options,
+        |source| source,
+    ));
     bench.source.refuse(true);
     let reader = tokio::spawn({
         let bench = bench.clone();
@@ -208,5 +231,18 @@ async fn a_reader_in_time_gets_the_bytes_of_a_source_that_comes_back_and_readers
     bench.assert_file("dir1/file0001").await;
     assert!(began.elapsed() >= Duration::from_millis(1_500));
     bench.settle().await;
+    assert_only_verified(bench.fs.fetch().layer());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_ignores_ranges_is_asked_once_for_all_that_is_missing() {
+    let bench = Bench::new(Sample::uniform(60, 200_000, Packing::default()), |source| {
+        source.that_ignores_ranges()
+    });
+    for path in bench.sample.files.keys().rev() {
+        bench.assert_file(path).await;
+    }
+    bench.settle().await;
+    assert_eq!(bench.source.requests().len(), 1);
     assert_only_verified(bench.fs.fetch().layer());
 }
