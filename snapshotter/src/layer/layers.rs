@@ -19,7 +19,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
-use hullspeed_registry::{ClientOptions, Credentials, HandedOver, RetryPolicy};
+use hullspeed_registry::{ClientOptions, Credentials, HandedOver, Providers, RetryPolicy};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -241,14 +241,30 @@ impl Slot {
 /// The registry client that the configuration asks for; taken apart completely, so that no key is forgotten.
 fn client_options(config: &Config, handed_over: HandedOver) -> ClientOptions {
     let RegistryConfig {
+        hosts_directory,
         plain_http,
         ca_file,
+        credentials_file,
+        docker_config,
+        credential_provider_config,
+        credential_provider_bin_dir,
         connect_timeout,
         stall_timeout,
     } = config.registry.clone();
+    let mut credentials = match docker_config {
+        Some(path) => Credentials::anonymous().with_file(path),
+        None => Credentials::from_environment(),
+    };
+    if let Some(path) = credentials_file {
+        credentials = credentials.with_logins(path);
+    }
+    if let (Some(config), Some(programs)) = (credential_provider_config, credential_provider_bin_dir) {
+        credentials = credentials.with_providers(Providers::new(config, programs));
+    }
     ClientOptions {
         plain_http,
-        credentials: Credentials::from_environment().with_handed_over(handed_over),
+        hosts_directory,
+        credentials: credentials.with_handed_over(handed_over),
         ca_file,
         connect_timeout,
         idle_timeout: stall_timeout,

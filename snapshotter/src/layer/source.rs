@@ -104,6 +104,9 @@ pub struct Tail {
 /// A blob that can be read in ranges.
 #[async_trait]
 pub trait BlobSource: Send + Sync + 'static {
+    /// The host that is asked, as hosts.toml or the image reference names it.
+    fn host(&self) -> &str;
+
     /// Size of the blob, where it is known without asking.
     fn size(&self) -> Option<u64>;
 

@@ -138,6 +138,10 @@ impl Scripted {
 /// A source that tests keep a hold of.
 #[async_trait]
 impl BlobSource for std::sync::Arc<Scripted> {
+    fn host(&self) -> &str {
+        "scripted"
+    }
+
     fn size(&self) -> Option<u64> {
         self.known_size.then_some(self.blob.len() as u64)
     }
