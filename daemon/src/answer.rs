@@ -49,6 +49,19 @@ pub fn aligned(mut table: Table, right: Range<usize>) -> String {
     table.trim_fmt()
 }
 
+/// A number of bytes in its largest unit, to a tenth.
+#[must_use]
+pub fn size(bytes: u64) -> String {
+    let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    match units.into_iter().find(|(_, shift)| bytes >> shift > 0) {
+        Some((unit, shift)) => {
+            let tenths = (u128::from(bytes) * 10) >> shift;
+            format!("{}.{} {unit}", tenths / 10, tenths % 10)
+        }
+        None => format!("{bytes} B"),
+    }
+}
+
 /// An age in its two largest units.
 #[must_use]
 pub fn age(seconds: u64) -> String {
@@ -82,6 +95,20 @@ mod tests {
         Form { json: false }.show(&rows, as_text, &mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
         assert_eq!(text.lines().count(), 3, "{text}");
+    }
+
+    #[test]
+    fn a_size_has_its_largest_unit() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (10 << 20, "10.0 MiB"),
+            ((1 << 30) - 1, "1023.9 MiB"),
+            (u64::MAX, "16777215.9 TiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@
 
 mod files;
 mod layer;
+mod report;
 mod residency;
 mod store;
 

@@ -24,6 +24,7 @@ mod plan;
 mod prefetch;
 mod readahead;
 mod remotes;
+mod report;
 
 #[cfg(test)]
 mod tests;
