@@ -8,6 +8,7 @@ use hullspeed_proto::hullspeed::control::v1 as api;
 use crate::explain::{
     Explanation, LayerExplanation, Listing, Overview, References, Service, SubjectKind, Sums, Usage,
 };
+use crate::layer::cache::CacheLimits;
 use crate::layer::layers::inspector::{Space, Survey, VerifyReport, WrongChunk};
 use crate::layer::report::{Cost, Failure, Fetched, HostReport, LayerReport, Residence};
 
@@ -282,8 +283,7 @@ pub(super) fn usage(usage: Usage, space: Space) -> api::CacheUsageResponse {
         unreferenced_bytes,
     } = usage;
     let Space {
-        quota,
-        min_free,
+        limits: CacheLimits { quota, min_free },
         filesystem,
         size,
         free,

@@ -268,10 +268,8 @@ impl Explainer {
 
     /// The room that the cache takes and may take.
     pub fn space(&self) -> Space {
-        let (quota, min_free) = self.inspector.as_ref().map(Inspector::limits).unwrap_or_default();
         let space = Space {
-            quota,
-            min_free,
+            limits: self.inspector.as_ref().map(Inspector::limits).unwrap_or_default(),
             ..Space::default()
         };
         filesystem::measure(&self.config.root, space).unwrap_or_else(|error| {

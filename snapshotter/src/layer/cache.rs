@@ -16,15 +16,25 @@
 //! [`LayerStore`] opens and creates layers for [`super::layers`]; the fetch engine writes and the filesystem reads a
 //! [`CachedLayer`]. All calls are synchronous; those that sync files belong on a blocking thread.
 
+mod evict;
 mod files;
+mod heat;
+mod hold;
 mod layer;
+pub mod limits;
 mod report;
 mod residency;
+pub mod reuse;
+mod shelf;
 mod store;
 
 #[cfg(test)]
 mod tests;
 
-pub use layer::{CachedLayer, StoreError};
+pub use evict::Dropped;
+pub use hold::Held;
+pub use layer::{CachedLayer, OpenLayer, StoreError};
 pub use residency::{Residency, ResidencyError};
+pub use report::CacheLimits;
+pub use shelf::Pin;
 pub use store::{CacheError, LayerStore, Origin};

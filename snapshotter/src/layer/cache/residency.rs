@@ -1,6 +1,7 @@
 //! Which chunks of a layer are in `data`: a bitmap in memory and its checkpointed form on disk.
 //!
-//! A bit is set only after its chunk's verified bytes were written, and is cleared only when the disk lost them. The file form names the layer and the
+//! A bit is set only after its chunk's verified bytes were written, and is cleared only when the disk lost them or before they are
+//! given up. The file form names the layer and the
 //! layout that its bits belong to and ends in a checksum, so a torn, foreign or damaged file is recognised and dropped as a whole:
 //! losing bits costs another fetch, a wrong bit would serve zeros.
 
@@ -49,6 +50,20 @@ impl Snapshot {
     /// Number of resident chunks.
     pub fn count(&self) -> u32 {
         self.0.iter().map(|word| word.count_ones()).sum()
+    }
+
+    /// Whether the chunk was resident.
+    pub fn contains(&self, chunk: u32) -> bool {
+        let (word, mask) = position(chunk);
+        self.0.get(word).is_some_and(|bits| bits & mask != 0)
+    }
+
+    /// Forgets a chunk.
+    pub fn remove(&mut self, chunk: u32) {
+        let (word, mask) = position(chunk);
+        if let Some(bits) = self.0.get_mut(word) {
+            *bits &= !mask;
+        }
     }
 }
 
@@ -166,6 +181,22 @@ impl Residency {
             self.resident.fetch_add(1, Ordering::AcqRel);
         }
         fresh
+    }
+
+    /// Forgets a chunk whose bytes are about to be given up; false if it was not marked.
+    pub fn remove(&self, chunk: u32) -> bool {
+        let (word, mask) = position(chunk);
+        let Some(bits) = self.words.get(word) else { return false };
+        let was = bits.fetch_and(!mask, Ordering::AcqRel) & mask != 0;
+        if was {
+            self.resident.fetch_sub(1, Ordering::AcqRel);
+        }
+        was
+    }
+
+    /// Number of chunks, resident or not.
+    pub fn chunks(&self) -> u32 {
+        self.chunks
     }
 
     /// Number of resident chunks.

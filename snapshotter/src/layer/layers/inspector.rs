@@ -18,7 +18,7 @@ use super::{MAX_OPENING, Shared};
 use crate::layer::fetch::LayerFetch;
 use crate::layer::report::{Failure, HostReport, LayerReport, Residence};
 
-pub use space::{Pruned, Space};
+pub use space::Space;
 pub use survey::Survey;
 pub use verification::{MAX_WRONG_TOLD, Verifying, VerifyError, VerifyReport, WrongChunk};
 

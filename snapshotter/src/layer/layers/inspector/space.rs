@@ -1,14 +1,13 @@
 //! The room that the cache takes and may take.
 
 use super::Inspector;
+use crate::layer::cache::{CacheLimits, Dropped};
 
 /// Limits of the cache, and the filesystem that it is on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Space {
-    /// Bytes that layers may take; 0 for no limit.
-    pub quota: u64,
-    /// Bytes that are to stay free; 0 for no limit.
-    pub min_free: u64,
+    /// What limits the cache.
+    pub limits: CacheLimits,
     /// The filesystem's type.
     pub filesystem: &'static str,
     /// Its size.
@@ -17,26 +16,17 @@ pub struct Space {
     pub free: u64,
 }
 
-/// What a pruning came to.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Pruned {
-    /// Layers removed.
-    pub layers: usize,
-    /// What they had on disk.
-    pub bytes: u64,
-    /// Layers that could not be removed.
-    pub failed: usize,
-}
-
 impl Inspector {
     /// Limits of the cache.
-    pub fn limits(&self) -> (u64, u64) {
-        (0, 0)
+    pub fn limits(&self) -> CacheLimits {
+        self.shared.store.limits()
     }
 
     /// Removes layers that no snapshot refers to and nobody has open: all of them, or as many as the limits ask for.
-    pub async fn prune(&self, all_unused: bool) -> Pruned {
-        let _ = all_unused;
-        Pruned::default()
+    pub async fn prune(&self, all_unused: bool) -> Dropped {
+        let shared = self.shared.clone();
+        let pruned = tokio::task::spawn_blocking(move || shared.store.prune(all_unused));
+        // A panic is a defect; what it was about is in the log.
+        pruned.await.unwrap_or_default()
     }
 }
