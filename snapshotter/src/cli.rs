@@ -132,7 +132,11 @@ mod tests {
             ("x cache verify", verify(None, tables)),
             ("x cache verify sha256:00 --json", verify(Some("sha256:00"), json)),
         ] {
-            assert_eq!(Cli::try_parse_from(line.split(' ')).unwrap().command(), command, "{line}");
+            assert_eq!(
+                Cli::try_parse_from(line.split(' ')).unwrap().command(),
+                command,
+                "{line}"
+            );
         }
         for line in ["x explain", "x cache", "x cache drop", "x status now"] {
             assert!(Cli::try_parse_from(line.split(' ')).unwrap_err().use_stderr(), "{line}");

@@ -345,7 +345,12 @@ impl api::snapshotter_control_server::SnapshotterControl for Control {
         let inspector = self.explainer.inspector().ok_or_else(no_lazy_layers)?;
         let pruning = inspector.prune(all_unused);
         let pruned = self.stopping.run_until_cancelled(pruning).await.ok_or_else(stopping)?;
-        tracing::info!(all_unused, layers = pruned.layers, bytes = pruned.bytes, "the operator pruned the cache");
+        tracing::info!(
+            all_unused,
+            layers = pruned.layers,
+            bytes = pruned.bytes,
+            "the operator pruned the cache"
+        );
         Ok(Response::new(api::PruneCacheResponse {
             layers: view::count(pruned.layers),
             bytes: pruned.bytes,
@@ -370,7 +375,13 @@ impl api::snapshotter_control_server::SnapshotterControl for Control {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::config::Config;
+    use crate::metrics::Metrics;
+    use crate::snapshot::no_layers::NoLayers;
+    use crate::snapshot::{Service, ServiceOptions};
 
     fn request(set: impl FnOnce(&mut api::SetCredentialsRequest)) -> api::SetCredentialsRequest {
         let mut request = api::SetCredentialsRequest::default();
@@ -431,10 +442,41 @@ mod tests {
     #[tokio::test]
     async fn without_lazy_layers_there_is_a_status_and_nothing_else() {
         use api::snapshotter_control_server::SnapshotterControl as _;
-        let control = Control::new(None, CancellationToken::new());
+        let place = tempfile::tempdir().unwrap();
+        let config = Config {
+            root: place.path().to_owned(),
+            ..Config::default()
+        };
+        let service = Service::open(ServiceOptions {
+            root: config.root.clone(),
+            layers: Arc::new(NoLayers),
+            metrics: Metrics::unregistered(),
+            mount_timeout: Duration::from_secs(1),
+            restore_parallelism: 1,
+        })
+        .unwrap();
+        let explainer = Explainer::new(service, None, Arc::new(config));
+        let control = Control::new(None, explainer, CancellationToken::new());
         let status = control.status(Request::new(api::StatusRequest {})).await.unwrap();
-        assert!(!status.into_inner().lazy);
+        let status = status.into_inner();
+        assert!(!status.lazy && status.root == place.path().to_str().unwrap());
+        assert!(status.cache.unwrap().filesystem_bytes > 0);
         let warm = control.warm(Request::new(api::WarmRequest::default())).await;
         assert_eq!(warm.err().map(|status| status.code()), Some(Code::FailedPrecondition));
+        let prune = control
+            .prune_cache(Request::new(api::PruneCacheRequest::default()))
+            .await;
+        assert_eq!(prune.err().map(|status| status.code()), Some(Code::FailedPrecondition));
+        let listed = control
+            .list_layers(Request::new(api::ListLayersRequest::default()))
+            .await;
+        assert!(listed.unwrap().into_inner().layers.is_empty());
+        for (subject, code) in [("", Code::InvalidArgument), ("nonesuch:1", Code::NotFound)] {
+            let request = api::ExplainRequest {
+                subject: subject.to_owned(),
+            };
+            let explained = control.explain(Request::new(request)).await;
+            assert_eq!(explained.err().map(|status| status.code()), Some(code), "{subject}");
+        }
     }
 }

@@ -223,7 +223,11 @@ impl<'a> Finder<'a> {
             self.add_refused(&mut found, refused);
         }
         if found.is_empty() {
-            let warm = self.facts.cached.iter().filter(|cached| is_meant(Some(&cached.image), None));
+            let warm = self
+                .facts
+                .cached
+                .iter()
+                .filter(|cached| is_meant(Some(&cached.image), None));
             let layers: Vec<_> = warm.take(MAX_LAYERS).map(|cached| self.cached(cached)).collect();
             if let Some(first) = layers.first() {
                 found.push(Explanation {
@@ -379,7 +383,11 @@ impl<'a> Finder<'a> {
     }
 
     fn cached(&self, cached: &Cached) -> LayerExplanation {
-        let of_snapshot = self.facts.outlines.iter().find(|outline| outline.lazy == Some(cached.toc));
+        let of_snapshot = self
+            .facts
+            .outlines
+            .iter()
+            .find(|outline| outline.lazy == Some(cached.toc));
         if let Some(outline) = of_snapshot {
             return self.outline(outline);
         }

@@ -11,8 +11,8 @@
 //! No module keeps state in a global: what a part needs is handed to it by [`run`].
 
 pub mod cli;
-pub mod config;
 pub mod client;
+pub mod config;
 pub mod control;
 pub mod explain;
 pub mod grpc;

@@ -3,8 +3,8 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
-use hullspeed_daemon::answer::Form;
 use hullspeed_daemon::activation::Inherited;
+use hullspeed_daemon::answer::Form;
 use hullspeed_proto::cri::v1::PodSandboxConfig;
 use tonic::Code;
 

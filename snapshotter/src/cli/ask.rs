@@ -72,7 +72,11 @@ pub async fn cache(client: &Client, verb: &CacheVerb, out: &mut dyn Write) -> Re
 async fn list(client: &Client, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
     let mut all = api::ListLayersResponse::default();
     for _ in 0..MAX_PAGES {
-        let after = all.layers.last().map(|last| last.toc_digest.clone()).unwrap_or_default();
+        let after = all
+            .layers
+            .last()
+            .map(|last| last.toc_digest.clone())
+            .unwrap_or_default();
         let page = client.list_layers(after).await?;
         let is_empty = page.layers.is_empty();
         all.layers.extend(page.layers);

@@ -42,7 +42,11 @@ fn line(text: &mut String, name: &str, value: impl std::fmt::Display) {
 pub(super) fn status(status: &api::StatusResponse) -> String {
     let mut text = String::new();
     let version = &status.version;
-    line(&mut text, "hullspeed-snapshotter", format!(" {version}, up {}", age(status.uptime_seconds)));
+    line(
+        &mut text,
+        "hullspeed-snapshotter",
+        format!(" {version}, up {}", age(status.uptime_seconds)),
+    );
     line(&mut text, "root", &status.root);
     if let Some(cache) = &status.cache {
         text.push_str(&usage(cache));
@@ -122,9 +126,18 @@ pub(super) fn usage(usage: &api::CacheUsageResponse) -> String {
         bytes => size(bytes),
     };
     let mut text = String::new();
-    let cached = format!("{} in {} layers, quota {}", size(usage.bytes), usage.layers, limit(usage.quota_bytes));
+    let cached = format!(
+        "{} in {} layers, quota {}",
+        size(usage.bytes),
+        usage.layers,
+        limit(usage.quota_bytes)
+    );
     line(&mut text, "cache", cached);
-    let unused = format!("{} in {} layers", size(usage.unreferenced_bytes), usage.unreferenced_layers);
+    let unused = format!(
+        "{} in {} layers",
+        size(usage.unreferenced_bytes),
+        usage.unreferenced_layers
+    );
     line(&mut text, "of that unused", unused);
     let disk = format!(
         "{}, {} of {} free, to stay free: {}",
@@ -152,7 +165,11 @@ fn explanation(explanation: &api::Explanation) -> String {
     if !explanation.manifest_digest.is_empty() {
         line(&mut text, "manifest", &explanation.manifest_digest);
     }
-    line(&mut text, "layers", format!("{}, {} of them lazy", sums.layers, sums.lazy));
+    line(
+        &mut text,
+        "layers",
+        format!("{}, {} of them lazy", sums.layers, sums.lazy),
+    );
     if sums.bytes > 0 {
         let (resident, bytes) = (sums.bytes_resident, sums.bytes);
         let resident = format!("{} of {} ({})", size(resident), size(bytes), percent(resident, bytes));
@@ -164,7 +181,17 @@ fn explanation(explanation: &api::Explanation) -> String {
         line(&mut text, "stalls", stalls);
     }
     let mut table = empty(&[
-        "LAYER", "STATE", "REASON", "RESIDENT", "CHUNKS", "FETCHED", "SAVED", "REUSED", "STALLS", "LONGEST", "BACKGROUND",
+        "LAYER",
+        "STATE",
+        "REASON",
+        "RESIDENT",
+        "CHUNKS",
+        "FETCHED",
+        "SAVED",
+        "REUSED",
+        "STALLS",
+        "LONGEST",
+        "BACKGROUND",
     ]);
     for layer in &explanation.layers {
         table.add_row(layer_row(layer));
@@ -216,7 +243,12 @@ fn details(layer: &api::LayerExplanation) -> String {
     let mut text = String::new();
     let digest = short(&layer.digest);
     if !layer.error.is_empty() {
-        let _ = writeln!(text, "{digest}  not lazy since {}: {}", ago(layer.decided_unix_ms), layer.error);
+        let _ = writeln!(
+            text,
+            "{digest}  not lazy since {}: {}",
+            ago(layer.decided_unix_ms),
+            layer.error
+        );
     }
     let Some(cost) = &layer.cost else { return text };
     let fetched: Vec<_> = cost
@@ -232,9 +264,17 @@ fn details(layer: &api::LayerExplanation) -> String {
     }
     if let Some(failure) = &cost.last_failure {
         let api::Failure {
-            reason, what, host, at_unix_ms, ..
+            reason,
+            what,
+            host,
+            at_unix_ms,
+            ..
         } = failure;
-        let _ = writeln!(text, "{digest}  last failure {} ({reason}, {host}): {what}", ago(*at_unix_ms));
+        let _ = writeln!(
+            text,
+            "{digest}  last failure {} ({reason}, {host}): {what}",
+            ago(*at_unix_ms)
+        );
     }
     let hosts: Vec<_> = cost
         .hosts
@@ -259,7 +299,15 @@ fn requests(number: u64) -> String {
 
 pub(super) fn list(answer: &api::ListLayersResponse) -> String {
     let mut table = empty(&[
-        "TOC", "LAYER", "ON DISK", "RESIDENT", "CHUNKS", "MOUNTED", "SNAPSHOTS", "LAST USE", "IMAGE",
+        "TOC",
+        "LAYER",
+        "ON DISK",
+        "RESIDENT",
+        "CHUNKS",
+        "MOUNTED",
+        "SNAPSHOTS",
+        "LAST USE",
+        "IMAGE",
     ]);
     for layer in &answer.layers {
         let residence = layer.residence.unwrap_or_default();
@@ -313,7 +361,11 @@ pub(super) fn verified(answer: &api::VerifyCacheProgress) -> String {
         text.push_str("(more are in the daemon's log)\n");
     }
     if answer.layers_failed > 0 {
-        let _ = writeln!(text, "{} layers could not be looked at: {}", answer.layers_failed, answer.error);
+        let _ = writeln!(
+            text,
+            "{} layers could not be looked at: {}",
+            answer.layers_failed, answer.error
+        );
     }
     text
 }

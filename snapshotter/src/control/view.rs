@@ -5,9 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use estargz::digest::Digest;
 use hullspeed_proto::hullspeed::control::v1 as api;
 
-use crate::explain::{
-    Explanation, LayerExplanation, Listing, Overview, References, Service, SubjectKind, Sums, Usage,
-};
+use crate::explain::{Explanation, LayerExplanation, Listing, Overview, References, Service, SubjectKind, Sums, Usage};
 use crate::layer::cache::CacheLimits;
 use crate::layer::layers::inspector::{Space, Survey, VerifyReport, WrongChunk};
 use crate::layer::report::{Cost, Failure, Fetched, HostReport, LayerReport, Residence};
@@ -238,7 +236,9 @@ fn cost(cost: Cost) -> api::Cost {
         background,
         hosts,
     } = cost;
-    let fetched = fetched.into_iter().filter(|fetched| fetched.requests > 0 || fetched.bytes > 0);
+    let fetched = fetched
+        .into_iter()
+        .filter(|fetched| fetched.requests > 0 || fetched.bytes > 0);
     api::Cost {
         stalls,
         stall_ms: millis(stall_time),

@@ -25,7 +25,10 @@ pub(super) fn measure(path: &Path, space: Space) -> io::Result<Space> {
     let number = |value: i128| u64::try_from(value).unwrap_or(0);
     let block = number(found.f_bsize.into());
     let magic = number(i128::from(found.f_type) & 0xffff_ffff);
-    let name = TYPES.iter().find(|(known, _)| *known == magic).map_or("other", |(_, name)| name);
+    let name = TYPES
+        .iter()
+        .find(|(known, _)| *known == magic)
+        .map_or("other", |(_, name)| name);
     Ok(Space {
         filesystem: name,
         size: found.f_blocks.saturating_mul(block),

@@ -97,7 +97,10 @@ fn an_image_is_found_by_its_name_and_its_manifest_with_all_layers_lowest_first()
         ];
         assert_eq!(layers(&found), expected);
         let fallback = found.layers[1].fallback.as_ref().unwrap();
-        assert_eq!((fallback.reason.as_str(), fallback.error.as_str()), ("not_estargz", "B is not_estargz"));
+        assert_eq!(
+            (fallback.reason.as_str(), fallback.error.as_str()),
+            ("not_estargz", "B is not_estargz")
+        );
         assert!(found.layers[0].fallback.is_none());
     }
 }
@@ -105,10 +108,7 @@ fn an_image_is_found_by_its_name_and_its_manifest_with_all_layers_lowest_first()
 #[test]
 fn an_image_on_layers_of_another_one_has_them_too() {
     let found = one("other.example/x:1");
-    let expected = [
-        (Service::Lazy, Some(digest("A"))),
-        (Service::Lazy, Some(digest("X"))),
-    ];
+    let expected = [(Service::Lazy, Some(digest("A"))), (Service::Lazy, Some(digest("X")))];
     assert_eq!(layers(&found), expected);
     assert_eq!(found.layers[0].images, [IMAGE]);
 }
@@ -117,7 +117,12 @@ fn an_image_on_layers_of_another_one_has_them_too() {
 fn names_may_leave_out_what_is_the_default() {
     let mut facts = facts();
     facts.outlines = vec![layer("n", None, "docker.io/library/nginx:latest", "N", None)];
-    for subject in ["nginx", "nginx:latest", "docker.io/library/nginx", "docker.io/library/nginx:latest"] {
+    for subject in [
+        "nginx",
+        "nginx:latest",
+        "docker.io/library/nginx",
+        "docker.io/library/nginx:latest",
+    ] {
         assert_eq!(find(subject, &facts).0.len(), 1, "{subject}");
     }
     for subject in ["nginx:1", "registry.example/nginx", "ngin"] {
@@ -142,7 +147,11 @@ fn a_tag_that_moved_has_both_its_images() {
 fn a_container_is_a_snapshot_and_no_layer() {
     for subject in ["running", "k8s.io/1/running", "1/running"] {
         let found = one(subject);
-        assert_eq!((found.kind, found.layers.len()), (SubjectKind::Snapshot, 3), "{subject}");
+        assert_eq!(
+            (found.kind, found.layers.len()),
+            (SubjectKind::Snapshot, 3),
+            "{subject}"
+        );
     }
     // A part of a name is none.
     assert!(find("unning", &facts()).0.is_empty());
@@ -187,7 +196,10 @@ fn what_is_unknown_is_not_found_and_what_is_plenty_is_bounded() {
     let (found, more) = find(IMAGE, &facts);
     assert_eq!((found.len(), more), (MAX_FOUND, 40 - MAX_FOUND));
     // A chain that ends in itself is a defect, and no endless loop.
-    facts.outlines = vec![layer("a", Some("b"), IMAGE, "A", None), layer("b", Some("a"), IMAGE, "B", None)];
+    facts.outlines = vec![
+        layer("a", Some("b"), IMAGE, "A", None),
+        layer("b", Some("a"), IMAGE, "B", None),
+    ];
     assert!(find(&digest("A").to_string(), &facts).0[0].layers.len() == 1);
     assert_eq!(find("k8s.io/1/a", &facts).0[0].layers.len(), 2);
 }

@@ -34,7 +34,7 @@ mod tests;
 pub use evict::Dropped;
 pub use hold::Held;
 pub use layer::{CachedLayer, OpenLayer, StoreError};
-pub use residency::{Residency, ResidencyError};
 pub use report::CacheLimits;
+pub use residency::{Residency, ResidencyError};
 pub use shelf::Pin;
 pub use store::{CacheError, LayerStore, Origin};

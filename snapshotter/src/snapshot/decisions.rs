@@ -141,7 +141,10 @@ mod tests {
         assert_eq!(last.len(), MAX_REFUSED - 1);
         assert_eq!(last[0].snapshot, "10");
         let newest = last.last().unwrap();
-        assert_eq!((newest.snapshot.as_str(), newest.fallback.reason.as_str()), ("200", "timeout"));
+        assert_eq!(
+            (newest.snapshot.as_str(), newest.fallback.reason.as_str()),
+            ("200", "timeout")
+        );
         assert!(newest.fallback.error.len() <= MAX_TEXT);
         assert!(last.iter().all(|refused| refused.snapshot != "201"));
         let total = u64::try_from(MAX_REFUSED).unwrap() + 10;

@@ -170,7 +170,10 @@ fn the_cache_is_listed_and_what_was_done_to_it_told() {
         }],
         more: 1,
     });
-    has(&listed, &["121212121212", "1.5 KiB", "100%", "yes", "1 more are left out"]);
+    has(
+        &listed,
+        &["121212121212", "1.5 KiB", "100%", "yes", "1 more are left out"],
+    );
     let failed = pruned(&api::PruneCacheResponse {
         layers: 2,
         bytes: 1 << 20,
@@ -192,6 +195,11 @@ fn the_cache_is_listed_and_what_was_done_to_it_told() {
     });
     has(
         &text,
-        &["2 wrong", "WRONG 1234 chunk 3: /usr/bin/x at 4096", "more are in", "no such file"],
+        &[
+            "2 wrong",
+            "WRONG 1234 chunk 3: /usr/bin/x at 4096",
+            "more are in",
+            "no such file",
+        ],
     );
 }

@@ -38,10 +38,7 @@ impl LayerStore {
     /// When a layer was used last: read, if it is open, else closed.
     pub fn last_used(&self, toc_digest: &Digest) -> Option<SystemTime> {
         if let Some(open) = self.shelf.open_one(toc_digest) {
-            let ago = self
-                .shelf
-                .now()
-                .saturating_sub(open.last_use.load(Ordering::Relaxed));
+            let ago = self.shelf.now().saturating_sub(open.last_use.load(Ordering::Relaxed));
             return SystemTime::now().checked_sub(Duration::from_secs(ago));
         }
         let origin = fs::symlink_metadata(self.path(toc_digest).join("origin"));

@@ -20,7 +20,7 @@ use crate::layer::report::{Failure, HostReport, LayerReport, Residence};
 
 pub use space::Space;
 pub use survey::Survey;
-pub use verification::{MAX_WRONG_TOLD, Verifying, VerifyError, VerifyReport, WrongChunk};
+pub use verification::{MAX_WRONG_TOLD, VerifyError, VerifyReport, Verifying, WrongChunk};
 
 /// Looks at the layers of this daemon. Cheap to clone.
 #[derive(Clone)]

@@ -361,7 +361,9 @@ fn a_failed_directory_undoes_the_snapshot_and_its_number_is_not_used_again() {
     });
     assert!(matches!(failed, Err(Error::Stopping)));
     assert!(matches!(store.find("a"), Err(Error::NotFound { .. })));
-    let made = store.create(Kind::Active, "a", None, &labels, None, |_| Ok(())).unwrap();
+    let made = store
+        .create(Kind::Active, "a", None, &labels, None, |_| Ok(()))
+        .unwrap();
     assert_eq!((numbers, made.id), (vec![7], 8));
 }
 
@@ -429,7 +431,14 @@ fn a_damaged_file_is_an_error_and_never_a_panic() {
     let store = Store::open(&path, 1).unwrap();
     for n in 0..40 {
         store
-            .create(Kind::Active, &format!("key {n}"), None, &Labels::new(), None, |_| Ok(()))
+            .create(
+                Kind::Active,
+                &format!("key {n}"),
+                None,
+                &Labels::new(),
+                None,
+                |_| Ok(()),
+            )
             .unwrap();
     }
     drop(store);
