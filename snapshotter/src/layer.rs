@@ -229,6 +229,10 @@ pub trait LayerMounts: Send + Sync + 'static {
     /// No snapshot uses the layer any more: unmounts it; the cache stays. A layer that is not mounted is fine.
     async fn release(&self, toc_digest: &Digest);
 
+    /// All layers that snapshots refer to, told once after the start and before they are restored. Until then none is given up to
+    /// make room; from then on those that are not among them, and not mounted since, may be.
+    fn in_use(&self, _layers: &[Digest]) {}
+
     /// Bytes on disk and inodes of a layer; zero for one that is unknown.
     fn usage(&self, toc_digest: &Digest) -> Usage;
 

@@ -42,7 +42,11 @@ section!(pub(super) FetchFile {
     max_range,
     prefetch
 });
-section!(pub(super) CacheFile { checkpoint_interval });
+section!(pub(super) CacheFile {
+    checkpoint_interval,
+    quota,
+    min_free
+});
 section!(pub(super) FuseFile {
     workers,
     max_background,

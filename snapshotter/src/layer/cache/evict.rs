@@ -1,7 +1,7 @@
 //! Making room: layers that nobody uses go first, then what mounted layers hold and nobody has read for longest.
 //!
 //! Whole layers go for the quota, for a full disk and for what is to be left free on the disk; parts of mounted layers only for the
-//! first two, since they are needed again. One thread makes room at a time; what the others wait for is then there.
+//! first two, and only for a reader, since they are needed again. One thread makes room at a time; what the others wait for is then there.
 
 use std::fs;
 use std::io;
@@ -28,11 +28,13 @@ pub struct Dropped {
     pub failed: usize,
 }
 
-/// What of mounted layers may go.
+/// For whom room is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Parts {
-    None,
-    Any,
+pub(super) enum Need {
+    /// Nobody waits: only what nobody uses goes.
+    Nobody,
+    /// A reader waits, or the quota was overrun: parts of mounted layers go too.
+    Reader,
 }
 
 impl Shelf {
@@ -41,27 +43,27 @@ impl Shelf {
         self.count();
         let room = self.room();
         if room.excess(0) > 0 {
-            self.make_room(|shelf| shelf.room().excess(0), Parts::Any);
+            self.make_room(|shelf| shelf.room().excess(0), Need::Reader);
         }
         if room.shortage() > 0 {
-            self.make_room(|shelf| shelf.room().shortage(), Parts::None);
+            self.make_room(|shelf| shelf.room().shortage(), Need::Nobody);
         }
     }
 
     /// Makes room for so many bytes in the quota.
-    pub(super) fn make_room_in_quota(&self, bytes: u64) {
-        self.make_room(|shelf| shelf.room().excess(bytes), Parts::Any);
+    pub(super) fn make_room_in_quota(&self, bytes: u64, need: Need) {
+        self.make_room(|shelf| shelf.room().excess(bytes), need);
     }
 
     /// Makes room on a full disk; whether some was made.
-    pub(super) fn make_room_on_disk(&self, bytes: u64) -> bool {
+    pub(super) fn make_room_on_disk(&self, bytes: u64, need: Need) -> bool {
         let wanted = bytes.max(LEAST_ON_DISK);
-        self.make_room(|_| wanted, Parts::Any) > 0
+        self.make_room(|_| wanted, need) > 0
     }
 
-    fn make_room(&self, wanted: impl Fn(&Self) -> u64, parts: Parts) -> u64 {
+    fn make_room(&self, wanted: impl Fn(&Self) -> u64, need: Need) -> u64 {
         let mut fruitless = self.making_room.lock().unwrap_or_else(PoisonError::into_inner);
-        if parts == Parts::Any && fruitless.is_some_and(|at| at.elapsed() < FRUITLESS) {
+        if need == Need::Reader && fruitless.is_some_and(|at| at.elapsed() < FRUITLESS) {
             return 0;
         }
         // Somebody else may have made it meanwhile.
@@ -71,14 +73,14 @@ impl Shelf {
             return 0;
         }
         let mut freed = self.drop_layers(wanted).bytes;
-        if freed < wanted && parts == Parts::Any {
+        if freed < wanted && need == Need::Reader {
             freed += self.drop_parts(wanted - freed);
         }
         self.count();
-        if parts == Parts::Any {
+        if need == Need::Reader {
             *fruitless = (freed == 0).then(Instant::now);
         }
-        tracing::info!(wanted, freed, ?parts, "made room in the layer cache");
+        tracing::info!(wanted, freed, ?need, "made room in the layer cache");
         freed
     }
 
@@ -176,3 +178,6 @@ fn drop_cold(layer: &CachedLayer, wanted: u64, anything: bool) -> io::Result<u64
     }
     Ok(freed)
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,10 +6,12 @@
 //!   does not count;
 //! - whoever waits for chunks holds them ([`OpenLayer::hold`]), and held chunks are not given up.
 
+mod loss;
+
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -18,8 +20,8 @@ use bytes::Bytes;
 use estargz::digest::Digest;
 use estargz::index::{Chunk, LayerIndex};
 use rustix::buffer::spare_capacity;
-use rustix::fs::FallocateFlags;
 
+use super::evict::Need;
 use super::files;
 use super::heat::Heat;
 use super::hold::{Held, Holds};
@@ -49,6 +51,12 @@ pub enum StoreError {
         /// Number asked for.
         chunk: u32,
     },
+    /// There is no room for a chunk that nobody waits for: only for a reader others would have to give theirs up.
+    #[error("there is no room for chunk {chunk}, which nobody waits for")]
+    NoRoom {
+        /// Number of the chunk in its layer.
+        chunk: u32,
+    },
     /// The bytes are right and could not be written.
     #[error("cannot write chunk {chunk} to {}", path.display())]
     Write {
@@ -61,11 +69,6 @@ pub enum StoreError {
         source: io::Error,
     },
 }
-
-/// Extents in `data` begin at multiples of this.
-const EXTENT_ALIGN: u64 = 4096;
-/// Unit of `st_blocks`.
-const BLOCK: u64 = 512;
 
 /// A layer in the cache, open. Whoever opens a layer that is open already gets the same one.
 #[derive(Debug, Clone)]
@@ -262,12 +265,13 @@ impl OpenLayer {
 
     /// Writes one chunk after comparing its digest and marks it resident; false if it already was.
     ///
-    /// Where the quota or the disk has no room, room is made once; without any it is an error.
+    /// Where the quota or the disk has no room, room is made once: with layers that nobody uses, and for a chunk that is held also with
+    /// what others have not read lately. Without any it is an error.
     pub fn store(&self, chunk: u32, bytes: &[u8]) -> Result<bool, StoreError> {
         if self.residency.contains(chunk) {
             return Ok(false);
         }
-        let entry = self.index.chunk(chunk).ok_or(StoreError::NoChunk { chunk })?;
+        let entry = self.chunk(chunk).ok_or(StoreError::NoChunk { chunk })?;
         let found = Digest::of(bytes);
         if found != entry.digest || bytes.len() as u64 != u64::from(entry.size) {
             return Err(StoreError::Digest {
@@ -324,12 +328,17 @@ impl OpenLayer {
     }
 
     fn in_room(&self, chunk: u32, size: u32, write: impl Fn() -> io::Result<bool>) -> Result<bool, StoreError> {
+        let need = if self.holds.fix().contains(chunk) {
+            Need::Reader
+        } else {
+            Need::Nobody
+        };
         let attempt = || {
-            self.shelf.admit(u64::from(size))?;
+            self.shelf.admit(u64::from(size), need)?;
             write()
         };
         let mut result = attempt();
-        if result.as_ref().is_err_and(is_full) && self.shelf.make_room_on_disk(u64::from(size)) {
+        if result.as_ref().is_err_and(is_full) && self.shelf.make_room_on_disk(u64::from(size), need) {
             result = attempt();
         }
         match result {
@@ -337,6 +346,7 @@ impl OpenLayer {
                 self.write_failed.store(false, Ordering::Relaxed);
                 Ok(fresh)
             }
+            Err(error) if is_full(&error) && need == Need::Nobody => Err(StoreError::NoRoom { chunk }),
             Err(source) => Err(self.write_error(chunk, source)),
         }
     }
@@ -383,96 +393,18 @@ impl OpenLayer {
         Ok(())
     }
 
-    /// Gives up chunks that nobody holds: clears their bits, on disk first, and punches holes where they were. How many bytes the
-    /// disk got back.
-    pub(super) fn give_up(&self, chunks: &[u32]) -> io::Result<u64> {
-        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
-        let gone = self.forget(chunks)?;
-        if gone.is_empty() {
-            return Ok(0);
-        }
-        let before = self.data.metadata()?.blocks();
-        for hole in holes(gone.iter().filter_map(|&chunk| self.extent(chunk))) {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(&self.data, flags, hole.start, hole.end - hole.start)?;
-        }
-        self.grown.store(true, Ordering::Relaxed);
-        Ok(before.saturating_sub(self.data.metadata()?.blocks()) * BLOCK)
-    }
-
-    /// Clears bits, on disk first; those that were cleared in memory.
-    fn forget(&self, chunks: &[u32]) -> io::Result<Vec<u32>> {
-        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
-        if chunks.iter().any(|&chunk| synced.contains(chunk)) {
-            let mut left = synced.clone();
-            chunks.iter().for_each(|&chunk| left.remove(chunk));
-            let bitmap = self.residency.encode(&left, &self.binding);
-            if files::replace(&self.dir, RESIDENT, &bitmap).is_err() {
-                // A full disk has no room for another bitmap. Without one nothing is resident after an unclean stop, until the
-                // next checkpoint.
-                files::remove(&self.dir, RESIDENT)?;
-                left = Residency::empty(self.index.chunk_count()).snapshot();
-            }
-            *synced = left;
-        }
-        let held = self.holds.fix();
-        self.given_up.fetch_add(1, Ordering::SeqCst);
-        let gone = chunks
-            .iter()
-            .copied()
-            .filter(|&chunk| !held.contains(chunk) && self.residency.remove(chunk))
-            .collect();
-        self.changes.fetch_add(1, Ordering::AcqRel);
-        Ok(gone)
-    }
-
-    /// Where a chunk lies in `data`, with the padding behind it if it is its file's last.
-    fn extent(&self, chunk: u32) -> Option<Range<u64>> {
-        let chunk = self.index.chunk(chunk)?;
-        let size = self.padded_size(&chunk).unwrap_or(u64::from(chunk.size));
-        Some(chunk.data_offset..chunk.data_offset + size)
-    }
-
-    /// A chunk's size with the padding behind it, if it is its file's last.
-    pub(super) fn padded_size(&self, chunk: &Chunk) -> Option<u64> {
-        let file = self.index.inode(chunk.ino)?;
-        if file.size != chunk.file_offset + u64::from(chunk.size) {
-            return None;
-        }
-        let end = chunk.data_offset + u64::from(chunk.size);
-        Some(end.checked_next_multiple_of(EXTENT_ALIGN)?.min(self.index.data_size()) - chunk.data_offset)
-    }
-
     /// Keeps a chunk from being given up while it is copied; nobody has read it by that.
     pub(super) fn hold_for_copy(&self, chunk: u32) -> Held<'_> {
         self.holds.hold(chunk..chunk.saturating_add(1))
     }
 
-    /// Zeros where a chunk would lie that is not resident.
-    pub(super) fn clear(&self, chunk: &Chunk) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.data, flags, chunk.data_offset, u64::from(chunk.size)).map_err(io::Error::from)
-    }
-
-    /// A chunk that no reader marks as looked at.
+    /// A chunk of the layer.
     pub(super) fn chunk(&self, chunk: u32) -> Option<Chunk> {
-        self.index.chunk(chunk)
+        self.index().chunk(chunk)
     }
 }
 
 /// Whether the disk, or the share of it that may be used, is full.
 pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-}
-
-/// Extents, in order, as few holes.
-fn holes(extents: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
-    let mut holes: Vec<Range<u64>> = Vec::new();
-    for extent in extents {
-        match holes.last_mut() {
-            Some(last) if last.end == extent.start => last.end = extent.end,
-            _ => holes.push(extent),
-        }
-    }
-    holes
 }

@@ -178,3 +178,6 @@ impl Shelf {
         kind.is_ok_and(|stat| u64::try_from(stat.f_type).is_ok_and(|kind| CLONING.contains(&(kind & 0xffff_ffff))))
     }
 }
+
+#[cfg(test)]
+mod tests;

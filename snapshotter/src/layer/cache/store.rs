@@ -183,6 +183,11 @@ impl LayerStore {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn shelf_for_test(&self) -> &Arc<Shelf> {
+        &self.shelf
+    }
+
     /// Where on the node a chunk with this digest is.
     pub fn find_elsewhere(&self, digest: &Digest, size: u32) -> Option<Found> {
         Search::new(&self.shelf).find(digest, size)
@@ -324,7 +329,11 @@ fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<OpenLayer, Cach
                 data,
                 residency,
             };
-            Ok(OpenLayer::new(shelf.clone(), parts))
+            let layer = OpenLayer::new(shelf.clone(), parts);
+            if let Err(error) = layer.trim() {
+                tracing::warn!(dir = %layer.dir().display(), %error, "what an unclean stop left stays");
+            }
+            Ok(layer)
         }
     }
 }

@@ -135,6 +135,11 @@ impl Digests {
         entries.into_iter().filter_map(place).collect()
     }
 
+    #[cfg(test)]
+    pub(in crate::layer::cache) fn runs(&self) -> usize {
+        self.table().runs.len()
+    }
+
     /// Merges runs of one size as long as there are too many.
     fn merge(&self) -> io::Result<()> {
         let mut level = 0;
