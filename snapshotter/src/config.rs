@@ -82,6 +82,16 @@ pub struct FetchConfig {
     pub max_range: ByteSize,
     /// Whether a layer's prioritized files are fetched as soon as it is mounted.
     pub prefetch: bool,
+    /// How long a read waits for a registry before it fails.
+    pub read_deadline: Duration,
+    /// Whether the rest of a mounted layer is fetched when nobody else wants the network.
+    pub background: bool,
+    /// Bytes per second that this may take, all layers together; 0 for no cap.
+    pub background_bandwidth: ByteSize,
+    /// How long after the mount it begins.
+    pub background_delay: Duration,
+    /// How long after that it gives way to readers.
+    pub background_deadline: Duration,
 }
 
 /// `[cache]`.
@@ -130,6 +140,11 @@ impl Default for Config {
                 read_around: ByteSize::kib(512),
                 max_range: ByteSize::mib(8),
                 prefetch: true,
+                read_deadline: Duration::from_secs(60),
+                background: true,
+                background_bandwidth: ByteSize::kib(0),
+                background_delay: Duration::ZERO,
+                background_deadline: Duration::from_secs(3600),
             },
             cache: CacheConfig {
                 checkpoint_interval: Duration::from_secs(5),
@@ -181,6 +196,11 @@ impl Config {
             read_around,
             max_range,
             prefetch,
+            read_deadline,
+            background,
+            background_bandwidth,
+            background_delay,
+            background_deadline,
         } = fetch;
         let CacheConfig {
             checkpoint_interval,
@@ -212,6 +232,11 @@ impl Config {
             format!("read_around = {}", text(read_around)),
             format!("max_range = {}", text(max_range)),
             format!("prefetch = {prefetch}"),
+            format!("read_deadline = {}", time(*read_deadline)),
+            format!("background = {background}"),
+            format!("background_bandwidth = {}", text(background_bandwidth)),
+            format!("background_delay = {}", time(*background_delay)),
+            format!("background_deadline = {}", time(*background_deadline)),
             "\n[cache]".to_owned(),
             format!("checkpoint_interval = {}", time(*checkpoint_interval)),
             format!("quota = {}", text(quota)),

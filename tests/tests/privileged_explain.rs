@@ -65,10 +65,16 @@ async fn an_image_its_layers_and_its_containers_are_explained() {
     node.cri.pull(&image).await.unwrap();
     node.check_lazy(&scenario.converted).unwrap();
     let before = explained(&config, &image);
-    let digests: Vec<&str> = layers(&before).iter().map(|layer| layer["digest"].as_str().unwrap()).collect();
+    let digests: Vec<&str> = layers(&before)
+        .iter()
+        .map(|layer| layer["digest"].as_str().unwrap())
+        .collect();
     assert_eq!(digests, scenario.converted.layer_digests());
     for layer in layers(&before) {
-        assert!(layer["state"] == "lazy" && layer["mounted"] == true && layer["reason"] == "", "{layer:#}");
+        assert!(
+            layer["state"] == "lazy" && layer["mounted"] == true && layer["reason"] == "",
+            "{layer:#}"
+        );
         assert!(layer["images"][0] == image.as_str() && !layer["snapshots"][0].as_str().unwrap().is_empty());
     }
     let saved = number(&before["sums"]["bytes_saved"]);
@@ -89,8 +95,15 @@ async fn an_image_its_layers_and_its_containers_are_explained() {
         })
     };
     assert!(cost("demand") >= 4096, "{after:#}");
-    assert!(number(&after["sums"]["stalls"]) >= 1 && number(&after["sums"]["bytes_saved"]) < saved, "{after:#}");
-    let chunks = |explanation: &Value| sum(layers(explanation), |layer| number(&layer["residence"]["chunks_resident"]));
+    assert!(
+        number(&after["sums"]["stalls"]) >= 1 && number(&after["sums"]["bytes_saved"]) < saved,
+        "{after:#}"
+    );
+    let chunks = |explanation: &Value| {
+        sum(layers(explanation), |layer| {
+            number(&layer["residence"]["chunks_resident"])
+        })
+    };
     assert!(chunks(&after) > chunks(&before));
     assert_eq!(after["sums"]["lazy"], after["sums"]["layers"]);
 
@@ -102,13 +115,23 @@ async fn an_image_its_layers_and_its_containers_are_explained() {
     let layer = &layers(&after)[0];
     for digest in [&layer["digest"], &layer["toc_digest"]] {
         let found = explained(&config, digest.as_str().unwrap());
-        assert!(found["kind"] == "layer" && layers(&found)[0]["toc_digest"] == layer["toc_digest"], "{found:#}");
+        assert!(
+            found["kind"] == "layer" && layers(&found)[0]["toc_digest"] == layer["toc_digest"],
+            "{found:#}"
+        );
     }
-    let pod = Pod::new("explained", &scenario.run.directory("pods").unwrap(), &scenario.run.names().cgroup);
+    let pod = Pod::new(
+        "explained",
+        &scenario.run.directory("pods").unwrap(),
+        &scenario.run.names().cgroup,
+    );
     let sandbox = node.cri.run_sandbox(&pod).await.unwrap();
     let container = node.cri.create_container(&sandbox, &pod, "main", &image).await.unwrap();
     let found = explained(&config, &container);
-    assert!(found["kind"] == "snapshot" && layers(&found).len() == digests.len(), "{found:#}");
+    assert!(
+        found["kind"] == "snapshot" && layers(&found).len() == digests.len(),
+        "{found:#}"
+    );
 
     let (code, table, _) = said(&config, &["explain", &image]);
     assert_eq!(code, 0);
@@ -140,7 +163,10 @@ async fn why_an_image_is_not_lazy_is_known_after_a_restart_too() {
         let found = explained(&config, &image);
         assert_eq!(layers(&found).len(), scenario.plain.layer_digests().len());
         for layer in layers(&found) {
-            assert!(layer["state"] == "overlay" && layer["reason"] == "no_toc_digest", "{layer:#}");
+            assert!(
+                layer["state"] == "overlay" && layer["reason"] == "no_toc_digest",
+                "{layer:#}"
+            );
             assert!(layer["error"].as_str().unwrap().contains("annotation") && number(&layer["decided_unix_ms"]) > 0);
         }
         assert_eq!(found["sums"]["lazy"], 0);
@@ -153,14 +179,19 @@ async fn why_an_image_is_not_lazy_is_known_after_a_restart_too() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_fails_is_named_with_the_cause() {
     let scenario = Scenario::fixture().await.unwrap();
-    let mut node = scenario.lazy_node(&format!("{NOTHING_AHEAD}read_deadline = \"2s\"\n")).await.unwrap();
+    let mut node = scenario
+        .lazy_node(&format!("{NOTHING_AHEAD}read_deadline = \"2s\"\n"))
+        .await
+        .unwrap();
     let config = node.snapshotter().unwrap().config();
     let image = scenario.reference(CONVERTED);
     node.cri.pull(&image).await.unwrap();
     let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
     scenario.proxy.inject(FaultRule::get("/blobs/", Fault::Status(503)));
     let path = view.path().join(LARGE_FILE);
-    tokio::task::spawn_blocking(move || fs::read(path).unwrap_err()).await.unwrap();
+    tokio::task::spawn_blocking(move || fs::read(path).unwrap_err())
+        .await
+        .unwrap();
     let found = explained(&config, &image);
     let failures: Vec<&Value> = layers(&found)
         .iter()
@@ -171,7 +202,10 @@ async fn a_registry_that_fails_is_named_with_the_cause() {
     assert!(failures[0]["what"].as_str().unwrap().contains("503"), "{found:#}");
     assert_eq!(failures[0]["host"], scenario.proxy.address().to_string());
     let status = json(&config, &["status"]);
-    assert!(status["failures"][0]["what"].as_str().unwrap().contains("503"), "{status:#}");
+    assert!(
+        status["failures"][0]["what"].as_str().unwrap().contains("503"),
+        "{status:#}"
+    );
     assert_eq!(status["hosts"][0]["host"], scenario.proxy.address().to_string());
     scenario.proxy.heal();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());
@@ -191,26 +225,45 @@ async fn the_cache_is_listed_verified_and_pruned() {
     let cached = listed["layers"].as_array().unwrap();
     assert_eq!(cached.len(), scenario.converted.layers().len());
     for layer in cached {
-        assert!(layer["mounted"] == true && number(&layer["references"]) == 1, "{layer:#}");
-        assert!(number(&layer["last_used_unix_ms"]) > 0 && layer["image"] == image.as_str(), "{layer:#}");
+        assert!(
+            layer["mounted"] == true && number(&layer["references"]) == 1,
+            "{layer:#}"
+        );
+        assert!(
+            number(&layer["last_used_unix_ms"]) > 0 && layer["image"] == image.as_str(),
+            "{layer:#}"
+        );
     }
     let usage = json(&config, &["cache", "usage"]);
-    assert_eq!(number(&usage["bytes"]), sum(cached, |layer| number(&layer["residence"]["disk_bytes"])));
-    assert!(number(&usage["bytes"]) > LARGE_SIZE as u64 && usage["unreferenced_layers"] == 0, "{usage:#}");
+    assert_eq!(
+        number(&usage["bytes"]),
+        sum(cached, |layer| number(&layer["residence"]["disk_bytes"]))
+    );
+    assert!(
+        number(&usage["bytes"]) > LARGE_SIZE as u64 && usage["unreferenced_layers"] == 0,
+        "{usage:#}"
+    );
     let pruned = json(&config, &["cache", "prune", "--all-unused"]);
     assert_eq!(pruned["layers"], 0, "what snapshots refer to is removed");
 
     // A byte turns in the largest chunk of the mounted layer.
     let (code, out, error) = said(&config, &["cache", "verify"]);
     assert!(code == 0 && out.contains(" 0 wrong"), "{out}{error}");
-    let largest = cached.iter().max_by_key(|layer| number(&layer["residence"]["disk_bytes"])).unwrap();
+    let largest = cached
+        .iter()
+        .max_by_key(|layer| number(&layer["residence"]["disk_bytes"]))
+        .unwrap();
     let toc = largest["toc_digest"].as_str().unwrap();
     let directory = root.join("layers").join(&toc["sha256:".len()..]);
     let index = estargz::index::LayerIndex::open(fs::read(directory.join("index")).unwrap()).unwrap();
     let data = index.lookup(1, b"data").unwrap();
     let ino = index.lookup(data, b"large.bin").unwrap();
     let chunk = index.chunk(index.chunks_in(ino, 0..1).start).unwrap();
-    let file = File::options().read(true).write(true).open(directory.join("data")).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(directory.join("data"))
+        .unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, chunk.data_offset + 5).unwrap();
     file.write_all_at(&[!byte[0]], chunk.data_offset + 5).unwrap();
@@ -227,18 +280,27 @@ async fn the_cache_is_listed_verified_and_pruned() {
     )
     .unwrap();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());
-    assert_eq!(said(&config, &["cache", "verify", &format!("sha256:{}", "0".repeat(64))]).0, 66);
+    assert_eq!(
+        said(&config, &["cache", "verify", &format!("sha256:{}", "0".repeat(64))]).0,
+        66
+    );
 
     // Once the image is gone its layers are of no use.
     node.snapshots.remove(view).await.unwrap();
     node.cri.remove_image(&image).await.unwrap();
     let end = Instant::now() + Duration::from_secs(30);
     while number(&json(&config, &["cache", "usage"])["unreferenced_layers"]) != cached.len() as u64 {
-        assert!(Instant::now() < end, "containerd keeps the snapshots of a removed image");
+        assert!(
+            Instant::now() < end,
+            "containerd keeps the snapshots of a removed image"
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let pruned = json(&config, &["cache", "prune", "--all-unused"]);
-    assert_eq!((number(&pruned["layers"]), &pruned["failed"]), (cached.len() as u64, &Value::from(0)));
+    assert_eq!(
+        (number(&pruned["layers"]), &pruned["failed"]),
+        (cached.len() as u64, &Value::from(0))
+    );
     assert!(json(&config, &["cache", "ls"])["layers"].as_array().unwrap().is_empty());
     assert_eq!(fs::read_dir(root.join("layers")).unwrap().count(), 0);
 }

@@ -209,8 +209,6 @@ fn sums_are_of_all_layers() {
     let mut found = one(IMAGE);
     let report = |bytes: u64| LayerReport {
         toc_digest: digest("toc"),
-        layer_digest: digest("layer"),
-        image: IMAGE.to_owned(),
         mounted: true,
         residence: Residence {
             content: Some(Content {

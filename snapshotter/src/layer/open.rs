@@ -1,21 +1,23 @@
 //! Opening a layer that is not in the cache: one request for the end of its blob, which holds footer and TOC.
 //!
 //! The TOC's digest is compared before the TOC is parsed; everything taken from it afterwards is what the image's manifest
-//! promised. What else the request brought is handed back, so that it need not be fetched again.
+//! promised. What else the request brought is handed back, so that it need not be fetched again. [`reader`] asks the layer's
+//! sources; one whose bytes are not the promised ones is not asked again as long as there are others.
 
-use std::ops::Range;
-use std::time::Duration;
+mod reader;
 
-use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
+
+use bytes::Bytes;
 use estargz::digest::Digest;
 use estargz::footer::{FOOTER_SIZE, Footer, FooterError};
 use estargz::toc::{MAX_TOC_MEMBER_BYTES, parse_member};
-use futures_util::StreamExt;
+use tokio::sync::OwnedSemaphorePermit;
 
-use super::source::{BlobSource, ByteStream, Priority, SourceError};
+use self::reader::{Received, Sources};
+use super::fetch::Engine;
+use super::source::{BlobSource, SourceError};
 use super::{Cause, NotLazy};
-use crate::metrics::Metrics;
-use crate::metrics::defs::{FetchLabels, KindLabels};
 
 /// Share of the blob that the tail request covers, if nothing tells where the TOC begins: one in [`TAIL_SHARE`] bytes. A TOC costs
 /// 60 to 100 compressed bytes per file; layers of Debian packages have about 5 KiB compressed per file.
@@ -24,10 +26,8 @@ const TAIL_SHARE: u64 = 48;
 const MIN_TAIL: u64 = 128 << 10;
 /// Longest tail asked for by guess. A second request for the rest of a larger TOC costs less than this does.
 const MAX_TAIL: u64 = 4 << 20;
-/// Attempts for each of the two requests.
-const MAX_ATTEMPTS: u32 = 3;
-/// Pause before the second attempt; doubles.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Memory for a TOC, its parsed form and its index, for each of its compressed bytes; those compress to a tenth.
+const UNFOLDED: u64 = 16;
 
 /// Where to look for a layer's TOC.
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +48,8 @@ pub(super) struct OpenedBlob {
     pub(super) blob_size: u64,
     /// Bytes of the blob before the TOC that were received too, and where they begin.
     pub(super) leftover: (u64, Bytes),
+    /// The share of the memory for TOCs that this one has.
+    _memory: Option<OwnedSemaphorePermit>,
 }
 
 /// Length of the first request for a blob of `size` bytes.
@@ -56,15 +58,43 @@ pub(super) fn tail_length(size: Option<u64>) -> u64 {
     size.map_or(guess, |size| guess.min(size))
 }
 
-/// Reads footer and TOC of `source` and verifies the TOC.
+/// Reads footer and TOC from whichever of `sources` has the promised ones, and verifies the TOC.
 pub(super) async fn open(
-    source: &dyn BlobSource,
+    engine: &Engine,
+    sources: Vec<Arc<dyn BlobSource>>,
     image: &str,
     expected: Expected,
-    metrics: &Metrics,
-    stall: Duration,
 ) -> Result<OpenedBlob, NotLazy> {
-    let reader = TailReader { source, metrics, stall };
+    let mut sources = Sources::new(engine, sources);
+    let result = loop {
+        match open_once(engine, &mut sources, image, expected).await {
+            Err(error) if is_content(&error) && sources.rule_out_deliverers() => {
+                tracing::warn!(image, layer = %expected.layer, error = &error as &dyn std::error::Error, "a source of the layer has wrong bytes; asking another");
+            }
+            result => break result,
+        }
+    };
+    engine.note_opened(expected.toc, sources.requests(), sources.bytes());
+    result
+}
+
+/// Whether other bytes would help.
+fn is_content(error: &NotLazy) -> bool {
+    matches!(
+        error,
+        NotLazy::NotEstargz { .. }
+            | NotLazy::Unsupported { .. }
+            | NotLazy::TocMismatch { .. }
+            | NotLazy::TocInvalid { .. }
+    )
+}
+
+async fn open_once(
+    engine: &Engine,
+    sources: &mut Sources<'_>,
+    image: &str,
+    expected: Expected,
+) -> Result<OpenedBlob, NotLazy> {
     let unreachable = |cause: SourceError| NotLazy::Registry {
         image: image.to_owned(),
         layer: expected.layer,
@@ -78,7 +108,7 @@ pub(super) async fn open(
         start,
         blob_size,
         bytes: tail,
-    } = reader.tail().await.map_err(unreachable)?;
+    } = sources.tail(tail_length).await.map_err(unreachable)?;
     let footer = Footer::parse(&tail, blob_size).map_err(|error| match error {
         FooterError::Unsupported { variant } => NotLazy::Unsupported {
             layer: expected.layer,
@@ -87,19 +117,23 @@ pub(super) async fn open(
         error => not_estargz(Box::new(error)),
     })?;
     let range = footer.toc_range(blob_size);
-    if range.end - range.start > MAX_TOC_MEMBER_BYTES {
-        let length = range.end - range.start;
+    let length = range.end - range.start;
+    if length > MAX_TOC_MEMBER_BYTES {
         return Err(not_estargz(
             format!("its footer leaves {length} bytes for the TOC, more than {MAX_TOC_MEMBER_BYTES}").into(),
         ));
     }
-    let (member, leftover) = reader.member(range.clone(), start, tail).await.map_err(unreachable)?;
+    // What waits here holds a tail and no more.
+    let memory = engine.reserve_opening(length.saturating_mul(UNFOLDED)).await;
+    let member = sources.rest(range.clone(), start, tail).await;
+    let (member, leftover) = member.map_err(unreachable)?;
     let toc = verify(member, expected).await?;
     Ok(OpenedBlob {
         toc,
         toc_offset: range.start,
         blob_size,
         leftover,
+        _memory: memory,
     })
 }
 
@@ -123,153 +157,28 @@ async fn verify(member: Bytes, expected: Expected) -> Result<Vec<u8>, NotLazy> {
     Ok(document.json)
 }
 
-struct TailReader<'a> {
-    source: &'a dyn BlobSource,
-    metrics: &'a Metrics,
-    stall: Duration,
-}
-
-/// A part of the blob.
-#[derive(Debug, Clone)]
-enum Part {
-    Range(Range<u64>),
-    /// The last bytes of a blob whose size is not known.
-    Tail(u64),
-}
-
-/// The end of a blob, received.
-struct Received {
-    start: u64,
-    blob_size: u64,
-    bytes: Bytes,
-}
-
-impl TailReader<'_> {
-    /// The end of the blob.
-    async fn tail(&self) -> Result<Received, SourceError> {
-        let size = self.source.size();
-        let length = tail_length(size);
-        match size {
-            Some(0) => Ok(Received {
-                start: 0,
-                blob_size: 0,
-                bytes: Bytes::new(),
-            }),
-            Some(size) => {
-                let received = self.receive(Part::Range(size - length..size)).await?;
-                Ok(Received {
-                    blob_size: size,
-                    ..received
-                })
-            }
-            None => self.receive(Part::Tail(length)).await,
-        }
-    }
-
-    /// The TOC member, from the tail as far as it is there, and what the tail holds before it.
-    async fn member(&self, toc: Range<u64>, start: u64, mut tail: Bytes) -> Result<(Bytes, (u64, Bytes)), SourceError> {
-        let to_len = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-        if toc.start >= start {
-            let before = tail.split_to(to_len(toc.start - start).min(tail.len()));
-            tail.truncate(to_len(toc.end - toc.start));
-            return Ok((tail, (start, before)));
-        }
-        let missing = self.receive(Part::Range(toc.start..start.min(toc.end))).await?;
-        let mut member = BytesMut::from(&missing.bytes[..]);
-        member.extend_from_slice(&tail[..to_len(toc.end.saturating_sub(start)).min(tail.len())]);
-        Ok((member.freeze(), (toc.start, Bytes::new())))
-    }
-
-    /// Asks for a part, several times if need be.
-    async fn receive(&self, part: Part) -> Result<Received, SourceError> {
-        let mut attempt = 1;
-        loop {
-            let result = self.ask(part.clone()).await;
-            let label = result.as_ref().map_or_else(SourceError::class, |_| "ok");
-            self.metrics
-                .fetch_requests
-                .get_or_create(&FetchLabels {
-                    kind: "toc",
-                    result: label,
-                })
-                .inc();
-            match result {
-                Err(error) if error.is_transient() && attempt < MAX_ATTEMPTS => {
-                    tracing::debug!(%error, attempt, "asking for the TOC again");
-                    tokio::time::sleep(FIRST_PAUSE * 2u32.pow(attempt - 1)).await;
-                    attempt += 1;
-                }
-                result => return result,
-            }
-        }
-    }
-
-    async fn ask(&self, part: Part) -> Result<Received, SourceError> {
-        match part {
-            Part::Range(range) => {
-                let body = self.in_time(self.source.read(range.clone(), Priority::Demand)).await?;
-                let bytes = self.collect(body, range.end - range.start).await?;
-                Ok(Received {
-                    start: range.start,
-                    blob_size: range.end,
-                    bytes,
-                })
-            }
-            Part::Tail(length) => {
-                let tail = self.in_time(self.source.read_tail(length)).await?;
-                // A source that gives more than was asked for would be read without a bound.
-                let bytes = self
-                    .collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length))
-                    .await?;
-                Ok(Received {
-                    start: tail.start,
-                    blob_size: tail.blob_size,
-                    bytes,
-                })
-            }
-        }
-    }
-
-    async fn in_time<T>(&self, ask: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
-        match tokio::time::timeout(self.stall, ask).await {
-            Ok(result) => result,
-            Err(_) => Err(SourceError::transient(format!("no answer within {:?}", self.stall))),
-        }
-    }
-
-    async fn collect(&self, mut body: ByteStream, length: u64) -> Result<Bytes, SourceError> {
-        let mut bytes = BytesMut::new();
-        while (bytes.len() as u64) < length {
-            let next = async {
-                body.next()
-                    .await
-                    .unwrap_or_else(|| Err(SourceError::transient("the body ended early")))
-            };
-            let piece = self.in_time(next).await?;
-            self.metrics
-                .fetch_bytes
-                .get_or_create(&KindLabels { kind: "toc" })
-                .inc_by(piece.len() as u64);
-            bytes.extend_from_slice(&piece);
-        }
-        bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
-        Ok(bytes.freeze())
-    }
-}
-
 const _: () = assert!(MIN_TAIL > FOOTER_SIZE as u64, "the first request holds the footer");
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::time::Duration;
 
     use proptest::prelude::*;
+    use tokio::runtime::Handle;
 
     use super::*;
+    use crate::layer::fetch::FetchOptions;
     use crate::layer::source::scripted::{Fault, Scripted};
     use crate::layer::testing::{Packing, Sample};
+    use crate::metrics::Metrics;
 
-    const STALL: Duration = Duration::from_millis(300);
+    fn engine() -> Arc<Engine> {
+        let options = FetchOptions {
+            stall_timeout: Duration::from_millis(300),
+            ..FetchOptions::default()
+        };
+        Engine::new(options, Metrics::unregistered(), Handle::current())
+    }
 
     #[test]
     fn the_tail_is_bounded_and_never_longer_than_the_blob() {
@@ -291,18 +200,17 @@ mod tests {
     }
 
     async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+        opened_from(&[source], sample).await
+    }
+
+    async fn opened_from(sources: &[&Arc<Scripted>], sample: &Sample) -> Result<OpenedBlob, NotLazy> {
         let expected = Expected {
             layer: Digest::of(&sample.blob),
             toc: sample.toc_digest,
         };
-        open(
-            source,
-            "registry.test/image:1",
-            expected,
-            &Metrics::unregistered(),
-            STALL,
-        )
-        .await
+        let source = |source: &&Arc<Scripted>| Arc::new(Arc::clone(source)) as Arc<dyn BlobSource>;
+        let sources = sources.iter().map(source).collect();
+        open(&engine(), sources, "registry.test/image:1", expected).await
     }
 
     #[tokio::test]
@@ -342,16 +250,43 @@ mod tests {
         source.script([Fault::CutAfter(100), Fault::StallAfter(10)]);
         opened(&source, &sample).await.unwrap();
         assert_eq!(source.requests().len(), 3);
+        let asked: Vec<_> = source.requests().into_iter().map(|(range, _)| range.start).collect();
+        assert_eq!([asked[1] - asked[0], asked[2] - asked[0]], [100, 110], "what came is kept");
         source.script([Fault::Permanent]);
         assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
-        source.script([Fault::EndAfter(10); 3]);
+        source.script([Fault::EndAfter(10); 9]);
         assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
         source.corrupt(sample.toc_offset + 40, 1);
         let error = opened(&source, &sample).await.err().unwrap();
         assert!(
             matches!(error, NotLazy::TocInvalid { .. } | NotLazy::TocMismatch { .. }),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn any_source_that_has_the_promised_toc_will_do() {
+        let sample = Sample::uniform(60, 3_000, Packing::default());
+        let source = |host: &str| Arc::new(Scripted::new(sample.blob.clone()).at(host));
+        let (mirror, registry) = (source("mirror.test"), source("registry.test"));
+        for fault in [Fault::Permanent, Fault::Transient, Fault::Busy(60_000), Fault::StallAfter(1_000)] {
+            mirror.script([fault]);
+            let before = registry.requests().len();
+            let opened = opened_from(&[&mirror, &registry], &sample).await.unwrap();
+            assert!(opened.toc == sample.toc_json, "{fault:?}");
+            assert_eq!(registry.requests().len(), before + 1, "{fault:?}");
+        }
+        // Each time asked once, and the registry at once after it.
+        assert_eq!(mirror.requests().len(), 4);
+        // What came before the stall was not asked for again.
+        let (asked, rest) = (mirror.requests().pop().unwrap().0, registry.requests().pop().unwrap().0);
+        assert_eq!(rest, asked.start + 1_000..asked.end);
+        mirror.corrupt(sample.toc_offset + 40, u32::MAX);
+        let opened = opened_from(&[&mirror, &registry], &sample).await.unwrap();
+        assert!(opened.toc == sample.toc_json);
+        registry.corrupt(sample.toc_offset + 41, u32::MAX);
+        assert!(is_content(&opened_from(&[&mirror, &registry], &sample).await.err().unwrap()));
     }
 
     proptest! {

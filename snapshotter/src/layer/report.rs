@@ -13,10 +13,6 @@ use super::cache::Residency;
 pub struct LayerReport {
     /// Identity of the layer.
     pub toc_digest: Digest,
-    /// Digest of its blob.
-    pub layer_digest: Digest,
-    /// The image that it is fetched for.
-    pub image: String,
     /// Whether it is mounted.
     pub mounted: bool,
     /// How much of it there is.

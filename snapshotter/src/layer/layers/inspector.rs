@@ -93,18 +93,17 @@ impl Inspector {
 
     /// Requests to registries under way, by what they are for.
     pub fn in_flight(&self) -> Vec<(&'static str, u64)> {
-        self.shared.engine.in_flight()
+        let mut in_flight = self.shared.engine.in_flight();
+        in_flight.push(("toc", self.opening() as u64));
+        in_flight
     }
 
     /// All that can be told of a layer that is open. Looks at every chunk, and at the disk.
     pub fn report(&self, live: &Live) -> LayerReport {
         let layer = live.fetch.layer();
         let disk = self.shared.store.usage(&layer.toc_digest()).bytes;
-        let names = live.fetch.names();
         LayerReport {
             toc_digest: layer.toc_digest(),
-            layer_digest: names.layer_digest,
-            image: names.image,
             mounted: live.mounted,
             residence: Residence::measured(layer.index(), layer.residency(), disk),
             cost: Some(live.fetch.cost()),

@@ -57,8 +57,6 @@ impl Inspector {
         let (chunks, resident) = self.shared.store.peek(&survey.toc).unwrap_or_default();
         LayerReport {
             toc_digest: survey.toc,
-            layer_digest: survey.layer,
-            image: survey.image.clone(),
             mounted: false,
             residence: Residence {
                 chunks,
