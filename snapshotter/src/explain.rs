@@ -64,7 +64,7 @@ pub enum SubjectKind {
 
 /// How a layer is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Service {
+pub enum Serving {
     /// A lazy snapshot.
     Lazy,
     /// A snapshot that containerd has unpacked.
@@ -96,7 +96,7 @@ pub struct LayerExplanation {
     /// Identity of a layer that is or could be lazy.
     pub toc: Option<Digest>,
     /// How it is served.
-    pub service: Service,
+    pub serving: Serving,
     /// Why it is not lazy, where that is known.
     pub fallback: Option<Fallback>,
     /// Some of its snapshots.
@@ -136,7 +136,7 @@ impl Explanation {
         let mut sums = Sums::default();
         for layer in &self.layers {
             sums.layers += 1;
-            sums.lazy += usize::from(layer.service == Service::Lazy);
+            sums.lazy += usize::from(layer.serving == Serving::Lazy);
             let Some(report) = &layer.report else { continue };
             if let Some(content) = report.residence.content {
                 sums.bytes += content.bytes;
@@ -259,7 +259,7 @@ impl<'a> Finder<'a> {
         let layer = LayerExplanation {
             digest: refused.layer,
             toc: None,
-            service: Service::Refused,
+            serving: Serving::Refused,
             fallback: Some(refused.fallback.clone()),
             snapshots: vec![refused.snapshot.clone()],
             images: vec![refused.image.clone()],
@@ -355,10 +355,10 @@ impl<'a> Finder<'a> {
     }
 
     fn outline(&self, outline: &Outline) -> LayerExplanation {
-        let service = match (outline.lazy, outline.kind) {
-            (Some(_), _) => Service::Lazy,
-            (None, Kind::Committed) => Service::Overlay,
-            (None, Kind::Active | Kind::View) => Service::Refused,
+        let serving = match (outline.lazy, outline.kind) {
+            (Some(_), _) => Serving::Lazy,
+            (None, Kind::Committed) => Serving::Overlay,
+            (None, Kind::Active | Kind::View) => Serving::Refused,
         };
         let same = |other: &&Outline| match outline.lazy {
             Some(toc) => other.lazy == Some(toc),
@@ -367,7 +367,7 @@ impl<'a> Finder<'a> {
         let mut layer = LayerExplanation {
             digest: outline.layer,
             toc: outline.lazy,
-            service,
+            serving,
             fallback: outline.fallback.clone().filter(|_| outline.lazy.is_none()),
             snapshots: vec![outline.name.clone()],
             images: outline.image.iter().cloned().collect(),
@@ -394,7 +394,7 @@ impl<'a> Finder<'a> {
         LayerExplanation {
             digest: Some(cached.layer),
             toc: Some(cached.toc),
-            service: Service::Cached,
+            serving: Serving::Cached,
             fallback: None,
             snapshots: Vec::new(),
             images: vec![cached.image.clone()],

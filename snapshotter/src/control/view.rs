@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use estargz::digest::Digest;
 use hullspeed_proto::hullspeed::control::v1 as api;
 
-use crate::explain::{Explanation, LayerExplanation, Listing, Overview, References, Service, SubjectKind, Sums, Usage};
+use crate::explain::{Explanation, LayerExplanation, Listing, Overview, References, Serving, SubjectKind, Sums, Usage};
 use crate::layer::cache::CacheLimits;
 use crate::layer::layers::inspector::{Space, Survey, VerifyReport, WrongChunk};
 use crate::layer::report::{Cost, Failure, Fetched, HostReport, LayerReport, Residence};
@@ -165,19 +165,19 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
     let LayerExplanation {
         digest,
         toc,
-        service,
+        serving,
         fallback,
         snapshots,
         images,
         report,
     } = layer;
-    let state = match service {
-        Service::Lazy => "lazy",
-        Service::Overlay => "overlay",
-        Service::Refused => "refused",
-        Service::Cached => "cached",
+    let state = match serving {
+        Serving::Lazy => "lazy",
+        Serving::Overlay => "overlay",
+        Serving::Refused => "refused",
+        Serving::Cached => "cached",
     };
-    let is_lazy = matches!(service, Service::Lazy | Service::Cached);
+    let is_lazy = matches!(serving, Serving::Lazy | Serving::Cached);
     let (reason, error, decided) = match fallback {
         Some(fallback) => (fallback.reason, fallback.error, unix_millis(fallback.at)),
         None if is_lazy => Default::default(),

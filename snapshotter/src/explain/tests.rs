@@ -76,11 +76,11 @@ fn one(subject: &str) -> Explanation {
 }
 
 /// Layers as "state of blob".
-fn layers(explanation: &Explanation) -> Vec<(Service, Option<Digest>)> {
+fn layers(explanation: &Explanation) -> Vec<(Serving, Option<Digest>)> {
     explanation
         .layers
         .iter()
-        .map(|layer| (layer.service, layer.digest))
+        .map(|layer| (layer.serving, layer.digest))
         .collect()
 }
 
@@ -91,9 +91,9 @@ fn an_image_is_found_by_its_name_and_its_manifest_with_all_layers_lowest_first()
         assert_eq!((found.kind, found.name.as_str()), (SubjectKind::Image, IMAGE));
         assert_eq!(found.manifest, Some(digest(IMAGE)));
         let expected = [
-            (Service::Lazy, Some(digest("A"))),
-            (Service::Overlay, Some(digest("B"))),
-            (Service::Lazy, Some(digest("C"))),
+            (Serving::Lazy, Some(digest("A"))),
+            (Serving::Overlay, Some(digest("B"))),
+            (Serving::Lazy, Some(digest("C"))),
         ];
         assert_eq!(layers(&found), expected);
         let fallback = found.layers[1].fallback.as_ref().unwrap();
@@ -108,7 +108,7 @@ fn an_image_is_found_by_its_name_and_its_manifest_with_all_layers_lowest_first()
 #[test]
 fn an_image_on_layers_of_another_one_has_them_too() {
     let found = one("other.example/x:1");
-    let expected = [(Service::Lazy, Some(digest("A"))), (Service::Lazy, Some(digest("X")))];
+    let expected = [(Serving::Lazy, Some(digest("A"))), (Serving::Lazy, Some(digest("X")))];
     assert_eq!(layers(&found), expected);
     assert_eq!(found.layers[0].images, [IMAGE]);
 }
@@ -162,26 +162,26 @@ fn a_layer_is_found_by_both_its_digests() {
     for subject in [digest("A"), digest("toc of A")] {
         let found = one(&subject.to_string());
         assert_eq!(found.kind, SubjectKind::Layer);
-        assert_eq!(layers(&found), [(Service::Lazy, Some(digest("A")))]);
+        assert_eq!(layers(&found), [(Serving::Lazy, Some(digest("A")))]);
     }
     let found = one(&digest("W").to_string());
-    assert_eq!(layers(&found), [(Service::Cached, Some(digest("W")))]);
+    assert_eq!(layers(&found), [(Serving::Cached, Some(digest("W")))]);
     let found = one(&digest("Y").to_string());
-    assert_eq!(layers(&found), [(Service::Refused, Some(digest("Y")))]);
+    assert_eq!(layers(&found), [(Serving::Refused, Some(digest("Y")))]);
 }
 
 #[test]
 fn what_was_refused_or_only_warmed_is_known() {
     let found = one("broken.example/y:1");
     assert_eq!(found.layers[0].fallback.as_ref().unwrap().reason, "registry");
-    assert_eq!(layers(&one("warm")), [(Service::Cached, Some(digest("W")))]);
+    assert_eq!(layers(&one("warm")), [(Serving::Cached, Some(digest("W")))]);
     // Once its snapshot is there the refusal is told with it, and once.
     let mut facts = facts();
     facts
         .outlines
         .push(layer("y", None, "broken.example/y:1", "Y", Some("registry")));
     let (found, _) = find("broken.example/y:1", &facts);
-    assert_eq!(layers(&found[0]), [(Service::Overlay, Some(digest("Y")))]);
+    assert_eq!(layers(&found[0]), [(Serving::Overlay, Some(digest("Y")))]);
 }
 
 #[test]
