@@ -11,6 +11,7 @@ use hullspeed_daemon::config::written::{self, list, path, text, time};
 use hullspeed_daemon::config::{ConfigError, Loaded, LogConfig, MetricsConfig, Sources};
 use hullspeed_daemon::units::ByteSize;
 
+use crate::layer::cache::limits::Amount;
 use file::ConfigFile;
 
 mod file;
@@ -108,6 +109,10 @@ pub struct FetchConfig {
 pub struct CacheConfig {
     /// How often the map of resident chunks is made durable.
     pub checkpoint_interval: Duration,
+    /// What all layers together may take on disk; nothing for no limit.
+    pub quota: Amount,
+    /// What is left free on the filesystem as long as there are layers that nobody uses.
+    pub min_free: Amount,
 }
 
 /// `[fuse]`.
@@ -158,6 +163,8 @@ impl Default for Config {
             },
             cache: CacheConfig {
                 checkpoint_interval: Duration::from_secs(5),
+                quota: Amount::NONE,
+                min_free: Amount::Percent(5),
             },
             fuse: FuseConfig {
                 workers: 4,
@@ -215,7 +222,11 @@ impl Config {
             background_delay,
             background_deadline,
         } = fetch;
-        let CacheConfig { checkpoint_interval } = cache;
+        let CacheConfig {
+            checkpoint_interval,
+            quota,
+            min_free,
+        } = cache;
         let FuseConfig {
             workers,
             max_background,
@@ -254,6 +265,8 @@ impl Config {
             format!("background_deadline = {}", time(*background_deadline)),
             "\n[cache]".to_owned(),
             format!("checkpoint_interval = {}", time(*checkpoint_interval)),
+            format!("quota = {}", text(quota)),
+            format!("min_free = {}", text(min_free)),
             "\n[fuse]".to_owned(),
             format!("workers = {workers}"),
             format!("max_background = {max_background}"),

@@ -52,7 +52,11 @@ section!(pub(super) FetchFile {
     background_delay,
     background_deadline
 });
-section!(pub(super) CacheFile { checkpoint_interval });
+section!(pub(super) CacheFile {
+    checkpoint_interval,
+    quota,
+    min_free
+});
 section!(pub(super) FuseFile {
     workers,
     max_background,

@@ -96,6 +96,8 @@ fn every_value_is_taken_over() {
         background_deadline = "2h"
         [cache]
         checkpoint_interval = "250ms"
+        quota = "30GiB"
+        min_free = "12%"
         [fuse]
         workers = 1
         max_background = 12
@@ -163,6 +165,10 @@ fn every_value_is_taken_over() {
         (Duration::from_secs(4), Duration::from_secs(7200))
     );
     assert_eq!(cache.checkpoint_interval, Duration::from_millis(250));
+    assert_eq!(
+        (cache.quota.to_string(), cache.min_free.to_string()),
+        ("30GiB".to_owned(), "12%".to_owned())
+    );
     assert_eq!(
         (fuse.workers, fuse.max_background, fuse.read_ahead),
         (1, 12, ByteSize::kib(128))

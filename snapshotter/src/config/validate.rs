@@ -239,6 +239,8 @@ fn checked_fetch(check: &mut Check, section: Section<FetchFile>, default: FetchC
 fn checked_cache(check: &mut Check, section: Section<CacheFile>, default: CacheConfig) -> CacheConfig {
     let CacheFile {
         checkpoint_interval,
+        quota,
+        min_free,
         unknown,
     } = check.enter("cache", section);
     check.note_unknown(unknown);
@@ -250,6 +252,10 @@ fn checked_cache(check: &mut Check, section: Section<CacheFile>, default: CacheC
     );
     CacheConfig {
         checkpoint_interval: interval,
+        quota: check.text("quota", quota, AMOUNTS, default.quota, |text| text.parse().ok()),
+        min_free: check.text("min_free", min_free, AMOUNTS, default.min_free, |text| {
+            text.parse().ok()
+        }),
     }
 }
 
@@ -294,6 +300,7 @@ fn checked_ca_file(check: &mut Check, value: Option<Value>, default: Option<Path
 
 const FILE: &str = "the absolute path of a file, or \"\" for none";
 const DIRECTORY: &str = "the absolute path of a directory, or \"\" for none";
+const AMOUNTS: &str = "a size such as \"20GiB\", or a share of the filesystem such as \"40%\"";
 const HOSTS: &str = "a list of hosts such as [\"registry.local:5000\"]";
 const SECONDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 const DELAY: (Duration, Duration) = (Duration::ZERO, Duration::from_secs(24 * 3600));

@@ -31,13 +31,14 @@ mod plan;
 mod prefetch;
 mod readahead;
 mod remotes;
+mod report;
 mod tally;
 
 #[cfg(test)]
 mod tests;
 
-pub(super) use decode::ingest;
 pub use background::Completion;
+pub(super) use decode::ingest;
 pub use engine::{Engine, FetchOptions};
 pub use error::{Failure, FetchError};
 pub use layer::{LayerFetch, LayerNames};

@@ -72,6 +72,13 @@ pub struct KindLabels {
     pub kind: &'static str,
 }
 
+/// What the layer cache gave up.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EvictedLabels {
+    /// `layer` for layers that nobody used, `chunks` for parts of mounted ones.
+    pub kind: &'static str,
+}
+
 /// A histogram per label set.
 pub type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
@@ -114,6 +121,14 @@ pub struct Metrics {
     pub verify_failures: Counter,
     /// Writes to the layer cache that failed.
     pub cache_write_errors: Counter,
+    /// Bytes that the layer cache takes on disk.
+    pub cache_bytes: Gauge,
+    /// Bytes that it may take; 0 without a quota.
+    pub cache_quota_bytes: Gauge,
+    /// Bytes that it gave up to make room.
+    pub cache_evicted_bytes: Family<EvictedLabels, Counter>,
+    /// Bytes of chunks taken over from other layers of the node.
+    pub cache_reused_bytes: Counter,
 }
 
 /// 25 µs to 26 s: from a request answered from memory to one that waits for a slow registry.
@@ -156,6 +171,10 @@ impl Metrics {
             background_layers: Gauge::default(),
             verify_failures: Counter::default(),
             cache_write_errors: Counter::default(),
+            cache_bytes: Gauge::default(),
+            cache_quota_bytes: Gauge::default(),
+            cache_evicted_bytes: Family::default(),
+            cache_reused_bytes: Counter::default(),
         }
     }
 
@@ -246,6 +265,34 @@ impl Metrics {
             "cache_write_errors",
             "Writes to the layer cache that failed",
             self.cache_write_errors.clone(),
+        );
+        self.register_cache(r);
+    }
+
+    fn register_cache(&self, r: &mut Registry) {
+        r.register_with_unit(
+            "cache",
+            "Bytes that the layer cache takes on disk",
+            Unit::Bytes,
+            self.cache_bytes.clone(),
+        );
+        r.register_with_unit(
+            "cache_quota",
+            "Bytes that the layer cache may take; 0 without a quota",
+            Unit::Bytes,
+            self.cache_quota_bytes.clone(),
+        );
+        r.register_with_unit(
+            "cache_evicted",
+            "Bytes that the layer cache gave up to make room",
+            Unit::Bytes,
+            self.cache_evicted_bytes.clone(),
+        );
+        r.register_with_unit(
+            "cache_reused",
+            "Bytes of chunks that were copied from other layers of the node instead of being fetched",
+            Unit::Bytes,
+            self.cache_reused_bytes.clone(),
         );
     }
 }

@@ -25,7 +25,9 @@ pub(super) fn store_member(
         .chunks
         .filter(|&chunk| !layer.residency().contains(chunk))
         .collect();
-    let Some(&first) = missing.first() else { return Ok(()) };
+    if missing.is_empty() {
+        return Ok(());
+    }
     let want = usize::try_from(plan::unfolded_size(layer.index(), member)).unwrap_or(usize::MAX);
     let mut unfolded = Vec::new();
     let inflated = match inflate_member(compressed, want, &mut unfolded) {
@@ -45,12 +47,8 @@ pub(super) fn store_member(
             if failure.is_none() || worse {
                 failure = Some(error);
             }
-            if worse {
-                break;
-            }
         }
     }
-    debug_assert!(failure.is_some() || layer.residency().contains(first));
     failure.map_or(Ok(()), Err)
 }
 
@@ -106,6 +104,8 @@ fn store_chunk(
     match layer.store(chunk, bytes) {
         Ok(_) => Ok(()),
         Err(error @ StoreError::Digest { .. }) => Err(corrupt(Corruption::Digest(error))),
+        // Nobody waits for it.
+        Err(error @ StoreError::NoRoom { .. }) => Err(FetchError::Store(error)),
         Err(error) => {
             metrics.cache_write_errors.inc();
             Err(FetchError::Store(error))
