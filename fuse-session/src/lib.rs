@@ -1,8 +1,8 @@
 //! A multi-threaded FUSE session loop under [`fuse3::raw::Filesystem`], for read-only file systems.
 //!
-//! The trait and its reply types are fuse3's; the loop, the protocol records and the mount are ours. Several threads
-//! read one `/dev/fuse` descriptor, poll the handler in place, and answer without a hop; only a handler that has to wait
-//! moves to the runtime.
+//! The trait and its reply types are fuse3's; the loop, the protocol records and the mount are ours. One thread reads the
+//! `/dev/fuse` descriptor of a quiet session, several that of a busy one. They poll the handler in place and answer without
+//! a hop; only a handler that has to wait moves to the runtime.
 //!
 //! ```no_run
 //! # fn example(fs: impl fuse3::raw::Filesystem + Send + Sync + 'static) -> Result<(), Box<dyn std::error::Error>> {
@@ -46,6 +46,7 @@ mod negotiate;
 mod pending;
 mod reply;
 mod request;
+mod roster;
 mod session;
 mod worker;
 

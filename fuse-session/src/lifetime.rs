@@ -46,7 +46,28 @@ impl Lifetime {
         }
     }
 
-    /// A worker leaves; `true` for the last one.
+    /// One more worker; `false` when the session is over.
+    pub(crate) fn join(&self) -> bool {
+        let mut state = self.state();
+        let is_open = state.end.is_none();
+        state.running += usize::from(is_open);
+        is_open
+    }
+
+    /// A worker that is not needed leaves; `false` if it is the only one, or if the session is over and it has to say so.
+    pub(crate) fn retire(&self) -> bool {
+        let mut state = self.state();
+        let may = state.end.is_none() && state.running > 1;
+        state.running -= usize::from(may);
+        may
+    }
+
+    /// How many workers there are.
+    pub(crate) fn running(&self) -> usize {
+        self.state().running
+    }
+
+    /// A worker leaves because the session is over; `true` for the last one.
     pub(crate) fn leave(&self, end: End) -> bool {
         let mut state = self.state();
         state.running = state.running.saturating_sub(1);
@@ -60,7 +81,7 @@ impl Lifetime {
         last
     }
 
-    /// Whether every worker still serves.
+    /// Whether workers serve and none has found the session to be over.
     pub(crate) fn is_alive(&self) -> bool {
         let state = self.state();
         state.end.is_none() && state.running > 0

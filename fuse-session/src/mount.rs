@@ -34,8 +34,11 @@ pub struct MountConfig {
     pub fs_name: String,
     /// Shown as `fuse.<subtype>`.
     pub subtype: String,
-    /// Worker threads, at most [`WORKERS_MAX`]. More than cores help when handlers read files in place.
+    /// Worker threads of a busy session, at most [`WORKERS_MAX`]; a quiet one has one. More than cores help when handlers read
+    /// files in place.
     pub workers: NonZeroUsize,
+    /// How long a session is quiet before the workers beyond the first leave.
+    pub worker_patience: Duration,
     /// Read-ahead and other background requests the kernel has in flight at most.
     pub max_background: u16,
     /// Handlers that may be pending at once. Beyond it workers stop reading, and after 30 s without room requests fail
@@ -50,7 +53,7 @@ pub struct MountConfig {
 }
 
 impl MountConfig {
-    /// The defaults: four workers, 64 background requests, 4096 pending ones, 1 MiB read-ahead, everyone allowed,
+    /// The defaults: one to four workers, 64 background requests, 4096 pending ones, 1 MiB read-ahead, everyone allowed,
     /// two seconds of grace.
     pub fn new(runtime: Handle) -> Self {
         Self {
@@ -58,6 +61,7 @@ impl MountConfig {
             fs_name: "hullspeed".to_owned(),
             subtype: "hullspeed".to_owned(),
             workers: NonZeroUsize::MIN.saturating_add(3),
+            worker_patience: Duration::from_secs(10),
             max_background: 64,
             max_pending: 4096,
             read_ahead_kib: 1024,

@@ -6,7 +6,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::task::{Context, Waker};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fuse3::raw::Filesystem;
@@ -22,6 +21,7 @@ use crate::lifetime::{End, Lifetime};
 use crate::mount::{self, Detached, DeviceNumber, MountConfig, MountError};
 use crate::negotiate::{self, Negotiated, Wishes};
 use crate::pending::Pending;
+use crate::roster::Roster;
 use crate::worker::Worker;
 
 /// How long the file system's `init` may take.
@@ -63,7 +63,7 @@ pub struct Session {
     channel: Arc<Channel>,
     lifetime: Arc<Lifetime>,
     pending: Arc<Pending>,
-    workers: Vec<JoinHandle<()>>,
+    roster: Arc<Roster>,
     unmount_grace: Duration,
     unmounted: bool,
 }
@@ -106,7 +106,7 @@ impl Session {
         Ok(session)
     }
 
-    /// Starts the workers on an initialised connection.
+    /// Starts to serve an initialised connection.
     fn serve<FS>(
         fs: Arc<FS>,
         channel: Arc<Channel>,
@@ -118,46 +118,39 @@ impl Session {
     where
         FS: Filesystem + Send + Sync + 'static,
     {
-        let count = config.workers.get();
-        let lifetime = Arc::new(Lifetime::new(count));
-        let pending = Arc::new(Pending::new(config.max_pending, count));
-        let mut session = Self {
+        let limit = config.workers.get();
+        let session = Self {
             target,
             device,
             negotiated,
             channel,
-            lifetime,
-            pending,
-            workers: Vec::with_capacity(count),
+            // The first worker, started below.
+            lifetime: Arc::new(Lifetime::new(1)),
+            pending: Arc::new(Pending::new(config.max_pending, limit)),
+            roster: Arc::new(Roster::new(limit, config.worker_patience)),
             unmount_grace: config.unmount_grace,
             unmounted: false,
         };
-        for index in 0..count {
-            let worker = Worker {
-                index,
-                fs: Arc::clone(&fs),
-                channel: Arc::clone(&session.channel),
-                pending: Arc::clone(&session.pending),
-                lifetime: Arc::clone(&session.lifetime),
-                runtime: config.runtime.clone(),
-                device,
-            };
-            match std::thread::Builder::new()
-                .name(format!("fuse-{index}"))
-                .spawn(move || worker.run())
-            {
-                Ok(thread) => session.workers.push(thread),
-                Err(error) => {
-                    for _ in index..count {
-                        session.lifetime.leave(End::Unmounted);
-                    }
-                    session.unmounted = true;
-                    session.end(Duration::ZERO);
-                    return Err(MountError::Thread(error));
-                }
+        let first = Worker {
+            index: session.roster.enlist().unwrap_or(0),
+            roster: Arc::clone(&session.roster),
+            fs,
+            channel: Arc::clone(&session.channel),
+            pending: Arc::clone(&session.pending),
+            lifetime: Arc::clone(&session.lifetime),
+            runtime: config.runtime.clone(),
+            device,
+        };
+        match first.start() {
+            Ok(()) => Ok(session),
+            Err(error) => {
+                let mut session = session;
+                session.lifetime.leave(End::Unmounted);
+                session.unmounted = true;
+                session.end(Duration::ZERO);
+                Err(MountError::Thread(error))
             }
         }
-        Ok(session)
     }
 
     /// Where the file system is mounted.
@@ -180,7 +173,12 @@ impl Session {
         self.pending.count()
     }
 
-    /// Whether the mount is served: no worker has ended.
+    /// Worker threads now: one while nobody asks for anything.
+    pub fn workers(&self) -> usize {
+        self.lifetime.running()
+    }
+
+    /// Whether the mount is served: no worker has found the session to be over.
     pub fn is_alive(&self) -> bool {
         self.lifetime.is_alive()
     }
@@ -252,7 +250,7 @@ impl Session {
             self.pending.end();
             left = self.lifetime.wait(JOIN_PATIENCE);
         }
-        let threads = std::mem::take(&mut self.workers);
+        let threads = self.roster.take_threads();
         if left == 0 {
             for thread in threads {
                 // Handlers' panics are caught; a worker's own is a bug that the panic hook has reported.

@@ -3,6 +3,8 @@
 //! Several workers block in a read on the same descriptor; the kernel wakes exactly one per request. A handler that can
 //! answer at once costs no hop between threads. One that cannot goes to the runtime together with its duty to answer.
 //!
+//! Workers come when all others are busy and go when the session is quiet: see [`crate::roster`].
+//!
 //! The poll in place uses a no-op waker, which loses nothing: a spawned task is polled at least once, and that poll
 //! both sees whatever became ready meanwhile and registers the task's own waker.
 
@@ -14,13 +16,14 @@ use std::task::{Context, Poll, Waker};
 use futures_util::FutureExt;
 use tokio::runtime::Handle;
 
-use crate::channel::{Channel, Received, Responder};
+use crate::channel::{self, Channel, Received, Responder};
 use crate::dispatch::{self, Shareable};
 use crate::lifetime::{End, Lifetime};
 use crate::mount::DeviceNumber;
 use crate::pending::Pending;
 use crate::reply::Reply;
 use crate::request::{Caller, Operation, Request};
+use crate::roster::{self, Roster};
 
 /// Room for one request. The largest of a read-only mount is a BATCH_FORGET, which the kernel cuts to fit; names are
 /// at most a page long. The kernel insists on 8 KiB at least.
@@ -33,7 +36,9 @@ type Answer = Pin<Box<dyn Future<Output = std::thread::Result<Reply>> + Send>>;
 
 /// One worker thread's view of the session.
 pub(crate) struct Worker<FS> {
+    /// Its number, from [`Roster::enlist`].
     pub(crate) index: usize,
+    pub(crate) roster: Arc<Roster>,
     pub(crate) fs: Arc<FS>,
     pub(crate) channel: Arc<Channel>,
     pub(crate) pending: Arc<Pending>,
@@ -43,11 +48,50 @@ pub(crate) struct Worker<FS> {
 }
 
 impl<FS: Shareable> Worker<FS> {
-    /// Serves until the session ends; the first worker to leave gives up what is pending, the last tells the file
+    /// Starts the worker's thread. The worker is counted as running already.
+    pub(crate) fn start(self) -> std::io::Result<()> {
+        let roster = Arc::clone(&self.roster);
+        let thread = std::thread::Builder::new().name(format!("fuse-{}", self.index));
+        roster.keep(thread.spawn(move || self.run())?);
+        Ok(())
+    }
+
+    /// Starts another worker, because this one is about to serve and nobody else waits for requests.
+    fn reinforce(&self) {
+        let Some(index) = self.roster.enlist() else { return };
+        if !self.lifetime.join() {
+            return self.roster.dismiss(index);
+        }
+        let other = Self {
+            index,
+            roster: Arc::clone(&self.roster),
+            fs: Arc::clone(&self.fs),
+            channel: Arc::clone(&self.channel),
+            pending: Arc::clone(&self.pending),
+            lifetime: Arc::clone(&self.lifetime),
+            runtime: self.runtime.clone(),
+            device: self.device,
+        };
+        if let Err(error) = other.start() {
+            tracing::warn!(%error, "cannot start another worker");
+            // It may be the only one left by now, and then it is this one that is counted.
+            self.lifetime.retire();
+            return self.roster.dismiss(index);
+        }
+        if self.roster.must_watch() {
+            let channel = Arc::downgrade(&self.channel);
+            let watch = roster::send_home(Arc::clone(&self.roster), Arc::clone(&self.lifetime), channel);
+            self.runtime.spawn(watch);
+        }
+    }
+
+    /// Serves until the session ends, or until the worker is not needed any more; the first worker to leave gives up what is pending, the last tells the file
     /// system. A session given up on a living connection cuts that off: callers get an error instead of silence.
     pub(crate) fn run(self) {
         let _context = self.runtime.enter();
         let end = self.serve_until_end();
+        self.roster.dismiss(self.index);
+        let Some(end) = end else { return };
         self.pending.end();
         if let End::Failed(_) = end
             && let Err(errno) = crate::abort::abort(self.device)
@@ -59,26 +103,39 @@ impl<FS: Shareable> Worker<FS> {
         }
     }
 
-    fn serve_until_end(&self) -> End {
+    /// Why the session ended; `None` if only the worker does.
+    fn serve_until_end(&self) -> Option<End> {
         let mut buffer = vec![0; READ_BUFFER_BYTES];
         let mut failures = 0;
         loop {
-            match self.channel.receive(&mut buffer) {
+            self.roster.wait();
+            let received = self.channel.receive(&mut buffer);
+            let others = self.roster.wake();
+            match received {
+                Received::Message(len) if channel::is_nudge(&buffer[..len]) => {
+                    if others > 0 && self.lifetime.retire() {
+                        return None;
+                    }
+                }
                 Received::Message(len) => {
                     failures = 0;
+                    self.roster.note_request();
+                    if others == 0 {
+                        self.reinforce();
+                    }
                     // Handlers' panics are caught where they are polled; this is for their destructors.
                     if catch_unwind(AssertUnwindSafe(|| self.serve(&buffer[..len]))).is_err() {
                         tracing::error!("panic while a request was served");
                     }
                 }
                 Received::Retry => {}
-                Received::Ended => return End::Unmounted,
+                Received::Ended => return Some(End::Unmounted),
                 Received::Failed(errno) => {
                     failures += 1;
                     tracing::warn!(%errno, failures, "reading a request failed");
                     if failures >= FAILED_READS_MAX {
                         tracing::error!(%errno, "giving the session up");
-                        return End::Failed(errno.raw_os_error());
+                        return Some(End::Failed(errno.raw_os_error()));
                     }
                 }
             }

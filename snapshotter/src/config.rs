@@ -11,6 +11,7 @@ use hullspeed_daemon::config::written::{self, list, path, text, time};
 use hullspeed_daemon::config::{ConfigError, Loaded, LogConfig, MetricsConfig, Sources};
 use hullspeed_daemon::units::ByteSize;
 
+use crate::layer::cache::limits::Amount;
 use file::ConfigFile;
 
 mod file;
@@ -81,6 +82,16 @@ pub struct FetchConfig {
     pub max_range: ByteSize,
     /// Whether a layer's prioritized files are fetched as soon as it is mounted.
     pub prefetch: bool,
+    /// How long a read waits for a registry before it fails.
+    pub read_deadline: Duration,
+    /// Whether the rest of a mounted layer is fetched when nobody else wants the network.
+    pub background: bool,
+    /// Bytes per second that this may take, all layers together; 0 for no cap.
+    pub background_bandwidth: ByteSize,
+    /// How long after the mount it begins.
+    pub background_delay: Duration,
+    /// How long after that it gives way to readers.
+    pub background_deadline: Duration,
 }
 
 /// `[cache]`.
@@ -88,6 +99,10 @@ pub struct FetchConfig {
 pub struct CacheConfig {
     /// How often the map of resident chunks is made durable.
     pub checkpoint_interval: Duration,
+    /// What all layers together may take on disk; nothing for no limit.
+    pub quota: Amount,
+    /// What is left free on the filesystem as long as there are layers that nobody uses.
+    pub min_free: Amount,
 }
 
 /// `[fuse]`.
@@ -125,9 +140,16 @@ impl Default for Config {
                 read_around: ByteSize::kib(512),
                 max_range: ByteSize::mib(8),
                 prefetch: true,
+                read_deadline: Duration::from_secs(60),
+                background: true,
+                background_bandwidth: ByteSize::kib(0),
+                background_delay: Duration::ZERO,
+                background_deadline: Duration::from_secs(3600),
             },
             cache: CacheConfig {
                 checkpoint_interval: Duration::from_secs(5),
+                quota: Amount::NONE,
+                min_free: Amount::Percent(5),
             },
             fuse: FuseConfig {
                 workers: 4,
@@ -174,8 +196,17 @@ impl Config {
             read_around,
             max_range,
             prefetch,
+            read_deadline,
+            background,
+            background_bandwidth,
+            background_delay,
+            background_deadline,
         } = fetch;
-        let CacheConfig { checkpoint_interval } = cache;
+        let CacheConfig {
+            checkpoint_interval,
+            quota,
+            min_free,
+        } = cache;
         let FuseConfig {
             workers,
             max_background,
@@ -201,8 +232,15 @@ impl Config {
             format!("read_around = {}", text(read_around)),
             format!("max_range = {}", text(max_range)),
             format!("prefetch = {prefetch}"),
+            format!("read_deadline = {}", time(*read_deadline)),
+            format!("background = {background}"),
+            format!("background_bandwidth = {}", text(background_bandwidth)),
+            format!("background_delay = {}", time(*background_delay)),
+            format!("background_deadline = {}", time(*background_deadline)),
             "\n[cache]".to_owned(),
             format!("checkpoint_interval = {}", time(*checkpoint_interval)),
+            format!("quota = {}", text(quota)),
+            format!("min_free = {}", text(min_free)),
             "\n[fuse]".to_owned(),
             format!("workers = {workers}"),
             format!("max_background = {max_background}"),

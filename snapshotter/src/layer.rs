@@ -11,6 +11,7 @@ mod image;
 pub mod layers;
 mod open;
 pub mod platform;
+pub mod report;
 pub mod source;
 mod sys;
 #[cfg(test)]
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
+use layers::inspector::Inspector;
 use layers::warming::Warmer;
 
 /// An error of whichever part refused to serve a layer lazily.
@@ -240,11 +242,20 @@ pub trait LayerMounts: Send + Sync + 'static {
     /// No snapshot uses the layer any more: unmounts it; the cache stays. A layer that is not mounted is fine.
     async fn release(&self, toc_digest: &Digest);
 
+    /// All layers that snapshots refer to, told once after the start and before they are restored. Until then none is given up to
+    /// make room; from then on those that are not among them, and not mounted since, may be.
+    fn in_use(&self, _layers: &[Digest]) {}
+
     /// Bytes on disk and inodes of a layer; zero for one that is unknown.
     fn usage(&self, toc_digest: &Digest) -> Usage;
 
     /// What warms images, and takes the logins that are handed over; none where no layer is lazy.
     fn warmer(&self) -> Option<Warmer> {
+        None
+    }
+
+    /// What looks at layers and their cache for operators; none where no layer is lazy.
+    fn inspector(&self) -> Option<Inspector> {
         None
     }
 

@@ -101,6 +101,8 @@ impl Loop {
         let lifetime = Arc::new(Lifetime::new(1));
         let worker = Worker {
             index: 0,
+            // No more than this one: what plays the kernel here does not nudge.
+            roster: Arc::new(Roster::new(1, Duration::from_secs(60))),
             fs: Arc::new(Stub),
             channel: Arc::new(Channel::new(ours)),
             pending: Arc::clone(&pending),
@@ -112,6 +114,7 @@ impl Loop {
                 minor: u32::MAX,
             },
         };
+        worker.roster.enlist();
         let thread = Some(std::thread::spawn(move || worker.run()));
         Self {
             kernel: Some(kernel),

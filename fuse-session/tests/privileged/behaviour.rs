@@ -44,6 +44,28 @@ fn privileged_sixty_four_threads_read_right_bytes() {
 }
 
 #[test]
+fn privileged_workers_come_with_requests_and_leave_when_it_is_quiet() {
+    let mounted = Mounted::with(one_file(), |config| config.worker_patience = Duration::from_millis(100));
+    let read = || {
+        // Looked up and opened anew: the kernel must ask.
+        let file = File::open(mounted.path("file")).unwrap();
+        let mut buffer = [0; 4096];
+        file.read_exact_at(&mut buffer, 8192).unwrap();
+        assert!(buffer == pattern(100_000)[8192..12_288]);
+    };
+    for _ in 0..3 {
+        eventually("a second worker", || {
+            read();
+            mounted.session().workers() > 1
+        });
+        assert!(mounted.session().workers() <= 4);
+        eventually("a session of one worker", || mounted.session().workers() == 1);
+        assert!(mounted.session().is_alive());
+        read();
+    }
+}
+
+#[test]
 fn privileged_offsets_beyond_four_gib_are_whole() {
     let block = pattern(1 << 20);
     let mut tree = Tree::default();

@@ -40,9 +40,18 @@ section!(pub(super) FetchFile {
     max_requests,
     read_around,
     max_range,
-    prefetch
+    prefetch,
+    read_deadline,
+    background,
+    background_bandwidth,
+    background_delay,
+    background_deadline
 });
-section!(pub(super) CacheFile { checkpoint_interval });
+section!(pub(super) CacheFile {
+    checkpoint_interval,
+    quota,
+    min_free
+});
 section!(pub(super) FuseFile {
     workers,
     max_background,

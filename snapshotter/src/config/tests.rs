@@ -72,8 +72,15 @@ fn every_value_is_taken_over() {
         read_around = "1MiB"
         max_range = "2MiB"
         prefetch = false
+        read_deadline = "9s"
+        background = false
+        background_bandwidth = "3MiB"
+        background_delay = "4s"
+        background_deadline = "2h"
         [cache]
         checkpoint_interval = "250ms"
+        quota = "30GiB"
+        min_free = "12%"
         [fuse]
         workers = 1
         max_background = 12
@@ -116,8 +123,20 @@ fn every_value_is_taken_over() {
         (fetch.max_requests, fetch.read_around, fetch.max_range),
         (3, ByteSize::mib(1), ByteSize::mib(2))
     );
-    assert!(!fetch.prefetch);
+    assert!(!fetch.prefetch && !fetch.background);
+    assert_eq!(
+        (fetch.read_deadline, fetch.background_bandwidth),
+        (Duration::from_secs(9), ByteSize::mib(3))
+    );
+    assert_eq!(
+        (fetch.background_delay, fetch.background_deadline),
+        (Duration::from_secs(4), Duration::from_secs(7200))
+    );
     assert_eq!(cache.checkpoint_interval, Duration::from_millis(250));
+    assert_eq!(
+        (cache.quota.to_string(), cache.min_free.to_string()),
+        ("30GiB".to_owned(), "12%".to_owned())
+    );
     assert_eq!(
         (fuse.workers, fuse.max_background, fuse.read_ahead),
         (1, 12, ByteSize::kib(128))

@@ -101,6 +101,11 @@ fn checked_fetch(check: &mut Check, section: Section<FetchFile>, default: FetchC
         read_around,
         max_range,
         prefetch,
+        read_deadline,
+        background,
+        background_bandwidth,
+        background_delay,
+        background_deadline,
         unknown,
     } = check.enter("fetch", section);
     check.note_unknown(unknown);
@@ -119,6 +124,21 @@ fn checked_fetch(check: &mut Check, section: Section<FetchFile>, default: FetchC
             (ByteSize::kib(64), ByteSize::mib(256)),
         ),
         prefetch: check.switch("prefetch", prefetch, default.prefetch),
+        read_deadline: check.duration("read_deadline", read_deadline, default.read_deadline, SECONDS),
+        background: check.switch("background", background, default.background),
+        background_bandwidth: check.size(
+            "background_bandwidth",
+            background_bandwidth,
+            default.background_bandwidth,
+            (ByteSize::kib(0), ByteSize::mib(1 << 20)),
+        ),
+        background_delay: check.duration("background_delay", background_delay, default.background_delay, DELAY),
+        background_deadline: check.duration(
+            "background_deadline",
+            background_deadline,
+            default.background_deadline,
+            DEADLINE,
+        ),
     };
     if fetch.read_around > fetch.max_range {
         let allowed = format!("at most fetch.max_range, which is {}", fetch.max_range);
@@ -130,6 +150,8 @@ fn checked_fetch(check: &mut Check, section: Section<FetchFile>, default: FetchC
 fn checked_cache(check: &mut Check, section: Section<CacheFile>, default: CacheConfig) -> CacheConfig {
     let CacheFile {
         checkpoint_interval,
+        quota,
+        min_free,
         unknown,
     } = check.enter("cache", section);
     check.note_unknown(unknown);
@@ -141,6 +163,10 @@ fn checked_cache(check: &mut Check, section: Section<CacheFile>, default: CacheC
     );
     CacheConfig {
         checkpoint_interval: interval,
+        quota: check.text("quota", quota, AMOUNTS, default.quota, |text| text.parse().ok()),
+        min_free: check.text("min_free", min_free, AMOUNTS, default.min_free, |text| {
+            text.parse().ok()
+        }),
     }
 }
 
@@ -187,6 +213,9 @@ fn checked_ca_file(check: &mut Check, value: Option<Value>, default: Option<Path
     Some(path)
 }
 
+const AMOUNTS: &str = "a size such as \"20GiB\", or a share of the filesystem such as \"40%\"";
 const HOSTS: &str = "a list of hosts such as [\"registry.local:5000\"]";
 const SECONDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
+const DELAY: (Duration, Duration) = (Duration::ZERO, Duration::from_secs(24 * 3600));
+const DEADLINE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30 * 24 * 3600));
 const CHECKPOINT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(600));

@@ -10,20 +10,33 @@
 //!
 //! Invariants, all of them kept in this module and its children:
 //! - a layer directory appears under its name only when `toc`, `index`, `data` and `origin` are in place and durable;
-//! - a byte reaches `data` only through [`CachedLayer::store`], which compares the chunk's digest first;
-//! - a bit reaches `resident` only after the data under it is durable ([`CachedLayer::checkpoint`]).
+//! - a byte reaches `data` only through [`OpenLayer::store`], which compares the chunk's digest first, or as a clone of another layer's
+//!   ([`OpenLayer::adopt_chunk`]), which is compared before it counts;
+//! - a bit reaches `resident` only after the data under it is durable ([`OpenLayer::checkpoint`]), and leaves it before they go;
+//! - a layer is open once in the process, and stays as long as it is open or a snapshot refers to it.
 //!
 //! [`LayerStore`] opens and creates layers for [`super::layers`]; the fetch engine writes and the filesystem reads a
 //! [`CachedLayer`]. All calls are synchronous; those that sync files belong on a blocking thread.
 
+mod evict;
 mod files;
+mod heat;
+mod hold;
 mod layer;
+pub mod limits;
+mod report;
 mod residency;
+pub mod reuse;
+mod shelf;
 mod store;
 
 #[cfg(test)]
 mod tests;
 
-pub use layer::{CachedLayer, StoreError};
+pub use evict::Dropped;
+pub use hold::Held;
+pub use layer::{CachedLayer, OpenLayer, StoreError};
+pub use report::CacheLimits;
 pub use residency::{Residency, ResidencyError};
+pub use shelf::Pin;
 pub use store::{CacheError, LayerStore, Origin};

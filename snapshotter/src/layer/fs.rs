@@ -281,12 +281,16 @@ impl LayerFs {
         if place.is_empty() {
             return Ok(Bytes::new());
         }
-        let resident = self.layer().residency().contains_all(chunks.clone());
-        if !resident {
-            self.fetch.ensure(chunks).await.map_err(FsError::Fetch)?;
+        let resident = self.layer().read_resident(place.clone(), chunks.clone());
+        if let Some(bytes) = resident.map_err(FsError::Cache)? {
+            self.fetch.count_read(true, bytes.len());
+            return Ok(bytes);
         }
+        // Nothing of it is given up between its coming and its being read.
+        let _held = self.layer().hold(chunks.clone());
+        self.fetch.ensure(chunks).await.map_err(FsError::Fetch)?;
         let bytes = self.layer().read(place).map_err(FsError::Cache)?;
-        self.fetch.count_read(resident, bytes.len());
+        self.fetch.count_read(false, bytes.len());
         Ok(bytes)
     }
 

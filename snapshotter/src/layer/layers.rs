@@ -4,7 +4,10 @@
 //! after the other under the slot's locks, and different layers do not wait for each other. Work runs in tasks of its own, so a
 //! caller that gives up leaves a layer mounted or not, and never half.
 
+pub mod inspector;
 mod manifest;
+#[cfg(test)]
+mod memory;
 mod mounted;
 mod opening;
 #[cfg(test)]
@@ -26,8 +29,10 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::inspector::Inspector;
 use self::mounted::Mounted;
 use self::warming::{Turns, Warmer};
+use super::cache::limits::Limits;
 use super::cache::{CacheError, LayerStore};
 use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
@@ -97,7 +102,11 @@ impl Layers {
     /// Layers under `config.root`, fetched and served on `runtime`. Whether there is FUSE, the daemon has found out before.
     pub fn new(config: &Config, metrics: Metrics, runtime: Handle) -> Result<Self, LayersError> {
         let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
-        let store = LayerStore::open(&root).map_err(LayersError::Cache)?;
+        let limits = Limits {
+            quota: config.cache.quota,
+            min_free: config.cache.min_free,
+        };
+        let store = LayerStore::within(&root, limits, metrics.clone()).map_err(LayersError::Cache)?;
         let handed_over = HandedOver::default();
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
         let shared = Arc::new(Shared {
@@ -123,7 +132,7 @@ impl Layers {
         Ok(layers)
     }
 
-    /// Makes residency durable every now and then.
+    /// Makes residency durable and keeps the cache within its limits every now and then.
     fn spawn_checkpoints(&self, runtime: &Handle) {
         let (shared, stop) = (self.shared.clone(), self.shared.stop.clone());
         let mut ticks = {
@@ -135,6 +144,9 @@ impl Layers {
             loop {
                 ticks.tick().await;
                 shared.checkpoint_all().await;
+                let tidying = shared.clone();
+                // A panic there has been reported, and concerns no reader.
+                let _ = tokio::task::spawn_blocking(move || tidying.store.tidy()).await;
             }
         };
         self.shared
@@ -288,8 +300,13 @@ impl LayerMounts for Layers {
         let (shared, began) = (self.shared.clone(), Instant::now());
         self.detached(async move {
             let toc_digest = shared.identity(&request).await?;
+            let _pin = shared.store.pin(&toc_digest);
             let slot = shared.slot(&toc_digest);
             let result = shared.mount(&slot, toc_digest, &request).await;
+            if result.is_ok() {
+                // Until it is released.
+                shared.store.keep(&toc_digest);
+            }
             shared.forget(&toc_digest, slot);
             shared.metrics.layer_mount.observe(began.elapsed().as_secs_f64());
             result
@@ -300,6 +317,8 @@ impl LayerMounts for Layers {
     async fn restore(&self, origin: LayerOrigin) -> Result<LayerMount, NotLazy> {
         let shared = self.shared.clone();
         self.detached(async move {
+            // Also if it cannot be mounted now: a snapshot refers to it.
+            shared.store.keep(&origin.toc_digest);
             let slot = shared.slot(&origin.toc_digest);
             let result = shared.restore(&slot, &origin).await;
             shared.forget(&origin.toc_digest, slot);
@@ -314,10 +333,16 @@ impl LayerMounts for Layers {
         let released = self.detached(async move {
             let slot = shared.slot(&toc_digest);
             shared.unmount_and_forget(toc_digest, slot).await;
+            shared.store.let_go(&toc_digest);
             Ok(())
         });
         // Refused only while stopping, which unmounts everything.
         let _ = released.await;
+    }
+
+    fn in_use(&self, layers: &[Digest]) {
+        layers.iter().for_each(|layer| self.shared.store.keep(layer));
+        self.shared.store.settle();
     }
 
     fn usage(&self, toc_digest: &Digest) -> Usage {
@@ -326,6 +351,10 @@ impl LayerMounts for Layers {
 
     fn warmer(&self) -> Option<Warmer> {
         Some(Warmer::new(self.shared.clone()))
+    }
+
+    fn inspector(&self) -> Option<Inspector> {
+        Some(Inspector::new(self.shared.clone()))
     }
 
     async fn shutdown(&self) {

@@ -2,26 +2,27 @@
 //! alone where the manifest tells its place. Only a layer whose TOC is in another image costs more.
 //!
 //! The TOC's digest is compared before the TOC is parsed; everything taken from it afterwards is what the image's manifest
-//! promised. What else the request brought is handed back, so that it need not be fetched again.
+//! promised. What else the request brought is handed back, so that it need not be fetched again. [`reader`] asks the layer's
+//! sources; one whose bytes are not the promised ones is not asked again as long as there are others.
 
 pub(super) mod elsewhere;
 mod form;
+mod reader;
 
-use std::ops::Range;
-use std::time::Duration;
+use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use estargz::digest::Digest;
 use estargz::footer::MAX_FOOTER_SIZE;
 use estargz::footer::zstd::Position;
 use estargz::member::Compression;
-use futures_util::StreamExt;
+use tokio::sync::OwnedSemaphorePermit;
 
 use self::elsewhere::TocImages;
+use self::reader::{Received, Sources};
 use super::NotLazy;
-use super::source::{BlobSource, ByteStream, Priority, SourceError};
-use crate::metrics::Metrics;
-use crate::metrics::defs::{FetchLabels, KindLabels};
+use super::fetch::Engine;
+use super::source::{BlobSource, SourceError};
 
 /// Share of the blob that the tail request covers, if nothing tells where the TOC begins: one in [`TAIL_SHARE`] bytes. A TOC costs
 /// 60 to 100 compressed bytes per file; layers of Debian packages have about 5 KiB compressed per file.
@@ -30,10 +31,8 @@ const TAIL_SHARE: u64 = 48;
 const MIN_TAIL: u64 = 128 << 10;
 /// Longest tail asked for by guess. A second request for the rest of a larger TOC costs less than this does.
 const MAX_TAIL: u64 = 4 << 20;
-/// Attempts for each of the two requests.
-const MAX_ATTEMPTS: u32 = 3;
-/// Pause before the second attempt; doubles.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Memory for a TOC, its parsed form and its index, for each of its compressed bytes; those compress to a tenth.
+const UNFOLDED: u64 = 16;
 
 /// Where to look for a layer's TOC.
 #[derive(Debug, Clone, Copy)]
@@ -58,6 +57,8 @@ pub(super) struct OpenedBlob {
     pub(super) blob_size: u64,
     /// Bytes of the blob before the TOC that were received too, and where they begin.
     pub(super) leftover: (u64, Bytes),
+    /// The share of the memory for TOCs that this one has.
+    _memory: Option<OwnedSemaphorePermit>,
 }
 
 /// Length of the first request for a blob of `size` bytes.
@@ -66,34 +67,59 @@ pub(super) fn tail_length(size: Option<u64>) -> u64 {
     size.map_or(guess, |size| guess.min(size))
 }
 
-/// Reads footer and TOC of `source` and verifies the TOC; asks `elsewhere` for a TOC that is not in the blob.
+/// Reads footer and TOC from whichever of `sources` has the promised ones, and verifies the TOC; asks `elsewhere` for one that is
+/// not in the blob.
 pub(super) async fn open(
-    source: &dyn BlobSource,
+    engine: &Engine,
+    sources: Vec<Arc<dyn BlobSource>>,
     image: &str,
     expected: Expected,
     elsewhere: &dyn TocImages,
-    metrics: &Metrics,
-    stall: Duration,
 ) -> Result<OpenedBlob, NotLazy> {
-    let reader = TailReader { source, metrics, stall };
+    let mut sources = Sources::new(engine, sources);
+    let result = loop {
+        match open_once(engine, &mut sources, image, expected, elsewhere).await {
+            Err(error) if is_content(&error) && sources.rule_out_deliverers() => {
+                tracing::warn!(image, layer = %expected.layer, error = &error as &dyn std::error::Error, "a source of the layer has wrong bytes; asking another");
+            }
+            result => break result,
+        }
+    };
+    engine.note_opened(expected.toc, sources.requests(), sources.bytes());
+    result
+}
+
+/// Whether other bytes would help.
+fn is_content(error: &NotLazy) -> bool {
+    matches!(
+        error,
+        NotLazy::NotEstargz { .. }
+            | NotLazy::Unsupported { .. }
+            | NotLazy::TocMismatch { .. }
+            | NotLazy::TocInvalid { .. }
+    )
+}
+
+async fn open_once(
+    engine: &Engine,
+    sources: &mut Sources<'_>,
+    image: &str,
+    expected: Expected,
+    elsewhere: &dyn TocImages,
+) -> Result<OpenedBlob, NotLazy> {
     let unreachable = |cause: SourceError| NotLazy::Registry {
         image: image.to_owned(),
         layer: expected.layer,
         cause: Box::new(cause),
     };
-    let (footer, received) = match form::told(expected, source.size()) {
-        Some((footer, toc, size)) => {
-            let part = reader.with_toc(toc, size).await.map_err(unreachable)?;
-            (
-                footer,
-                Received {
-                    blob_size: size,
-                    ..part
-                },
-            )
+    let (footer, received) = match form::told(expected, sources.size()) {
+        Some((footer, toc, blob_size)) => {
+            let start = toc.start.min(blob_size.saturating_sub(tail_length(Some(blob_size))));
+            let part = sources.receive(start..toc.end, None).await.map_err(unreachable)?;
+            (footer, Received { blob_size, ..part })
         }
         None => {
-            let tail = reader.tail().await.map_err(unreachable)?;
+            let tail = sources.tail(tail_length).await.map_err(unreachable)?;
             let footer = form::footer(&tail.bytes, tail.blob_size, expected.layer)?;
             (footer, tail)
         }
@@ -103,13 +129,23 @@ pub(super) async fn open(
         blob_size,
         bytes,
     } = received;
-    let (compressed, leftover) = match footer.toc.clone() {
-        Some(toc) => reader.member(toc, start, bytes).await.map_err(unreachable)?,
-        None => {
-            let toc = reader.elsewhere(elsewhere, image, expected).await?;
-            (toc, (start, before(bytes, start, footer.toc_offset)))
-        }
+    let Some(toc) = footer.toc.clone() else {
+        let (toc, memory) = external(engine, sources, image, expected, elsewhere).await?;
+        return Ok(OpenedBlob {
+            toc,
+            toc_offset: footer.toc_offset,
+            compression: footer.kind.compression(),
+            blob_size,
+            leftover: (start, before(bytes, start, footer.toc_offset)),
+            _memory: memory,
+        });
     };
+    // What waits here holds a tail and no more.
+    let memory = engine
+        .reserve_opening((toc.end - toc.start).saturating_mul(UNFOLDED))
+        .await;
+    let compressed = sources.rest(toc, start, bytes).await;
+    let (compressed, leftover) = compressed.map_err(unreachable)?;
     let compression = footer.kind.compression();
     Ok(OpenedBlob {
         toc: form::verified(compression, compressed, expected).await?,
@@ -117,7 +153,42 @@ pub(super) async fn open(
         compression,
         blob_size,
         leftover,
+        _memory: memory,
     })
+}
+
+/// The TOC that another image has, from whichever of its sources has the promised one; requests count as those for the layer.
+async fn external(
+    engine: &Engine,
+    layer: &mut Sources<'_>,
+    image: &str,
+    expected: Expected,
+    elsewhere: &dyn TocImages,
+) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), NotLazy> {
+    let failed = |cause: SourceError| NotLazy::TocImage {
+        image: image.to_owned(),
+        layer: expected.layer,
+        cause: Box::new(cause),
+    };
+    let found = elsewhere.find(image, &expected.layer).await.map_err(failed)?;
+    let mut sources = Sources::new(engine, found);
+    let size = sources.size().unwrap_or(0);
+    form::bounded(&(0..size), expected.layer)?;
+    let memory = engine.reserve_opening(size.saturating_mul(UNFOLDED)).await;
+    let result = loop {
+        let received = match sources.receive(0..size, None).await {
+            Ok(received) => received,
+            Err(error) => break Err(failed(error)),
+        };
+        match form::verified(Compression::Gzip, received.bytes, expected).await {
+            Err(error) if sources.rule_out_deliverers() => {
+                tracing::warn!(image, layer = %expected.layer, error = &error as &dyn std::error::Error, "a source of the TOC has wrong bytes; asking another");
+            }
+            result => break result,
+        }
+    };
+    layer.charge(sources.requests(), sources.bytes());
+    Ok((result?, memory))
 }
 
 /// What of `bytes`, which begin at `start` of the blob, lies before `end`.
@@ -126,180 +197,30 @@ fn before(mut bytes: Bytes, start: u64, end: u64) -> Bytes {
     bytes
 }
 
-struct TailReader<'a> {
-    source: &'a dyn BlobSource,
-    metrics: &'a Metrics,
-    stall: Duration,
-}
-
-/// A part of the blob.
-#[derive(Debug, Clone)]
-enum Part {
-    Range(Range<u64>),
-    /// The last bytes of a blob whose size is not known.
-    Tail(u64),
-}
-
-/// The end of a blob, received.
-struct Received {
-    start: u64,
-    blob_size: u64,
-    bytes: Bytes,
-}
-
-impl TailReader<'_> {
-    /// The end of the blob.
-    async fn tail(&self) -> Result<Received, SourceError> {
-        let size = self.source.size();
-        let length = tail_length(size);
-        match size {
-            Some(0) => Ok(Received {
-                start: 0,
-                blob_size: 0,
-                bytes: Bytes::new(),
-            }),
-            Some(size) => {
-                let received = self.receive(Part::Range(size - length..size)).await?;
-                Ok(Received {
-                    blob_size: size,
-                    ..received
-                })
-            }
-            None => self.receive(Part::Tail(length)).await,
-        }
-    }
-
-    /// The TOC, whose place is known, and as much before it as would come with a tail.
-    async fn with_toc(&self, toc: Range<u64>, size: u64) -> Result<Received, SourceError> {
-        let start = toc.start.min(size.saturating_sub(tail_length(Some(size))));
-        self.receive(Part::Range(start..toc.end)).await
-    }
-
-    /// The TOC that another image has.
-    async fn elsewhere(&self, images: &dyn TocImages, image: &str, expected: Expected) -> Result<Bytes, NotLazy> {
-        let failed = |cause: SourceError| NotLazy::TocImage {
-            image: image.to_owned(),
-            layer: expected.layer,
-            cause: Box::new(cause),
-        };
-        let source = images.find(image, &expected.layer).await.map_err(failed)?;
-        let size = source.size().unwrap_or(0);
-        form::bounded(&(0..size), expected.layer)?;
-        let reader = TailReader {
-            source: &*source,
-            metrics: self.metrics,
-            stall: self.stall,
-        };
-        let received = reader.receive(Part::Range(0..size)).await.map_err(failed)?;
-        Ok(received.bytes)
-    }
-
-    /// The TOC member, from the tail as far as it is there, and what the tail holds before it.
-    async fn member(&self, toc: Range<u64>, start: u64, mut tail: Bytes) -> Result<(Bytes, (u64, Bytes)), SourceError> {
-        let to_len = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-        if toc.start >= start {
-            let before = tail.split_to(to_len(toc.start - start).min(tail.len()));
-            tail.truncate(to_len(toc.end - toc.start));
-            return Ok((tail, (start, before)));
-        }
-        let missing = self.receive(Part::Range(toc.start..start.min(toc.end))).await?;
-        let mut member = BytesMut::from(&missing.bytes[..]);
-        member.extend_from_slice(&tail[..to_len(toc.end.saturating_sub(start)).min(tail.len())]);
-        Ok((member.freeze(), (toc.start, Bytes::new())))
-    }
-
-    /// Asks for a part, several times if need be.
-    async fn receive(&self, part: Part) -> Result<Received, SourceError> {
-        let mut attempt = 1;
-        loop {
-            let result = self.ask(part.clone()).await;
-            let label = result.as_ref().map_or_else(SourceError::class, |_| "ok");
-            self.metrics
-                .fetch_requests
-                .get_or_create(&FetchLabels {
-                    kind: "toc",
-                    result: label,
-                })
-                .inc();
-            match result {
-                Err(error) if error.is_transient() && attempt < MAX_ATTEMPTS => {
-                    tracing::debug!(%error, attempt, "asking for the TOC again");
-                    tokio::time::sleep(FIRST_PAUSE * 2u32.pow(attempt - 1)).await;
-                    attempt += 1;
-                }
-                result => return result,
-            }
-        }
-    }
-
-    async fn ask(&self, part: Part) -> Result<Received, SourceError> {
-        match part {
-            Part::Range(range) => {
-                let body = self.in_time(self.source.read(range.clone(), Priority::Demand)).await?;
-                let bytes = self.collect(body, range.end - range.start).await?;
-                Ok(Received {
-                    start: range.start,
-                    blob_size: range.end,
-                    bytes,
-                })
-            }
-            Part::Tail(length) => {
-                let tail = self.in_time(self.source.read_tail(length)).await?;
-                // A source that gives more than was asked for would be read without a bound.
-                let bytes = self
-                    .collect(tail.body, tail.blob_size.saturating_sub(tail.start).min(length))
-                    .await?;
-                Ok(Received {
-                    start: tail.start,
-                    blob_size: tail.blob_size,
-                    bytes,
-                })
-            }
-        }
-    }
-
-    async fn in_time<T>(&self, ask: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
-        match tokio::time::timeout(self.stall, ask).await {
-            Ok(result) => result,
-            Err(_) => Err(SourceError::transient(format!("no answer within {:?}", self.stall))),
-        }
-    }
-
-    async fn collect(&self, mut body: ByteStream, length: u64) -> Result<Bytes, SourceError> {
-        let mut bytes = BytesMut::new();
-        while (bytes.len() as u64) < length {
-            let next = async {
-                body.next()
-                    .await
-                    .unwrap_or_else(|| Err(SourceError::transient("the body ended early")))
-            };
-            let piece = self.in_time(next).await?;
-            self.metrics
-                .fetch_bytes
-                .get_or_create(&KindLabels { kind: "toc" })
-                .inc_by(piece.len() as u64);
-            bytes.extend_from_slice(&piece);
-        }
-        bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
-        Ok(bytes.freeze())
-    }
-}
-
 const _: () = assert!(MIN_TAIL > MAX_FOOTER_SIZE as u64, "the first request holds the footer");
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::time::Duration;
 
     use async_trait::async_trait;
     use estargz::footer::FooterKind;
     use proptest::prelude::*;
+    use tokio::runtime::Handle;
 
     use super::*;
+    use crate::layer::fetch::FetchOptions;
     use crate::layer::source::scripted::{Fault, Scripted};
     use crate::layer::testing::{Packing, Sample};
+    use crate::metrics::Metrics;
 
-    const STALL: Duration = Duration::from_millis(300);
+    fn engine() -> Arc<Engine> {
+        let options = FetchOptions {
+            stall_timeout: Duration::from_millis(300),
+            ..FetchOptions::default()
+        };
+        Engine::new(options, Metrics::unregistered(), Handle::current())
+    }
 
     #[test]
     fn the_tail_is_bounded_and_never_longer_than_the_blob() {
@@ -325,21 +246,34 @@ mod tests {
 
     #[async_trait]
     impl TocImages for Elsewhere {
-        async fn find(&self, image: &str, _layer: &Digest) -> Result<Arc<dyn BlobSource>, SourceError> {
+        async fn find(&self, image: &str, _layer: &Digest) -> Result<Vec<Arc<dyn BlobSource>>, SourceError> {
             assert_eq!(image, "registry.test/image:1");
             match &self.0 {
-                Some(source) => Ok(Arc::new(source.clone())),
+                Some(source) => Ok(vec![Arc::new(source.clone())]),
                 None => Err(SourceError::transient("there is none")),
             }
         }
     }
 
     async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
-        opened_with(source, sample, None, &Elsewhere(None)).await
+        opened_from(&[source], sample).await
+    }
+
+    async fn opened_from(sources: &[&Arc<Scripted>], sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+        opened_as(sources, sample, None, &Elsewhere(None)).await
     }
 
     async fn opened_with(
         source: &Arc<Scripted>,
+        sample: &Sample,
+        position: Option<Position>,
+        elsewhere: &Elsewhere,
+    ) -> Result<OpenedBlob, NotLazy> {
+        opened_as(&[source], sample, position, elsewhere).await
+    }
+
+    async fn opened_as(
+        sources: &[&Arc<Scripted>],
         sample: &Sample,
         position: Option<Position>,
         elsewhere: &Elsewhere,
@@ -349,8 +283,9 @@ mod tests {
             toc: sample.toc_digest,
             position,
         };
-        let (image, metrics) = ("registry.test/image:1", Metrics::unregistered());
-        open(source, image, expected, elsewhere, &metrics, STALL).await
+        let source = |source: &&Arc<Scripted>| Arc::new(Arc::clone(source)) as Arc<dyn BlobSource>;
+        let sources = sources.iter().map(source).collect();
+        open(&engine(), sources, "registry.test/image:1", expected, elsewhere).await
     }
 
     fn zstd(count: usize, length: usize) -> Sample {
@@ -469,16 +404,54 @@ mod tests {
         source.script([Fault::CutAfter(100), Fault::StallAfter(10)]);
         opened(&source, &sample).await.unwrap();
         assert_eq!(source.requests().len(), 3);
+        let asked: Vec<_> = source.requests().into_iter().map(|(range, _)| range.start).collect();
+        assert_eq!(
+            [asked[1] - asked[0], asked[2] - asked[0]],
+            [100, 110],
+            "what came is kept"
+        );
         source.script([Fault::Permanent]);
         assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
-        source.script([Fault::EndAfter(10); 3]);
+        source.script([Fault::EndAfter(10); 9]);
         assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
         source.corrupt(sample.toc_offset + 40, 1);
         let error = opened(&source, &sample).await.err().unwrap();
         assert!(
             matches!(error, NotLazy::TocInvalid { .. } | NotLazy::TocMismatch { .. }),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn any_source_that_has_the_promised_toc_will_do() {
+        let sample = Sample::uniform(60, 3_000, Packing::default());
+        let source = |host: &str| Arc::new(Scripted::new(sample.blob.clone()).at(host));
+        let (mirror, registry) = (source("mirror.test"), source("registry.test"));
+        for fault in [
+            Fault::Permanent,
+            Fault::Transient,
+            Fault::Busy(60_000),
+            Fault::StallAfter(1_000),
+        ] {
+            mirror.script([fault]);
+            let before = registry.requests().len();
+            let opened = opened_from(&[&mirror, &registry], &sample).await.unwrap();
+            assert!(opened.toc == sample.toc_json, "{fault:?}");
+            assert_eq!(registry.requests().len(), before + 1, "{fault:?}");
+        }
+        // Each time asked once, and the registry at once after it.
+        assert_eq!(mirror.requests().len(), 4);
+        // What came before the stall was not asked for again.
+        let (asked, rest) = (mirror.requests().pop().unwrap().0, registry.requests().pop().unwrap().0);
+        assert_eq!(rest, asked.start + 1_000..asked.end);
+        mirror.corrupt(sample.toc_offset + 40, u32::MAX);
+        let opened = opened_from(&[&mirror, &registry], &sample).await.unwrap();
+        assert!(opened.toc == sample.toc_json);
+        registry.corrupt(sample.toc_offset + 41, u32::MAX);
+        assert!(is_content(
+            &opened_from(&[&mirror, &registry], &sample).await.err().unwrap()
+        ));
     }
 
     proptest! {

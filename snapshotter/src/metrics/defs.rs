@@ -59,7 +59,7 @@ pub struct SourceLabels {
 /// Why something was fetched.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FetchLabels {
-    /// `toc`, `demand`, `prefetch` or `warm`.
+    /// `toc`, `demand`, `prefetch`, `warm` or `background`.
     pub kind: &'static str,
     /// `ok`, or the class of the registry error.
     pub result: &'static str,
@@ -68,7 +68,14 @@ pub struct FetchLabels {
 /// Bytes by reason of the fetch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct KindLabels {
-    /// `toc`, `demand`, `prefetch` or `warm`.
+    /// `toc`, `demand`, `prefetch`, `warm` or `background`.
+    pub kind: &'static str,
+}
+
+/// What the layer cache gave up.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EvictedLabels {
+    /// `layer` for layers that nobody used, `chunks` for parts of mounted ones.
     pub kind: &'static str,
 }
 
@@ -106,10 +113,22 @@ pub struct Metrics {
     pub fetch_bytes: Family<KindLabels, Counter>,
     /// Time of each request to a registry.
     pub fetch_request: Histogram,
+    /// Requests that went on at another source of the layer.
+    pub fetch_failovers: Counter,
+    /// Mounted layers whose rest is being fetched.
+    pub background_layers: Gauge,
     /// Chunks whose bytes did not match their digest.
     pub verify_failures: Counter,
     /// Writes to the layer cache that failed.
     pub cache_write_errors: Counter,
+    /// Bytes that the layer cache takes on disk.
+    pub cache_bytes: Gauge,
+    /// Bytes that it may take; 0 without a quota.
+    pub cache_quota_bytes: Gauge,
+    /// Bytes that it gave up to make room.
+    pub cache_evicted_bytes: Family<EvictedLabels, Counter>,
+    /// Bytes of chunks taken over from other layers of the node.
+    pub cache_reused_bytes: Counter,
 }
 
 /// 25 µs to 26 s: from a request answered from memory to one that waits for a slow registry.
@@ -148,8 +167,14 @@ impl Metrics {
             fetch_requests: Family::default(),
             fetch_bytes: Family::default(),
             fetch_request: slow_seconds(),
+            fetch_failovers: Counter::default(),
+            background_layers: Gauge::default(),
             verify_failures: Counter::default(),
             cache_write_errors: Counter::default(),
+            cache_bytes: Gauge::default(),
+            cache_quota_bytes: Gauge::default(),
+            cache_evicted_bytes: Family::default(),
+            cache_reused_bytes: Counter::default(),
         }
     }
 
@@ -222,6 +247,16 @@ impl Metrics {
             self.fetch_request.clone(),
         );
         r.register(
+            "fetch_failovers",
+            "Requests that went on at another source of the layer",
+            self.fetch_failovers.clone(),
+        );
+        r.register(
+            "background_layers",
+            "Mounted layers whose rest is being fetched",
+            self.background_layers.clone(),
+        );
+        r.register(
             "verify_failures",
             "Chunks whose bytes did not match their digest",
             self.verify_failures.clone(),
@@ -230,6 +265,34 @@ impl Metrics {
             "cache_write_errors",
             "Writes to the layer cache that failed",
             self.cache_write_errors.clone(),
+        );
+        self.register_cache(r);
+    }
+
+    fn register_cache(&self, r: &mut Registry) {
+        r.register_with_unit(
+            "cache",
+            "Bytes that the layer cache takes on disk",
+            Unit::Bytes,
+            self.cache_bytes.clone(),
+        );
+        r.register_with_unit(
+            "cache_quota",
+            "Bytes that the layer cache may take; 0 without a quota",
+            Unit::Bytes,
+            self.cache_quota_bytes.clone(),
+        );
+        r.register_with_unit(
+            "cache_evicted",
+            "Bytes that the layer cache gave up to make room",
+            Unit::Bytes,
+            self.cache_evicted_bytes.clone(),
+        );
+        r.register_with_unit(
+            "cache_reused",
+            "Bytes of chunks that were copied from other layers of the node instead of being fetched",
+            Unit::Bytes,
+            self.cache_reused_bytes.clone(),
         );
     }
 }

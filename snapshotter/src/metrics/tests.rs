@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
-use super::defs::{FetchLabels, KindLabels, OpErrorLabels, OpLabels, PrepareLabels, PrepareResult};
+use super::defs::{EvictedLabels, FetchLabels, KindLabels, OpErrorLabels, OpLabels, PrepareLabels, PrepareResult};
 use super::defs::{ResultLabels, SourceLabels};
 use super::*;
 
@@ -59,6 +59,10 @@ fn the_documented_metrics_are_the_real_ones() {
         })
         .inc();
     metrics.fetch_bytes.get_or_create(&KindLabels { kind: "toc" }).inc();
+    metrics
+        .cache_evicted_bytes
+        .get_or_create(&EvictedLabels { kind: "layer" })
+        .inc();
     let mut text = String::new();
     encode(&mut text, &registry).unwrap();
     assert!(

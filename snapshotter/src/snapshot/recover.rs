@@ -32,10 +32,16 @@ impl Service {
         let uses = self
             .blocking(|inner| layer_uses(inner.store(), inner.directories()))
             .await;
-        let uses = uses.unwrap_or_else(|error| {
-            tracing::error!(error = %chain(&error), "the layers to mount again cannot be read");
-            HashMap::new()
-        });
+        let uses = match uses {
+            Ok(uses) => {
+                self.inner.layers.in_use(&uses.keys().copied().collect::<Vec<_>>());
+                uses
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "the layers to mount again cannot be read");
+                HashMap::new()
+            }
+        };
         let results = stream::iter(uses.into_values())
             .map(|layer| async move { self.restore_use(layer).await })
             .buffer_unordered(self.inner.restore_parallelism)
@@ -94,6 +100,7 @@ impl Service {
         let toc = origin.toc_digest;
         if !self.blocking(move |inner| inner.store().layer_in_use(&toc)).await? {
             // Its last snapshot was removed meanwhile; a mount would never be released.
+            self.inner.layers.release(&toc).await;
             return Ok(Err(NotLazy::Refused {
                 why: "its last snapshot is removed",
             }));

@@ -15,6 +15,14 @@ pub(super) fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     result.and_then(|()| sync_dir(dir))
 }
 
+/// Removes `dir/name`, which need not be there, for good.
+pub(super) fn remove(dir: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(dir.join(name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Err(_) | Ok(()) => sync_dir(dir),
+    }
+}
+
 /// Creates `path` with `bytes` on disk.
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;

@@ -1,6 +1,7 @@
 //! Which chunks of a layer are in `data`: a bitmap in memory and its checkpointed form on disk.
 //!
-//! A bit is set only after its chunk's verified bytes were written, and is cleared only when the disk lost them. The file form names the layer and the
+//! A bit is set only after its chunk's verified bytes were written, and is cleared only when the disk lost them or before they are
+//! given up. The file form names the layer and the
 //! layout that its bits belong to and ends in a checksum, so a torn, foreign or damaged file is recognised and dropped as a whole:
 //! losing bits costs another fetch, a wrong bit would serve zeros.
 
@@ -49,6 +50,20 @@ impl Snapshot {
     /// Number of resident chunks.
     pub fn count(&self) -> u32 {
         self.0.iter().map(|word| word.count_ones()).sum()
+    }
+
+    /// Whether the chunk was resident.
+    pub fn contains(&self, chunk: u32) -> bool {
+        let (word, mask) = position(chunk);
+        self.0.get(word).is_some_and(|bits| bits & mask != 0)
+    }
+
+    /// Forgets a chunk.
+    pub fn remove(&mut self, chunk: u32) {
+        let (word, mask) = position(chunk);
+        if let Some(bits) = self.0.get_mut(word) {
+            *bits &= !mask;
+        }
     }
 }
 
@@ -106,6 +121,19 @@ impl Residency {
         })
     }
 
+    /// The number of chunks and of resident ones in the file form `bytes`, whichever layer it belongs to. For reports only.
+    pub fn peek(bytes: &[u8]) -> Option<(u32, u32)> {
+        let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST)?)?;
+        let (header, bitmap) = body.split_at_checked(HEADER)?;
+        let at = MAGIC.len() + 4;
+        let chunks = u32::from_le_bytes(header.get(at..at + 4)?.try_into().ok()?);
+        let is_sound = header.starts_with(&MAGIC)
+            && bitmap.len() == word_count(chunks) * 8
+            && Digest::of(body).as_bytes() == checksum;
+        let resident = bitmap.iter().map(|byte| byte.count_ones()).sum();
+        is_sound.then_some((chunks, resident))
+    }
+
     /// The bits as they are now.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot(self.words.iter().map(|word| word.load(Ordering::Acquire)).collect())
@@ -153,6 +181,22 @@ impl Residency {
             self.resident.fetch_add(1, Ordering::AcqRel);
         }
         fresh
+    }
+
+    /// Forgets a chunk whose bytes are about to be given up; false if it was not marked.
+    pub fn remove(&self, chunk: u32) -> bool {
+        let (word, mask) = position(chunk);
+        let Some(bits) = self.words.get(word) else { return false };
+        let was = bits.fetch_and(!mask, Ordering::AcqRel) & mask != 0;
+        if was {
+            self.resident.fetch_sub(1, Ordering::AcqRel);
+        }
+        was
+    }
+
+    /// Number of chunks, resident or not.
+    pub fn chunks(&self) -> u32 {
+        self.chunks
     }
 
     /// Number of resident chunks.
@@ -210,6 +254,8 @@ mod tests {
             let back = Residency::decode(&residency.encode(&residency.snapshot(), &binding()), &binding(), chunks).unwrap();
             prop_assert_eq!(back.count() as usize, model.len());
             prop_assert_eq!(back.is_complete(), model.len() == chunks as usize);
+            let peeked = Residency::peek(&residency.encode(&residency.snapshot(), &binding()));
+            prop_assert_eq!(peeked, Some((chunks, back.count())));
             for chunk in 0..chunks + 70 {
                 prop_assert_eq!(back.contains(chunk), model.contains(&chunk));
             }
@@ -223,6 +269,7 @@ mod tests {
             let at = at.index(bytes.len());
             if cut { bytes.truncate(at) } else { bytes[at] ^= flip }
             prop_assert!(Residency::decode(&bytes, &binding(), chunks).is_err());
+            prop_assert_eq!(Residency::peek(&bytes), None);
         }
     }
 

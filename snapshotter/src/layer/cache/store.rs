@@ -2,9 +2,10 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::str::FromStr;
+use std::sync::Arc;
 
 use estargz::digest::Digest;
 use estargz::index::{self, BlobLayout, LayerIndex};
@@ -13,15 +14,18 @@ use estargz::toc::Toc;
 use serde::{Deserialize, Serialize};
 
 use super::files;
-use super::layer::{CachedLayer, RESIDENT};
+use super::layer::{CachedLayer, OpenLayer, Parts, RESIDENT};
+use super::limits::Limits;
 use super::residency::{Binding, Residency};
-use crate::layer::{Usage, sys};
+use super::reuse::{Found, Search};
+use super::shelf::{Pin, Shelf, UNFINISHED};
+use crate::layer::Usage;
+use crate::layer::sys::{self, Mapped};
+use crate::metrics::Metrics;
 
 /// Mode of the directory of all layers. A layer holds setuid programs and private files of any image, and its mount
 /// honours them; containers come in through overlayfs, which looked the way up as root.
 const LAYERS_MODE: u32 = 0o700;
-/// Prefix of directories that are not layers yet; removed when the store is opened.
-const UNFINISHED: &str = ".new-";
 /// Largest `origin` file read.
 const MAX_ORIGIN_BYTES: u64 = 64 << 10;
 /// Largest `toc` file read: the largest TOC that the library accepts, which checks it again.
@@ -102,38 +106,46 @@ impl Origin {
 /// All layers of one cache root.
 #[derive(Debug)]
 pub struct LayerStore {
-    root: PathBuf,
-    /// Makes the names of unfinished directories distinct within this process.
-    unfinished: AtomicU64,
+    pub(super) shelf: Arc<Shelf>,
 }
 
 impl LayerStore {
-    /// Opens `<root>/layers`, making it if it is not there, and removes what an interrupted creation left.
+    /// Opens `<root>/layers` without limits and without anybody reading its metrics.
     pub fn open(root: &Path) -> Result<Self, CacheError> {
+        Self::within(root, Limits::NONE, Metrics::unregistered())
+    }
+
+    /// Opens `<root>/layers`, making it if it is not there, and removes what an interrupted creation or removal left.
+    pub fn within(root: &Path, limits: Limits, metrics: Metrics) -> Result<Self, CacheError> {
         let root = root.join("layers");
         fs::create_dir_all(&root).map_err(io_error("create", &root))?;
         // Also of one that is there already: it may have been made by hand, or with another umask.
         fs::set_permissions(&root, fs::Permissions::from_mode(LAYERS_MODE))
             .map_err(io_error("set the mode of", &root))?;
+        let mut found = Vec::new();
         for entry in fs::read_dir(&root).map_err(io_error("list", &root))? {
             let entry = entry.map_err(io_error("list", &root))?;
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with(UNFINISHED) {
                 let path = entry.path();
                 // In nobody's way but the disk's: names of new ones differ.
                 if let Err(error) = fs::remove_dir_all(&path) {
                     tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
                 }
+            } else if let Ok(layer) = Digest::from_str(&format!("sha256:{name}")) {
+                found.push(layer);
+            } else {
+                tracing::warn!(path = %entry.path().display(), "this is no layer and is left alone");
             }
         }
-        Ok(Self {
-            root,
-            unfinished: AtomicU64::new(0),
-        })
+        let shelf = Shelf::new(root, limits, metrics, &found);
+        Ok(Self { shelf })
     }
 
     /// Directory of a layer, there or not.
     pub fn path(&self, toc_digest: &Digest) -> PathBuf {
-        self.root.join(toc_digest.hex())
+        self.shelf.path(toc_digest)
     }
 
     /// Whether the layer's TOC is here, so that mounting it needs no request.
@@ -141,52 +153,72 @@ impl LayerStore {
         self.path(toc_digest).is_dir()
     }
 
+    /// Keeps a layer from being given up as long as the pin lives, whether it is there yet or not.
+    pub fn pin(&self, toc_digest: &Digest) -> Pin {
+        self.shelf.pin(toc_digest)
+    }
+
+    /// A snapshot refers to the layer from now on.
+    pub fn keep(&self, toc_digest: &Digest) {
+        self.shelf.keep(toc_digest, true);
+    }
+
+    /// No snapshot refers to the layer any more: it may be given up when room is needed.
+    pub fn let_go(&self, toc_digest: &Digest) {
+        self.shelf.keep(toc_digest, false);
+        self.shelf.note_closed(toc_digest);
+    }
+
+    /// All layers that snapshots refer to are kept: from now on others may be given up.
+    pub fn settle(&self) {
+        self.shelf.settle();
+    }
+
+    /// Whether what nobody waits for may be stored.
+    pub fn has_room(&self) -> bool {
+        self.shelf.has_room()
+    }
+
+    /// Keeps the cache within its limits, and gives memory back that is not needed now. Called every now and then; blocks.
+    pub fn tidy(&self) {
+        self.shelf.tidy();
+        let rested = self.shelf.all_open().iter().filter(|layer| layer.rest()).count();
+        if rested > 0 {
+            sys::give_back_memory();
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn shelf_for_test(&self) -> &Arc<Shelf> {
+        &self.shelf
+    }
+
+    /// Where on the node a chunk with this digest is.
+    pub fn find_elsewhere(&self, digest: &Digest, size: u32) -> Option<Found> {
+        Search::new(&self.shelf).find(digest, size)
+    }
+
     /// Creates a layer from its TOC, all of it or nothing.
     pub fn create(&self, toc_digest: &Digest, toc_json: &[u8], origin: &Origin) -> Result<CachedLayer, CacheError> {
         verify(toc_digest, toc_json)?;
+        let _pin = self.pin(toc_digest);
         let index = build_index(toc_json, origin, toc_digest)?;
-        let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.root.join(format!(
-            "{UNFINISHED}{}-{}-{number}",
-            toc_digest.hex(),
-            std::process::id()
-        ));
-        let written = self
-            .write_layer(&temporary, toc_json, &index, origin)
-            .and_then(|()| self.publish(&temporary, toc_digest));
+        let temporary = self.shelf.unfinished(toc_digest);
+        let written =
+            write_layer(&temporary, toc_json, &index, origin).and_then(|()| self.publish(&temporary, toc_digest));
         if let Err(error) = written {
             // What failed is what is reported; the next start removes the rest.
             let _ = fs::remove_dir_all(&temporary);
             return Err(error);
         }
-        self.open_layer(toc_digest)
-    }
-
-    fn write_layer(&self, dir: &Path, toc: &[u8], index: &[u8], origin: &Origin) -> Result<(), CacheError> {
-        fs::create_dir(dir).map_err(io_error("create", dir))?;
-        let data_size = open_index_bytes(index)?.data_size();
-        let data = dir.join("data");
-        File::create(&data)
-            .and_then(|file| file.set_len(data_size))
-            .map_err(io_error("create", &data))?;
-        for (name, bytes) in [("toc", toc), ("index", index), ("origin", &encode_origin(origin))] {
-            fs::write(dir.join(name), bytes).map_err(io_error("write", &dir.join(name)))?;
-        }
-        fs::create_dir(dir.join("mnt")).map_err(io_error("create", &dir.join("mnt")))?;
-        // All files first, so that the first sync takes most of the others along.
-        for name in ["toc", "index", "origin", "data"] {
-            let path = dir.join(name);
-            File::open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(io_error("sync", &path))?;
-        }
-        files::sync_dir(dir).map_err(io_error("sync", dir))
+        let path = self.path(toc_digest);
+        load(&self.shelf, toc_digest)?.ok_or_else(|| io_error("open", &path)(io::ErrorKind::NotFound.into()))
     }
 
     fn publish(&self, temporary: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
         let path = self.path(toc_digest);
         match fs::rename(temporary, &path) {
-            Ok(()) => files::sync_dir(&self.root).map_err(io_error("sync", &self.root)),
+            Ok(()) => files::sync_dir(&self.shelf.root).map_err(io_error("sync", &self.shelf.root)),
             // Somebody else finished the same layer; what a TOC digest names is always the same.
             // XFS says so with another error than the rest.
             Err(error)
@@ -201,114 +233,141 @@ impl LayerStore {
         }
     }
 
-    /// Opens a layer that is on disk; `None` if it is not.
+    /// Opens a layer that is on disk, or joins those who have it open; `None` if it is not there.
     ///
     /// An index that is damaged or of another version is built again from the TOC, whose digest is compared first.
     pub fn load(&self, toc_digest: &Digest) -> Result<Option<CachedLayer>, CacheError> {
-        if !self.contains(toc_digest) {
-            return Ok(None);
-        }
-        self.open_layer(toc_digest).map(Some)
-    }
-
-    fn open_layer(&self, toc_digest: &Digest) -> Result<CachedLayer, CacheError> {
-        let dir = self.path(toc_digest);
-        let (index, index_digest) = match map_index(&dir, toc_digest) {
-            Ok(mapped) => mapped,
-            Err(reason) => {
-                tracing::warn!(dir = %dir.display(), reason, "building the layer's index again");
-                self.rebuild_index(&dir, toc_digest)?;
-                map_index(&dir, toc_digest).map_err(|reason| CacheError::Toc(reason.into()))?
-            }
-        };
-        let binding = Binding {
-            toc: *toc_digest,
-            index: index_digest,
-        };
-        let path = dir.join("data");
-        let data = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(io_error("open", &path))?;
-        let length = data.metadata().map_err(io_error("stat", &path))?.len();
-        let residency = if length == index.data_size() {
-            load_residency(&dir, &binding, index.chunk_count())?
-        } else {
-            tracing::warn!(path = %path.display(), length, expected = index.data_size(), "data has a wrong length; starting empty");
-            Self::reset_data(&dir, &data, index.data_size())?;
-            Residency::empty(index.chunk_count())
-        };
-        let mount_point = dir.join("mnt");
-        match fs::create_dir(&mount_point) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("create", &mount_point)(error)),
-            _ => Ok(CachedLayer::new(dir, binding, index, data, residency)),
-        }
-    }
-
-    fn reset_data(dir: &Path, data: &File, size: u64) -> Result<(), CacheError> {
-        match fs::remove_file(dir.join(RESIDENT)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(io_error("remove", &dir.join(RESIDENT))(error));
-            }
-            _ => {}
-        }
-        data.set_len(0)
-            .and_then(|()| data.set_len(size))
-            .map_err(io_error("resize", &dir.join("data")))
-    }
-
-    fn rebuild_index(&self, dir: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
-        let origin = self.origin(toc_digest)?;
-        let path = dir.join("toc");
-        let toc = files::read_bounded(&path, MAX_TOC_FILE_BYTES)
-            .and_then(|toc| toc.ok_or_else(|| io::ErrorKind::NotFound.into()))
-            .map_err(io_error("read", &path))?;
-        verify(toc_digest, &toc)?;
-        let index = build_index(&toc, &origin, toc_digest)?;
-        files::replace(dir, "index", &index).map_err(io_error("write", &dir.join("index")))
+        load(&self.shelf, toc_digest)
     }
 
     /// Bytes allocated for a layer's files and their number; zero for a layer that is not here.
     pub fn usage(&self, toc_digest: &Digest) -> Usage {
-        // `mnt` is left out: asking for it would ask the mounted filesystem.
-        let path = self.path(toc_digest);
-        let files = ["", "toc", "index", "data", RESIDENT, "origin"];
-        let allocated = files
-            .iter()
-            .filter_map(|name| fs::symlink_metadata(path.join(name)).ok())
-            .map(|metadata| metadata.blocks() * 512);
-        allocated.fold(Usage::default(), |sum, bytes| Usage {
-            bytes: sum.bytes + bytes,
-            inodes: sum.inodes + 1,
-        })
+        self.shelf.usage(toc_digest)
     }
 
     /// Removes a layer that cannot be used; it must not be mounted.
     pub fn discard(&self, toc_digest: &Digest) -> Result<(), CacheError> {
         let path = self.path(toc_digest);
-        let number = self.unfinished.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.root.join(format!(
-            "{UNFINISHED}{}-{}-{number}",
-            toc_digest.hex(),
-            std::process::id()
-        ));
+        let temporary = self.shelf.unfinished(toc_digest);
         // Renamed first: half a layer must never be found under the layer's name.
         fs::rename(&path, &temporary).map_err(io_error("rename", &path))?;
+        self.shelf.forget(toc_digest);
         fs::remove_dir_all(&temporary).map_err(io_error("remove", &temporary))
     }
 
     /// Where a cached layer came from.
     pub fn origin(&self, toc_digest: &Digest) -> Result<Origin, CacheError> {
-        let path = self.path(toc_digest).join("origin");
-        let bytes = files::read_bounded(&path, MAX_ORIGIN_BYTES)
-            .and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()));
-        bytes
-            .and_then(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::from))
-            .map_err(io_error("read", &path))
+        read_origin(&self.path(toc_digest))
     }
+}
+
+/// Opens a layer that is on disk, unless it is open; `None` if it is not there.
+pub(super) fn load(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Option<CachedLayer>, CacheError> {
+    shelf.open(toc_digest, || {
+        if !shelf.path(toc_digest).is_dir() {
+            return Ok(None);
+        }
+        open_layer(shelf, toc_digest).map(Some)
+    })
+}
+
+fn write_layer(dir: &Path, toc: &[u8], index: &[u8], origin: &Origin) -> Result<(), CacheError> {
+    fs::create_dir(dir).map_err(io_error("create", dir))?;
+    let data_size = open_index_bytes(index)?.data_size();
+    let data = dir.join("data");
+    File::create(&data)
+        .and_then(|file| file.set_len(data_size))
+        .map_err(io_error("create", &data))?;
+    for (name, bytes) in [("toc", toc), ("index", index), ("origin", &encode_origin(origin))] {
+        fs::write(dir.join(name), bytes).map_err(io_error("write", &dir.join(name)))?;
+    }
+    fs::create_dir(dir.join("mnt")).map_err(io_error("create", &dir.join("mnt")))?;
+    // All files first, so that the first sync takes most of the others along.
+    for name in ["toc", "index", "origin", "data"] {
+        let path = dir.join(name);
+        File::open(&path)
+            .and_then(|file| file.sync_all())
+            .map_err(io_error("sync", &path))?;
+    }
+    files::sync_dir(dir).map_err(io_error("sync", dir))
+}
+
+fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<OpenLayer, CacheError> {
+    let dir = shelf.path(toc_digest);
+    let (index, map, index_digest) = match map_index(&dir, toc_digest) {
+        Ok(mapped) => mapped,
+        Err(reason) => {
+            tracing::warn!(dir = %dir.display(), reason, "building the layer's index again");
+            rebuild_index(&dir, toc_digest)?;
+            map_index(&dir, toc_digest).map_err(|reason| CacheError::Toc(reason.into()))?
+        }
+    };
+    let binding = Binding {
+        toc: *toc_digest,
+        index: index_digest,
+    };
+    let path = dir.join("data");
+    let data = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(io_error("open", &path))?;
+    let length = data.metadata().map_err(io_error("stat", &path))?.len();
+    let residency = if length == index.data_size() {
+        load_residency(&dir, &binding, index.chunk_count())?
+    } else {
+        tracing::warn!(path = %path.display(), length, expected = index.data_size(), "data has a wrong length; starting empty");
+        reset_data(&dir, &data, index.data_size())?;
+        Residency::empty(index.chunk_count())
+    };
+    let mount_point = dir.join("mnt");
+    match fs::create_dir(&mount_point) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("create", &mount_point)(error)),
+        _ => {
+            let parts = Parts {
+                dir,
+                binding,
+                index,
+                map,
+                data,
+                residency,
+            };
+            let layer = OpenLayer::new(shelf.clone(), parts);
+            if let Err(error) = layer.trim() {
+                tracing::warn!(dir = %layer.dir().display(), %error, "what an unclean stop left stays");
+            }
+            Ok(layer)
+        }
+    }
+}
+
+fn reset_data(dir: &Path, data: &File, size: u64) -> Result<(), CacheError> {
+    files::remove(dir, RESIDENT).map_err(io_error("remove", &dir.join(RESIDENT)))?;
+    data.set_len(0)
+        .and_then(|()| data.set_len(size))
+        .map_err(io_error("resize", &dir.join("data")))
+}
+
+fn rebuild_index(dir: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
+    let origin = read_origin(dir)?;
+    let path = dir.join("toc");
+    let toc = files::read_bounded(&path, MAX_TOC_FILE_BYTES)
+        .and_then(|toc| toc.ok_or_else(|| io::ErrorKind::NotFound.into()))
+        .map_err(io_error("read", &path))?;
+    verify(toc_digest, &toc)?;
+    let index = build_index(&toc, &origin, toc_digest)?;
+    files::replace(dir, "index", &index).map_err(io_error("write", &dir.join("index")))
+}
+
+fn read_origin(dir: &Path) -> Result<Origin, CacheError> {
+    let path = dir.join("origin");
+    let bytes = files::read_bounded(&path, MAX_ORIGIN_BYTES)
+        .and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()));
+    bytes
+        .and_then(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::from))
+        .map_err(io_error("read", &path))
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CacheError {
@@ -342,15 +401,15 @@ fn open_index_bytes(bytes: &[u8]) -> Result<LayerIndex<&[u8]>, CacheError> {
 }
 
 /// Maps and validates the index, with the digest of its bytes; the reason in words if it has to be built again.
-fn map_index(dir: &Path, toc_digest: &Digest) -> Result<(LayerIndex<memmap2::Mmap>, Digest), String> {
+fn map_index(dir: &Path, toc_digest: &Digest) -> Result<(LayerIndex<Mapped>, Mapped, Digest), String> {
     let file = File::open(dir.join("index")).map_err(|error| error.to_string())?;
     let map = sys::map_read_only(&file).map_err(|error| error.to_string())?;
-    let digest = Digest::of(&map);
-    let index = LayerIndex::open(map).map_err(|error| error.to_string())?;
+    let digest = Digest::of(map.as_ref());
+    let index = LayerIndex::open(map.clone()).map_err(|error| error.to_string())?;
     if index.toc_digest() != *toc_digest {
         return Err(format!("it is of the layer with TOC {}", index.toc_digest()));
     }
-    Ok((index, digest))
+    Ok((index, map, digest))
 }
 
 /// The checkpointed bitmap; empty, with a log line, where it cannot be believed.

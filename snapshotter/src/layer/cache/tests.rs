@@ -275,3 +275,56 @@ fn a_damaged_index_is_built_again_and_a_damaged_toc_is_an_error() {
     assert!(test.store.load(&sample.toc_digest).unwrap().is_none());
     sample.create(&test.store);
 }
+
+#[test]
+fn what_an_unclean_stop_left_is_given_back() {
+    let test = TestStore::new();
+    let sample = Sample::uniform(12, 300_000, Packing::default());
+    let layer = sample.create(&test.store);
+    store(&sample, &layer, 0).unwrap();
+    layer.checkpoint().unwrap();
+    for id in 1..layer.index().chunk_count() {
+        store(&sample, &layer, id).unwrap();
+    }
+    // The kernel has written everything, and nothing says so.
+    fs::File::open(layer.dir().join("data")).unwrap().sync_all().unwrap();
+    drop(layer);
+    assert!(test.store.usage(&sample.toc_digest).bytes > 3_000_000);
+    let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+    assert_eq!(layer.residency().count(), 1);
+    assert!(test.store.usage(&sample.toc_digest).bytes < 300_000);
+    assert_only_verified(&layer);
+}
+
+#[test]
+fn what_is_no_layer_is_left_alone_and_in_nobodys_way() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layers = test.dir.path().join("layers");
+    let toc = sample.toc_digest.hex();
+    drop(sample.create(&test.store));
+    let strange = ["lost+found", "0123", "\u{fffd}", &toc[..63], ".hidden"];
+    for name in strange {
+        fs::create_dir(layers.join(name)).unwrap();
+    }
+    // A file where a layer might be, and a layer's directory with nothing in it.
+    fs::write(layers.join("0".repeat(64)), b"?").unwrap();
+    fs::create_dir(layers.join("1".repeat(64))).unwrap();
+    let store = LayerStore::open(test.dir.path()).unwrap();
+    store.settle();
+    store.tidy();
+    assert!(store.load(&sample.toc_digest).unwrap().is_some());
+    assert!(store.load(&Digest::from_bytes([0; 32])).unwrap().is_none());
+    let empty = store.load(&Digest::from_bytes([0x11; 32])).unwrap_err();
+    assert!(empty.is_damage(), "{empty}");
+    store.discard(&Digest::from_bytes([0x11; 32])).unwrap();
+    assert!(strange.iter().all(|name| layers.join(name).is_dir()));
+}
+
+#[test]
+fn a_layer_is_open_once() {
+    let (test, sample) = (TestStore::new(), sample());
+    let first = sample.create(&test.store);
+    let second = test.store.load(&sample.toc_digest).unwrap().unwrap();
+    store(&sample, &first, 1).unwrap();
+    assert!(second.residency().contains(1));
+}

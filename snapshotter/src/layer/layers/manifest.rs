@@ -73,7 +73,7 @@ impl Shared {
 
 #[async_trait]
 impl TocImages for Shared {
-    async fn find(&self, image: &str, layer: &Digest) -> Result<Arc<dyn BlobSource>, SourceError> {
+    async fn find(&self, image: &str, layer: &Digest) -> Result<Vec<Arc<dyn BlobSource>>, SourceError> {
         let image = Reference::parse(image).map_err(reference_error)?;
         let toc_image = toc_image(&image)?;
         let name = toc_image.to_string();
@@ -92,7 +92,7 @@ impl TocImages for Shared {
                 return Err(error);
             }
         };
-        Ok(self.source(&name, &toc.digest, Some(toc.size)))
+        Ok(self.sources(&name, &toc.digest, Some(toc.size)))
     }
 }
 
@@ -100,10 +100,13 @@ impl TocImages for Shared {
 fn missing_image(image: &Reference, error: &Arc<Arc<SourceError>>) -> SourceError {
     let what = format!("the manifest of {image} did not come");
     let cause: Option<crate::layer::source::BoxError> = Some(Box::new(error.clone()));
-    if error.is_transient() {
-        SourceError::Transient { what, cause }
-    } else {
-        let class = error.class();
-        SourceError::Permanent { what, class, cause }
+    let class = error.class();
+    match &***error {
+        SourceError::Transient { load, .. } => SourceError::Transient {
+            what,
+            load: *load,
+            cause,
+        },
+        SourceError::Permanent { .. } => SourceError::Permanent { what, class, cause },
     }
 }

@@ -137,16 +137,8 @@ impl Shared {
                 why: "the daemon is stopping",
             });
         };
-        let source = self.source(wanted.image, &layer, wanted.size);
-        let stall = self.config.registry.stall_timeout;
-        let opening = open::open(
-            &*source,
-            wanted.image,
-            wanted.expected,
-            self.as_ref(),
-            &self.metrics,
-            stall,
-        );
+        let sources = self.sources(wanted.image, &layer, wanted.size);
+        let opening = open::open(&self.engine, sources, wanted.image, wanted.expected, self.as_ref());
         let stopped = NotLazy::Refused {
             why: "the daemon is stopping",
         };

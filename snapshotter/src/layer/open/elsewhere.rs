@@ -23,8 +23,8 @@ const MAX_IMAGES: u64 = 256;
 /// Finds the TOCs that are not in their layers.
 #[async_trait]
 pub(in crate::layer) trait TocImages: Send + Sync {
-    /// The blob that holds the TOC of `layer`, of known size.
-    async fn find(&self, image: &str, layer: &Digest) -> Result<Arc<dyn BlobSource>, SourceError>;
+    /// The sources of the blob that holds the TOC of `layer`, of known size.
+    async fn find(&self, image: &str, layer: &Digest) -> Result<Vec<Arc<dyn BlobSource>>, SourceError>;
 }
 
 /// TOC images by their names.

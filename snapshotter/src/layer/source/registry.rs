@@ -7,11 +7,11 @@ use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, HandedOver, InUse, Place, RangeResponse, RangeSpec, Reference,
+    Client, ClientOptions, Error, ErrorClass, Fault, HandedOver, InUse, Place, RangeResponse, RangeSpec, Reference,
     ReferenceError,
 };
 
-use super::{BlobSource, ByteStream, Priority, SourceError, Tail};
+use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
 
 /// The way to registries, set up when it is first needed: a daemon whose layers are all resident needs none.
 #[derive(Debug)]
@@ -64,6 +64,7 @@ pub(crate) fn source_error(error: Error) -> SourceError {
         ErrorClass::Transient => {
             return SourceError::Transient {
                 what,
+                load: overload(error.fault()),
                 cause: Some(Box::new(error)),
             };
         }
@@ -76,6 +77,16 @@ pub(crate) fn source_error(error: Error) -> SourceError {
         what,
         class,
         cause: Some(Box::new(error)),
+    }
+}
+
+/// What a host that answers, and has too much to do, says of it.
+fn overload(fault: &Fault) -> Option<Overload> {
+    match fault {
+        Fault::RateLimited { retry_after, .. } | Fault::Server { retry_after, .. } => Some(Overload {
+            retry_after: *retry_after,
+        }),
+        _ => None,
     }
 }
 
@@ -123,6 +134,10 @@ fn body(response: RangeResponse) -> ByteStream {
 
 #[async_trait]
 impl BlobSource for RegistryBlob {
+    fn host(&self) -> &str {
+        self.image.as_ref().map_or("", Reference::host)
+    }
+
     fn size(&self) -> Option<u64> {
         self.size
     }
