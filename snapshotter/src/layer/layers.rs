@@ -5,6 +5,7 @@
 //! caller that gives up leaves a layer mounted or not, and never half.
 
 pub mod inspector;
+mod manifest;
 #[cfg(test)]
 mod memory;
 mod mounted;
@@ -35,6 +36,7 @@ use super::cache::limits::Limits;
 use super::cache::{CacheError, LayerStore};
 use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
+use super::open::elsewhere::{KnownTocImages, known_toc_images};
 use super::source::registry::Registries;
 use super::{Cause, LayerMount, LayerMounts, LayerOrigin, LayerRequest, NotLazy, Usage};
 use crate::config::{Config, RegistryConfig};
@@ -69,6 +71,9 @@ struct Shared {
     manifests: Manifests,
     /// Manifests whose layers were opened ahead lately.
     opened_ahead: moka::future::Cache<Digest, ()>,
+    /// Manifests that did not come lately.
+    missing: manifest::Missing,
+    toc_images: KnownTocImages,
     opening: Semaphore,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     warms: Turns,
@@ -111,6 +116,8 @@ impl Layers {
             registries: Arc::new(Registries::new(client_options(config, handed_over.clone()))),
             manifests: Manifests::new(),
             opened_ahead: opening::recently_opened(),
+            missing: manifest::missing(),
+            toc_images: known_toc_images(),
             opening: Semaphore::new(MAX_OPENING),
             slots: Mutex::new(HashMap::new()),
             warms: Turns::new(),
@@ -306,13 +313,9 @@ fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
 #[async_trait]
 impl LayerMounts for Layers {
     async fn mount(&self, request: LayerRequest) -> Result<LayerMount, NotLazy> {
-        let Some(toc_digest) = request.toc_digest else {
-            return Err(NotLazy::NoTocDigest {
-                layer: request.layer_digest,
-            });
-        };
         let (shared, began) = (self.shared.clone(), Instant::now());
         self.detached(async move {
+            let toc_digest = shared.identity(&request).await?;
             let _pin = shared.store.pin(&toc_digest);
             let slot = shared.slot(&toc_digest);
             let result = shared.mount(&slot, toc_digest, &request).await;

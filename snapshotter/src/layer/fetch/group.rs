@@ -154,8 +154,17 @@ impl Cutter {
 
     fn give_up(&mut self, error: FetchError, remote: Option<&Remote>) {
         let names = remote.map(|remote| &remote.names);
-        let (image, layer) = (names.map(|names| &*names.image), names.map(|names| names.layer_digest.to_string()));
-        tracing::error!(image, layer, members = self.claims.len(), error = &error as &dyn std::error::Error, "a range of the layer cannot be fetched");
+        let (image, layer) = (
+            names.map(|names| &*names.image),
+            names.map(|names| names.layer_digest.to_string()),
+        );
+        tracing::error!(
+            image,
+            layer,
+            members = self.claims.len(),
+            error = &error as &dyn std::error::Error,
+            "a range of the layer cannot be fetched"
+        );
         let failure = Arc::new(error);
         for claim in self.claims.drain(..) {
             claim.settle(Err(failure.clone()));

@@ -150,14 +150,7 @@ impl LayerFetch {
             .clone()
             .filter_map(|member| flights.claim(member, &urgency))
             .collect();
-        Some((
-            Group {
-                claims,
-                lane,
-                urgency,
-            },
-            members,
-        ))
+        Some((Group { claims, lane, urgency }, members))
     }
 }
 

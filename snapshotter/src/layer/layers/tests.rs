@@ -442,6 +442,7 @@ async fn privileged_what_is_not_to_be_served_is_refused_with_its_reason_and_leav
     assert_eq!(
         reason(LayerRequest {
             toc_digest: None,
+            manifest_digest: None,
             ..good.clone()
         })
         .await,

@@ -82,6 +82,17 @@ impl<'a> Sources<'a> {
         self.bytes
     }
 
+    /// Size of the blob, where a source knows it.
+    pub(super) fn size(&self) -> Option<u64> {
+        self.list.iter().find_map(|candidate| candidate.source.size())
+    }
+
+    /// Counts what was asked of others for the same layer.
+    pub(super) fn charge(&mut self, requests: u64, bytes: u64) {
+        self.requests += requests;
+        self.bytes += bytes;
+    }
+
     /// Asks those no more whose bytes came; whether others are left.
     pub(super) fn rule_out_deliverers(&mut self) -> bool {
         for candidate in &mut self.list {
@@ -93,7 +104,7 @@ impl<'a> Sources<'a> {
 
     /// The end of the blob, as long as `length` says for its size.
     pub(super) async fn tail(&mut self, length: impl Fn(Option<u64>) -> u64) -> Result<Received, SourceError> {
-        let size = self.list.iter().find_map(|candidate| candidate.source.size());
+        let size = self.size();
         let length = length(size);
         match size {
             Some(0) => Ok(Received {
