@@ -1,11 +1,14 @@
 //! Images mounted by the snapshotter alone, asked over its socket as containerd asks: for the tests and figures of the
 //! fetch engine, which need no containers.
 
-use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context as _, Result, ensure};
+use estargz::index::LayerIndex;
 use serde_json::Value;
 
 use crate::content::{self, ContentFile};
@@ -19,6 +22,9 @@ use crate::snapshotter::Snapshotter;
 
 /// Annotations with this prefix are handed to the snapshotter as labels.
 const INHERITED_PREFIX: &str = "containerd.io/snapshot/";
+
+/// No reader of a test waits longer: several times the deadlines that tests configure.
+const READ_LIMIT: Duration = Duration::from_secs(60);
 
 /// A registry behind a proxy.
 ///
@@ -203,4 +209,65 @@ impl LazyNode {
     pub fn cache(&self, image: &Published, number: usize) -> Result<PathBuf> {
         Ok(self.snapshotter.layer(&image.toc_digest(number)?))
     }
+}
+
+/// Reads these files below `root` on a thread of its own, each as far as it goes; a reader that hangs is an error.
+pub async fn read_all(root: &Path, files: &[ContentFile]) -> Result<Vec<io::Result<Vec<u8>>>> {
+    let paths: Vec<PathBuf> = files.iter().map(|file| root.join(&file.path)).collect();
+    let reading = tokio::task::spawn_blocking(move || paths.iter().map(fs::read).collect());
+    let done = tokio::time::timeout(READ_LIMIT, reading).await;
+    done.with_context(|| format!("a reader hangs: no answer within {READ_LIMIT:?}"))?
+        .context("a reader panicked")
+}
+
+/// Fails unless these files below `root` can be read and are right.
+pub async fn check_all(root: &Path, files: &[ContentFile]) -> Result<()> {
+    for (file, read) in files.iter().zip(read_all(root, files).await?) {
+        let read = read.with_context(|| format!("cannot read {}", file.path))?;
+        ensure!(read == file.content(), "{} is read wrongly", file.path);
+    }
+    Ok(())
+}
+
+/// How the content of a layer's files is in its cache directory, looked at from outside.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Chunks that are there and right.
+    pub right: usize,
+    /// Chunks of which nothing is there.
+    pub absent: usize,
+    /// Chunks that are neither: torn or wrong.
+    pub wrong: usize,
+}
+
+/// Compares the cache directory of a layer with what its files are. `files` may be some of the layer's; none may be
+/// empty or all zeros.
+pub fn stored(cache: &Path, files: &[ContentFile]) -> Result<Stored> {
+    let index = fs::read(cache.join("index")).context("cannot read a layer's index")?;
+    let index = LayerIndex::open(index).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let data = fs::File::open(cache.join("data")).context("cannot open a layer's data")?;
+    let mut found = Stored::default();
+    for file in files {
+        let names = file.path.split('/');
+        let ino = names
+            .into_iter()
+            .try_fold(1, |ino, name| index.lookup(ino, name.as_bytes()));
+        let ino = ino.with_context(|| format!("{} is not in the layer", file.path))?;
+        let content = file.content();
+        for chunk in index.chunks_in(ino, 0..content.len() as u64) {
+            let chunk = index.chunk(chunk).context("a chunk that is not in the index")?;
+            let begin = usize::try_from(chunk.file_offset)?;
+            let mut bytes = vec![0; usize::try_from(chunk.size)?];
+            data.read_exact_at(&mut bytes, chunk.data_offset)
+                .with_context(|| format!("cannot read {} in {}", file.path, cache.display()))?;
+            if bytes == content[begin..begin + bytes.len()] {
+                found.right += 1;
+            } else if bytes.iter().all(|&byte| byte == 0) {
+                found.absent += 1;
+            } else {
+                found.wrong += 1;
+            }
+        }
+    }
+    Ok(found)
 }
