@@ -105,7 +105,8 @@ async fn read_under(source: &Source, image: &Published, case: &Case) {
         check_told(&mut node, image, name).await;
     }
     source.proxy.heal();
-    check_all(view.path(), &files()).await.unwrap();
+    let healed = check_all(view.path(), &files()).await;
+    healed.unwrap_or_else(|error| panic!("{name}: {error:#}"));
     let kept = stored(&node.cache(image, 0).unwrap(), &files()).unwrap();
     assert_eq!((kept.wrong, kept.absent), (0, 0), "{name}: {kept:?}");
     node.snapshots.remove(view).await.unwrap();
@@ -171,8 +172,12 @@ async fn passing_faults_do_not_reach_the_reader() {
         passing("cut-at-once", Fault::Truncate(0)),
         passing("cut", Fault::Truncate(300_000)),
         passing("stall", Fault::Stall(300_000)),
-        passing("short", Fault::Short(100_000)),
         passing("slow", Fault::Slow(Duration::from_millis(300))),
+        // What contradicts itself is not read to its end.
+        Case {
+            again: true,
+            ..passing("short", Fault::Short(100_000))
+        },
         Case {
             again: true,
             ..passing("misplaced", Fault::Misplaced(4096))
@@ -256,7 +261,8 @@ async fn passing_faults_do_not_cost_laziness() {
         source
             .proxy
             .inject(FaultRule::get(image.layer(0).unwrap(), fault).times(1));
-        node.mount(&image).await.unwrap();
+        let mounted = node.mount(&image).await;
+        mounted.unwrap_or_else(|error| panic!("{name}: {error:#}"));
         let records = source.proxy.requests();
         assert!(
             records.iter().any(|record| record.faulted),

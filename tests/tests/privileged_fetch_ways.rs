@@ -51,6 +51,9 @@ async fn signed_addresses_are_found_again_and_see_no_login() {
     node.mount(&image).await.unwrap();
     let view = node.view(&image, "view").await.unwrap();
     let all = files();
+    // The mount's own request ends within a member, which comes whole with the first read of it.
+    let mounted = store.requests();
+    store.reset();
     check_all(view.path(), &all[..1]).await.unwrap();
     signer.expire_all();
     check_all(view.path(), &all[1..]).await.unwrap();
@@ -62,6 +65,7 @@ async fn signed_addresses_are_found_again_and_see_no_login() {
         !records.iter().any(|record| record.authorized),
         "a login went to another host: {records:#?}"
     );
+    assert!(!mounted.iter().any(|record| record.authorized), "{mounted:#?}");
     assert_eq!(sent_again(&records), 0, "{records:#?}");
     // Nothing of the blob came from the registry itself, to which the login went.
     let own = source.proxy.requests();
@@ -83,13 +87,12 @@ async fn a_token_that_is_no_good_any_more_is_replaced() {
         let asked = records.iter().filter(|record| record.path.starts_with(TOKEN_PATH));
         asked.count()
     };
-    let before = tokens(&source.proxy.requests());
-    assert!(before >= 1);
+    assert!(tokens(&source.proxy.requests()) >= 1);
+    source.proxy.reset();
     source.proxy.revoke_tokens();
     check_all(view.path(), &all[1..]).await.unwrap();
     let records = source.proxy.requests();
-    assert!(tokens(&records) > before, "{records:#?}");
-    assert!(served(&records, 401) >= 2, "{records:#?}");
+    assert!(tokens(&records) >= 1 && served(&records, 401) >= 1, "{records:#?}");
     assert_eq!(sent_again(&records), 0, "{records:#?}");
     node.snapshots.remove(view).await.unwrap();
 }
