@@ -59,7 +59,7 @@ async fn signed_addresses_are_found_again_and_see_no_login() {
     check_all(view.path(), &all[1..]).await.unwrap();
     let records = store.requests();
     assert!(served(&records, 206) >= 2, "{records:#?}");
-    assert!(served(&records, 307) >= 4, "{records:#?}");
+    assert!(served(&records, 307) >= 2, "{records:#?}");
     assert!(served(&records, 403) >= 1, "no address had expired: {records:#?}");
     assert!(
         !records.iter().any(|record| record.authorized),
