@@ -11,6 +11,7 @@ mod image;
 pub mod layers;
 mod open;
 pub mod platform;
+pub mod report;
 pub mod source;
 mod sys;
 #[cfg(test)]
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
+use layers::inspector::Inspector;
 use layers::warming::Warmer;
 
 /// An error of whichever part refused to serve a layer lazily.
@@ -249,6 +251,11 @@ pub trait LayerMounts: Send + Sync + 'static {
 
     /// What warms images, and takes the logins that are handed over; none where no layer is lazy.
     fn warmer(&self) -> Option<Warmer> {
+        None
+    }
+
+    /// What looks at layers and their cache for operators; none where no layer is lazy.
+    fn inspector(&self) -> Option<Inspector> {
         None
     }
 

@@ -225,14 +225,15 @@ impl Shared {
     /// The programs of the configuration as it is now. What programs of another one said is forgotten.
     fn load(&self) -> Result<(List, u64), ProviderError> {
         let seen = config::stamps(&self.config);
-        {
-            let table = self.table();
-            if let Some(loaded) = table.providers.as_ref().filter(|loaded| loaded.seen == seen) {
-                return Ok((Arc::clone(&loaded.providers), table.generation));
-            }
+        if let Some(known) = self.table().loaded(&seen) {
+            return Ok(known);
         }
         let providers: List = config::read(&self.config)?.into_iter().map(Arc::new).collect();
         let mut table = self.table();
+        // Somebody else may have read it meanwhile.
+        if let Some(known) = table.loaded(&seen) {
+            return Ok(known);
+        }
         table.providers = Some(Loaded {
             seen,
             providers: Arc::clone(&providers),
@@ -380,6 +381,12 @@ impl Renewal {
 }
 
 impl Table {
+    /// The programs of the files as they were `seen`.
+    fn loaded(&self, seen: &[(PathBuf, Stamp)]) -> Option<(List, u64)> {
+        let loaded = self.providers.as_ref().filter(|loaded| loaded.seen == seen)?;
+        Some((Arc::clone(&loaded.providers), self.generation))
+    }
+
     /// What a program said that is still good.
     fn kept(&mut self, provider: &Provider, image: &Arc<str>, refused: Option<Instant>) -> Option<Said> {
         let now = Instant::now();

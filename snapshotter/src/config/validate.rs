@@ -298,9 +298,9 @@ fn checked_ca_file(check: &mut Check, value: Option<Value>, default: Option<Path
     Some(path)
 }
 
-const AMOUNTS: &str = "a size such as \"20GiB\", or a share of the filesystem such as \"40%\"";
 const FILE: &str = "the absolute path of a file, or \"\" for none";
 const DIRECTORY: &str = "the absolute path of a directory, or \"\" for none";
+const AMOUNTS: &str = "a size such as \"20GiB\", or a share of the filesystem such as \"40%\"";
 const HOSTS: &str = "a list of hosts such as [\"registry.local:5000\"]";
 const SECONDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 const DELAY: (Duration, Duration) = (Duration::ZERO, Duration::from_secs(24 * 3600));

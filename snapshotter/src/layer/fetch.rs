@@ -32,6 +32,7 @@ mod plan;
 mod prefetch;
 mod readahead;
 mod remotes;
+mod report;
 mod reuse;
 mod tally;
 

@@ -4,6 +4,7 @@
 //! after the other under the slot's locks, and different layers do not wait for each other. Work runs in tasks of its own, so a
 //! caller that gives up leaves a layer mounted or not, and never half.
 
+pub mod inspector;
 mod manifest;
 #[cfg(test)]
 mod memory;
@@ -28,6 +29,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::inspector::Inspector;
 use self::mounted::Mounted;
 use self::warming::{Turns, Warmer};
 use super::cache::limits::Limits;
@@ -365,6 +367,10 @@ impl LayerMounts for Layers {
 
     fn warmer(&self) -> Option<Warmer> {
         Some(Warmer::new(self.shared.clone()))
+    }
+
+    fn inspector(&self) -> Option<Inspector> {
+        Some(Inspector::new(self.shared.clone()))
     }
 
     async fn shutdown(&self) {

@@ -106,7 +106,7 @@ impl Origin {
 /// All layers of one cache root.
 #[derive(Debug)]
 pub struct LayerStore {
-    shelf: Arc<Shelf>,
+    pub(super) shelf: Arc<Shelf>,
 }
 
 impl LayerStore {

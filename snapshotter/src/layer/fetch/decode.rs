@@ -117,3 +117,64 @@ fn store_chunk(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use estargz::footer::FooterKind;
+
+    use super::*;
+    use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified};
+
+    const PACKED: Packing = Packing {
+        chunk: 20_000,
+        per_member: 3,
+        prioritized: None,
+    };
+
+    fn compressed(sample: &Sample, layer: &CachedLayer, member: u32) -> Vec<u8> {
+        let range = plan::member_range(layer.index(), member);
+        sample.blob[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].to_vec()
+    }
+
+    #[test]
+    fn members_of_both_compressions_become_resident_whatever_the_index_takes_them_for() {
+        let metrics = Metrics::unregistered();
+        for form in [FooterKind::Gzip, FooterKind::ZstdChunked, FooterKind::ExternalToc] {
+            for told in [Compression::Gzip, Compression::Zstd] {
+                let (test, sample) = (TestStore::new(), Sample::of_form(form, 4, 50_000, PACKED));
+                let mut origin = sample.origin();
+                origin.compression = told;
+                let Ok(layer) = test.store.create(&sample.toc_digest, &sample.toc_json, &origin) else {
+                    // Zeros in so few bytes cannot be gzip.
+                    assert!(form == FooterKind::ZstdChunked && told == Compression::Gzip);
+                    continue;
+                };
+                for member in 0..layer.index().member_count() {
+                    store_member(&layer, &metrics, member, &compressed(&sample, &layer, member)).unwrap();
+                }
+                assert!(layer.residency().is_complete());
+                assert_only_verified(&layer);
+            }
+        }
+        assert_eq!(metrics.verify_failures.get(), 0);
+    }
+
+    #[test]
+    fn of_a_damaged_zstd_member_nothing_wrong_is_kept_and_the_error_says_what_it_is() {
+        let metrics = Metrics::unregistered();
+        let (test, sample) = (
+            TestStore::new(),
+            Sample::of_form(FooterKind::ZstdChunked, 4, 50_000, PACKED),
+        );
+        let layer = sample.create(&test.store);
+        let whole = compressed(&sample, &layer, 0);
+        let mut flipped = whole.clone();
+        flipped[whole.len() / 2] ^= 0x20;
+        for bytes in [&whole[..whole.len() / 2], &flipped, &b"no frame"[..], &[]] {
+            let error = store_member(&layer, &metrics, 0, bytes).unwrap_err();
+            assert!(matches!(error, FetchError::Corrupt { .. }), "{error}");
+            assert_only_verified(&layer);
+        }
+        store_member(&layer, &metrics, 0, &whole).unwrap();
+    }
+}

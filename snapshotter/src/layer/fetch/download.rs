@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use hullspeed_daemon::error::chain;
 
 use super::error::FetchError;
 use super::flight::Urgency;
@@ -18,6 +19,7 @@ use super::gate::{Lane, Slot};
 use super::health::Permit;
 use super::layer::LayerFetch;
 use super::remotes::Remote;
+use super::report::Asking;
 use crate::layer::source::{ByteStream, SourceError};
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
@@ -77,6 +79,8 @@ pub(super) struct Download {
     /// The right to the request under way; given up when nobody can be asked.
     slot: Option<Slot>,
     permit: Option<Permit>,
+    /// Counts the request under way.
+    asking: Option<Asking>,
     body: Option<ByteStream>,
     /// When the request under way was made.
     asked: Instant,
@@ -113,6 +117,7 @@ impl Download {
             urgency,
             slot: Some(slot),
             permit: None,
+            asking: None,
             body: None,
             asked: Instant::now(),
             attempts: 0,
@@ -155,6 +160,8 @@ impl Download {
             let kept = self.permit.take().filter(|permit| permit.is_for(&remote.host));
             self.permit = kept.or_else(|| remote.host.try_enter(self.is_urgent()));
             if self.permit.is_some() {
+                let in_flight = &self.fetch.engine().in_flight;
+                self.asking = Some(in_flight.enter(self.lane.priority()));
                 self.turn_to(remote);
                 return Ok(true);
             }
@@ -162,6 +169,7 @@ impl Download {
         // A source in trouble must not keep others from theirs.
         self.slot = None;
         self.permit = None;
+        self.asking = None;
         Ok(false)
     }
 
@@ -314,7 +322,7 @@ impl Download {
         self.fruitless = if progressed { 0 } else { self.fruitless + 1 };
         self.fetch
             .counts()
-            .failed(remote.host.name(), error.to_string(), error.class());
+            .failed(remote.host.name(), chain(&error), error.class());
         let (image, layer) = (&remote.names.image, remote.names.layer_digest);
         let cause = &error as &dyn std::error::Error;
         if !error.is_transient() && !self.is_first_misfit(&error, &remote) {
@@ -367,6 +375,7 @@ impl Download {
     pub(super) async fn resume(&mut self) {
         self.slot = None;
         self.permit = None;
+        self.asking = None;
         loop {
             let left = self.give_up_at.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -411,6 +420,7 @@ impl Download {
     fn close(&mut self, result: &'static str) {
         self.body = None;
         self.permit = None;
+        self.asking = None;
         let metrics = &self.fetch.engine().metrics;
         let kind = self.lane.priority().kind();
         metrics

@@ -14,6 +14,7 @@ use super::flight::Urgency;
 use super::gate::{Gate, Lane};
 use super::health::{Host, Hosts};
 use super::pace::Pace;
+use super::report::InFlight;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
@@ -83,6 +84,7 @@ pub struct Engine {
     pub(super) options: FetchOptions,
     pub(super) metrics: Metrics,
     pub(super) hosts: Hosts,
+    pub(super) in_flight: InFlight,
     pub(super) pace: Pace,
     /// What opening layers has cost, until they are used.
     opened: Mutex<VecDeque<(Digest, Opening)>>,
@@ -113,6 +115,7 @@ impl Engine {
         Arc::new(Self {
             gate: Gate::new(options.max_requests),
             hosts: Hosts::new(options.max_requests),
+            in_flight: InFlight::default(),
             pace: Pace::new(options.completion.bandwidth),
             opened: Mutex::default(),
             opening: Arc::new(Semaphore::new(memory_units(OPENING_BUDGET) as usize)),

@@ -46,6 +46,12 @@ impl Hosts {
         }
     }
 
+    /// All that are known.
+    pub(super) fn all(&self) -> Vec<Arc<Host>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.values().cloned().collect()
+    }
+
     /// The host called `name`.
     pub(super) fn of(&self, name: &str) -> Arc<Host> {
         // Every change is one insert or a removal of whole entries.
@@ -133,6 +139,11 @@ impl Host {
     fn state(&self) -> MutexGuard<'_, State> {
         // Plain numbers, each right by itself.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Failures since the last success.
+    pub(super) fn failures(&self) -> u32 {
+        self.state().failures
     }
 
     /// How long it is still to be left alone; nothing if it may be asked now.

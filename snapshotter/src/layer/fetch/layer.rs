@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use estargz::digest::Digest;
+use hullspeed_daemon::error::chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -440,7 +441,7 @@ impl LayerFetch {
     /// Notes wrong bytes, with image, layer, file and chunk.
     pub(super) fn note_corruption(&self, from: &Remote, error: &FetchError, what: &'static str) {
         let (image, layer) = (from.names.image.as_str(), from.names.layer_digest);
-        self.counts.failed(from.host.name(), error.to_string(), error.reason());
+        self.counts.failed(from.host.name(), chain(error), error.reason());
         let FetchError::Corrupt { chunk, .. } = error else {
             tracing::error!(image, %layer, error = error as &dyn std::error::Error, "{what}");
             return;

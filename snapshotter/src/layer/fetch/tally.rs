@@ -13,6 +13,8 @@ pub struct Tally {
     pub demand_reads_stalled: u64,
     /// How long they waited, all together.
     pub stall_time: Duration,
+    /// The longest time that one of them waited.
+    pub longest_stall: Duration,
     /// Bytes received.
     pub bytes: Amounts,
     /// Requests made, whatever became of them.
@@ -141,6 +143,7 @@ impl Counters {
 pub(super) struct Counts {
     stalled: AtomicU64,
     stall_micros: AtomicU64,
+    longest_micros: AtomicU64,
     bytes: Counters,
     requests: Counters,
     reused: AtomicU64,
@@ -154,6 +157,7 @@ impl Counts {
         self.stalled.fetch_add(1, Ordering::Relaxed);
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.stall_micros.fetch_add(micros, Ordering::Relaxed);
+        self.longest_micros.fetch_max(micros, Ordering::Relaxed);
     }
 
     pub(super) fn toc(&self, requests: u64, bytes: u64) {
@@ -198,6 +202,7 @@ impl Counts {
         Tally {
             demand_reads_stalled: load(&self.stalled),
             stall_time: Duration::from_micros(load(&self.stall_micros)),
+            longest_stall: Duration::from_micros(load(&self.longest_micros)),
             bytes: self.bytes.amounts(),
             requests: self.requests.amounts(),
             reused_bytes: load(&self.reused),
@@ -225,7 +230,8 @@ mod tests {
             counts.request(priority);
             counts.received(priority, bytes);
         }
-        counts.stalled(Duration::from_millis(7));
+        counts.stalled(Duration::from_millis(5));
+        counts.stalled(Duration::from_millis(2));
         counts.failed("mirror.test", "no".to_owned(), "transient");
         let tally = counts.read();
         assert_eq!((tally.requests.total(), tally.bytes.total()), (5, 150));
@@ -235,8 +241,9 @@ mod tests {
         );
         assert_eq!(
             (tally.demand_reads_stalled, tally.stall_time),
-            (1, Duration::from_millis(7))
+            (2, Duration::from_millis(7))
         );
+        assert_eq!(tally.longest_stall, Duration::from_millis(5));
         assert_eq!(tally.last_failure.unwrap().host, "mirror.test");
         for state in BackgroundState::ALL {
             counts.background(state);

@@ -100,11 +100,13 @@ impl TocImages for Shared {
 fn missing_image(image: &Reference, error: &Arc<Arc<SourceError>>) -> SourceError {
     let what = format!("the manifest of {image} did not come");
     let cause: Option<crate::layer::source::BoxError> = Some(Box::new(error.clone()));
-    if error.is_transient() {
-        let load = error.overload();
-        SourceError::Transient { what, load, cause }
-    } else {
-        let class = error.class();
-        SourceError::Permanent { what, class, cause }
+    let class = error.class();
+    match &***error {
+        SourceError::Transient { load, .. } => SourceError::Transient {
+            what,
+            load: *load,
+            cause,
+        },
+        SourceError::Permanent { .. } => SourceError::Permanent { what, class, cause },
     }
 }

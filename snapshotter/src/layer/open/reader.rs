@@ -82,9 +82,15 @@ impl<'a> Sources<'a> {
         self.bytes
     }
 
-    /// Size of the blob, where it is known without asking.
+    /// Size of the blob, where a source knows it.
     pub(super) fn size(&self) -> Option<u64> {
         self.list.iter().find_map(|candidate| candidate.source.size())
+    }
+
+    /// Counts what was asked of others for the same layer.
+    pub(super) fn charge(&mut self, requests: u64, bytes: u64) {
+        self.requests += requests;
+        self.bytes += bytes;
     }
 
     /// Asks those no more whose bytes came; whether others are left.

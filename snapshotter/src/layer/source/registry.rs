@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, Fault, HostHandle, InUse, Place, RangeResponse, RangeSpec, Reference,
-    ReferenceError,
+    Client, ClientOptions, Error, ErrorClass, Fault, HostHandle, InUse, Place, RangeResponse, RangeSpec,
+    Reference, ReferenceError,
 };
 
 use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
