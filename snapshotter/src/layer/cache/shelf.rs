@@ -47,8 +47,8 @@ pub(super) struct Shelf {
     layers: Mutex<HashMap<Digest, Entry>>,
     /// Whether all that snapshots refer to is marked.
     settled: AtomicBool,
-    /// Held while room is made; when that brought nothing last.
-    pub(super) making_room: Mutex<Option<Instant>>,
+    /// Held while room is made; when that brought nothing last, and what was used then.
+    pub(super) making_room: Mutex<Option<(Instant, u64)>>,
     /// Held while a layer's directory is opened; layers share them.
     opening: Vec<Mutex<()>>,
     began: Instant,
@@ -63,6 +63,8 @@ struct Entry {
     pins: usize,
     kept: bool,
     bytes: u64,
+    /// Whether `bytes` were counted since it was closed.
+    is_counted: bool,
     /// Seconds of the shelf's clock; below zero for what was used before it began.
     last_use: i64,
 }
@@ -279,15 +281,22 @@ impl Shelf {
 
     /// Counts anew what changed, and looks at the limits again.
     pub(super) fn count(&self) {
-        let grown: Vec<_> = {
-            let layers = self.layers();
-            let changed = layers.iter().filter(|(_, entry)| {
-                let open = entry.open.upgrade();
-                open.is_some_and(|open| open.grown.swap(false, Ordering::Relaxed))
+        let changed: Vec<_> = {
+            let mut layers = self.layers();
+            let changed = layers.iter_mut().filter_map(|(layer, entry)| {
+                let is_changed = match entry.open.upgrade() {
+                    Some(open) => {
+                        entry.is_counted = false;
+                        open.grown.swap(false, Ordering::Relaxed)
+                    }
+                    // Once more after it was closed: it may have grown until then.
+                    None => !std::mem::replace(&mut entry.is_counted, true),
+                };
+                is_changed.then_some(*layer)
             });
-            changed.map(|(layer, _)| *layer).collect()
+            changed.collect()
         };
-        let counted: Vec<_> = grown
+        let counted: Vec<_> = changed
             .into_iter()
             .map(|layer| (layer, self.usage(&layer).bytes))
             .collect();
