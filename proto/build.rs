@@ -19,6 +19,27 @@ const STORED_AS_JSON: [&str; 15] = [
     "WindowsPodSandboxConfig",
 ];
 
+/// Messages of the control API that its command line prints as JSON; those with secrets are not among them.
+const SHOWN: [&str; 17] = [
+    "StatusResponse",
+    "KindCount",
+    "ReasonCount",
+    "HostHealth",
+    "Failure",
+    "ExplainResponse",
+    "Explanation",
+    "LayerSums",
+    "LayerExplanation",
+    "Residence",
+    "Cost",
+    "ListLayersResponse",
+    "CachedLayer",
+    "CacheUsageResponse",
+    "PruneCacheResponse",
+    "VerifyCacheProgress",
+    "WrongChunk",
+];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let containerd = protox::compile(
         [
@@ -55,10 +76,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     builder.compile_fds(cri)?;
     let control = protox::compile(["control/v1/control.proto"], ["hullspeed"])?;
-    tonic_prost_build::configure()
+    let mut builder = tonic_prost_build::configure()
         .build_transport(true)
-        .skip_debug(["hullspeed.control.v1.SetCredentialsRequest"])
-        .compile_fds(control)?;
+        .skip_debug(["hullspeed.control.v1.SetCredentialsRequest"]);
+    for message in SHOWN {
+        let path = format!(".hullspeed.control.v1.{message}");
+        builder = builder.message_attribute(path, "#[derive(serde::Serialize)]");
+    }
+    builder.compile_fds(control)?;
     let prewarm = protox::compile(["prewarm/v1/prewarm.proto"], ["hullspeed"])?;
     tonic_prost_build::configure()
         .build_transport(true)

@@ -19,8 +19,9 @@ pub struct Figure {
     pub against: String,
     /// Samples behind the value.
     pub n: usize,
-    /// The containerd that it was measured on.
-    pub containerd: String,
+    /// The containerd that it was measured on, if one has a part in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub containerd: Option<String>,
     /// What the value has to stay at or below; absent where nothing is promised.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bound: Option<f64>,
@@ -55,6 +56,12 @@ impl Times {
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// All of them together, in milliseconds.
+    #[must_use]
+    pub fn sum(&self) -> f64 {
+        self.0.iter().sum()
     }
 
     /// Whether there are none.
@@ -113,7 +120,7 @@ mod tests {
             unit: "count",
             against: "before".into(),
             n: 1000,
-            containerd: "2.1.9".into(),
+            containerd: Some("2.1.9".into()),
             bound: Some(0.0),
         };
         let mut out = Vec::new();

@@ -142,7 +142,7 @@ impl Bench {
             unit,
             against: against.into(),
             n,
-            containerd: self.version.clone(),
+            containerd: Some(self.version.clone()),
             bound,
         }
     }

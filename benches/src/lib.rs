@@ -6,10 +6,12 @@
 //! [`demo`] sets the stage and alternates the modes, [`coldstart`] runs and measures one start, [`report`] condenses the
 //! rounds. The binary `startup` (`make demo`) is a thin shell around them.
 //!
-//! [`figure`] is what a figure looks like; [`hulls`] measures those of pod hulls. The binary `figures` prints them.
+//! [`figure`] is what a figure looks like; [`hulls`] measures those of pod hulls, [`fetch`] those of the fetch engine and the
+//! layer cache. The binary `figures` prints them.
 
 pub mod coldstart;
 pub mod demo;
+pub mod fetch;
 pub mod figure;
 pub mod hulls;
 pub mod report;

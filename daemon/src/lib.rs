@@ -4,9 +4,12 @@
 //! - [`telemetry`] writes log lines, [`http`] serves `/metrics` and `/healthz`;
 //! - [`root`] keeps a directory for one daemon, [`socket`] makes Unix sockets, [`activation`] takes over those that the
 //!   service manager made, [`notify`] and [`signal`] are the rest of the talk with it;
-//! - [`error`] writes an error with its causes in one line; [`grpc`] reaches peers on Unix sockets and names codes.
+//! - [`error`] writes an error with its causes in one line; [`grpc`] reaches peers on Unix sockets and names codes;
+//! - [`ask`] is how a command line reaches its daemon, [`answer`] how it shows what that says.
 
 pub mod activation;
+pub mod answer;
+pub mod ask;
 pub mod cli;
 pub mod config;
 pub mod error;

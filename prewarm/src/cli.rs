@@ -1,6 +1,7 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
+use hullspeed_daemon::answer::Form;
 use hullspeed_daemon::cli::Options;
 use hullspeed_proto::hullspeed::prewarm::v1::PoolAction;
 
@@ -53,14 +54,6 @@ pub enum Command {
     Doctor(Form),
     /// Checks the configuration, prints it with all defaults filled in, and exits
     CheckConfig,
-}
-
-/// How an answer is shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
-pub struct Form {
-    /// Prints JSON instead of tables
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// What the pool can be told.

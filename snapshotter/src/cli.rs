@@ -1,14 +1,19 @@
 //! The command line.
 
 use clap::{Parser, Subcommand};
+use hullspeed_daemon::answer::Form;
 use hullspeed_daemon::cli::Options;
+
+pub mod ask;
+mod table;
 
 /// Serves container image layers lazily to containerd.
 #[derive(Debug, Parser)]
 #[command(name = "hullspeed-snapshotter", version, args_conflicts_with_subcommands = false)]
 #[command(
-    after_help = "Exit codes: 0 stopped as asked, 64 wrong flags or configuration, 65 damaged metadata, \
-    69 something needed is missing (as /dev/fuse), 70 defect, 73 root or socket cannot be made, 75 already running."
+    after_help = "Exit codes: 0 done or stopped as asked, 1 the daemon refused or a verification found something wrong, 64 wrong flags \
+    or configuration, 65 damaged metadata, 66 the image, snapshot or layer is unknown, 69 no daemon answers or something needed is \
+    missing (as /dev/fuse), 70 defect, 73 root or socket cannot be made, 75 already running."
 )]
 pub struct Cli {
     /// What to do; serve if nothing is said.
@@ -20,18 +25,61 @@ pub struct Cli {
 }
 
 /// A subcommand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Serves containerd (the default)
     Serve,
+    /// Shows how the running daemon is
+    Status(Form),
+    /// Shows why an image, a snapshot or a layer is lazy or not, and what it has cost
+    Explain {
+        /// Image reference, digest of a manifest, blob or table of contents, container id, or snapshot key
+        #[arg(value_name = "IMAGE|SNAPSHOT|LAYER")]
+        subject: String,
+        /// How it is shown.
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Shows the layer cache of the running daemon, or has something done to it
+    Cache {
+        /// What to do with it
+        #[command(subcommand)]
+        verb: CacheVerb,
+    },
     /// Checks the configuration, prints it with all defaults filled in, and exits
     CheckConfig,
+}
+
+/// What can be done with the cache.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum CacheVerb {
+    /// Lists the layers
+    Ls(Form),
+    /// Shows what the cache takes and may take
+    Usage(Form),
+    /// Removes layers that no snapshot refers to, as many as it takes to be within the limits
+    Prune {
+        /// Removes all of them
+        #[arg(long)]
+        all_unused: bool,
+        /// How the result is shown.
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Compares what is cached with the digests that the image's maker gave, and drops what is wrong
+    Verify {
+        /// Only the layer with this digest (of its blob or its table of contents)
+        layer: Option<String>,
+        /// How the result is shown.
+        #[command(flatten)]
+        form: Form,
+    },
 }
 
 impl Cli {
     /// The subcommand, with its default.
     pub fn command(&self) -> Command {
-        self.command.unwrap_or(Command::Serve)
+        self.command.clone().unwrap_or(Command::Serve)
     }
 }
 
@@ -55,6 +103,60 @@ mod tests {
         let cli = Cli::try_parse_from(["x", "check-config", "--strict-config", "--log-format", "text"]).unwrap();
         assert_eq!(cli.command(), Command::CheckConfig);
         assert!(cli.options.sources().strict);
+    }
+
+    #[test]
+    fn every_command_is_understood() {
+        let (tables, json) = (Form { json: false }, Form { json: true });
+        let explain = |subject: &str, form| Command::Explain {
+            subject: subject.to_owned(),
+            form,
+        };
+        let cache = |verb| Command::Cache { verb };
+        let prune = |all_unused, form| cache(CacheVerb::Prune { all_unused, form });
+        let verify = |layer: Option<&str>, form| {
+            cache(CacheVerb::Verify {
+                layer: layer.map(str::to_owned),
+                form,
+            })
+        };
+        for (line, command) in [
+            ("x status", Command::Status(tables)),
+            ("x status --json", Command::Status(json)),
+            ("x explain nginx:1", explain("nginx:1", tables)),
+            ("x explain --json sha256:00", explain("sha256:00", json)),
+            ("x cache ls", cache(CacheVerb::Ls(tables))),
+            ("x cache usage --json", cache(CacheVerb::Usage(json))),
+            ("x cache prune", prune(false, tables)),
+            ("x cache prune --all-unused --json", prune(true, json)),
+            ("x cache verify", verify(None, tables)),
+            ("x cache verify sha256:00 --json", verify(Some("sha256:00"), json)),
+        ] {
+            assert_eq!(
+                Cli::try_parse_from(line.split(' ')).unwrap().command(),
+                command,
+                "{line}"
+            );
+        }
+        for line in ["x explain", "x cache", "x cache drop", "x status now"] {
+            assert!(Cli::try_parse_from(line.split(' ')).unwrap_err().use_stderr(), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_document_shows_every_command() {
+        fn check(document: &str, name: &str, command: &clap::Command) {
+            for command in command.get_subcommands() {
+                let name = format!("{name} {}", command.get_name());
+                assert!(document.contains(&name), "{name}");
+                for flag in command.get_arguments().filter_map(|argument| argument.get_long()) {
+                    assert!(document.contains(&format!("--{flag}")), "{flag}");
+                }
+                check(document, &name, command);
+            }
+        }
+        let document = include_str!("../../docs/snapshotter-cli.md");
+        check(document, "hullspeed-snapshotter", &<Cli as CommandFactory>::command());
     }
 
     #[test]

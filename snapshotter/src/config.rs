@@ -61,10 +61,20 @@ pub struct LayersConfig {
 /// `[registry]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistryConfig {
+    /// containerd's `certs.d`; it need not exist.
+    pub hosts_directory: Option<PathBuf>,
     /// Hosts (`host` or `host:port`) spoken to by http; loopback hosts are without being listed.
     pub plain_http: Vec<String>,
     /// PEM file with certificates trusted besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// File of logins, which only its owner may read.
+    pub credentials_file: Option<PathBuf>,
+    /// Docker's `config.json`; without it the places that the environment names.
+    pub docker_config: Option<PathBuf>,
+    /// The kubelet's `CredentialProviderConfig`: a file, or a directory of files.
+    pub credential_provider_config: Option<PathBuf>,
+    /// The directory of the programs that it names.
+    pub credential_provider_bin_dir: Option<PathBuf>,
     /// Limit on connecting, including TLS.
     pub connect_timeout: Duration,
     /// Limit on the time in which no byte of an answer arrives.
@@ -82,6 +92,16 @@ pub struct FetchConfig {
     pub max_range: ByteSize,
     /// Whether a layer's prioritized files are fetched as soon as it is mounted.
     pub prefetch: bool,
+    /// How long a read waits for a registry before it fails.
+    pub read_deadline: Duration,
+    /// Whether the rest of a mounted layer is fetched when nobody else wants the network.
+    pub background: bool,
+    /// Bytes per second that this may take, all layers together; 0 for no cap.
+    pub background_bandwidth: ByteSize,
+    /// How long after the mount it begins.
+    pub background_delay: Duration,
+    /// How long after that it gives way to readers.
+    pub background_deadline: Duration,
 }
 
 /// `[cache]`.
@@ -120,8 +140,13 @@ impl Default for Config {
                 restore_parallelism: 8,
             },
             registry: RegistryConfig {
+                hosts_directory: Some(PathBuf::from("/etc/containerd/certs.d")),
                 plain_http: Vec::new(),
                 ca_file: None,
+                credentials_file: None,
+                docker_config: None,
+                credential_provider_config: None,
+                credential_provider_bin_dir: None,
                 connect_timeout: Duration::from_secs(10),
                 stall_timeout: Duration::from_secs(20),
             },
@@ -130,6 +155,11 @@ impl Default for Config {
                 read_around: ByteSize::kib(512),
                 max_range: ByteSize::mib(8),
                 prefetch: true,
+                read_deadline: Duration::from_secs(60),
+                background: true,
+                background_bandwidth: ByteSize::kib(0),
+                background_delay: Duration::ZERO,
+                background_deadline: Duration::from_secs(3600),
             },
             cache: CacheConfig {
                 checkpoint_interval: Duration::from_secs(5),
@@ -171,8 +201,13 @@ impl Config {
             restore_parallelism,
         } = layers;
         let RegistryConfig {
+            hosts_directory,
             plain_http,
             ca_file,
+            credentials_file,
+            docker_config,
+            credential_provider_config,
+            credential_provider_bin_dir,
             connect_timeout,
             stall_timeout,
         } = registry;
@@ -181,6 +216,11 @@ impl Config {
             read_around,
             max_range,
             prefetch,
+            read_deadline,
+            background,
+            background_bandwidth,
+            background_delay,
+            background_deadline,
         } = fetch;
         let CacheConfig {
             checkpoint_interval,
@@ -192,6 +232,7 @@ impl Config {
             max_background,
             read_ahead,
         } = fuse;
+        let maybe = |file: &Option<PathBuf>| path(file.as_deref().unwrap_or(Path::new("")));
         let lines = [
             format!("root = {}", path(root)),
             format!("socket = {}", path(socket)),
@@ -203,8 +244,13 @@ impl Config {
             format!("mount_timeout = {}", time(*mount_timeout)),
             format!("restore_parallelism = {restore_parallelism}"),
             "\n[registry]".to_owned(),
+            format!("hosts_directory = {}", maybe(hosts_directory)),
             format!("plain_http = {}", list(plain_http)),
-            format!("ca_file = {}", path(ca_file.as_deref().unwrap_or(Path::new("")))),
+            format!("ca_file = {}", maybe(ca_file)),
+            format!("credentials_file = {}", maybe(credentials_file)),
+            format!("docker_config = {}", maybe(docker_config)),
+            format!("credential_provider_config = {}", maybe(credential_provider_config)),
+            format!("credential_provider_bin_dir = {}", maybe(credential_provider_bin_dir)),
             format!("connect_timeout = {}", time(*connect_timeout)),
             format!("stall_timeout = {}", time(*stall_timeout)),
             "\n[fetch]".to_owned(),
@@ -212,6 +258,11 @@ impl Config {
             format!("read_around = {}", text(read_around)),
             format!("max_range = {}", text(max_range)),
             format!("prefetch = {prefetch}"),
+            format!("read_deadline = {}", time(*read_deadline)),
+            format!("background = {background}"),
+            format!("background_bandwidth = {}", text(background_bandwidth)),
+            format!("background_delay = {}", time(*background_delay)),
+            format!("background_deadline = {}", time(*background_deadline)),
             "\n[cache]".to_owned(),
             format!("checkpoint_interval = {}", time(*checkpoint_interval)),
             format!("quota = {}", text(quota)),

@@ -1,8 +1,9 @@
-//! The control API in front of [`Warmer`]: translation and the table of statuses. Nothing is decided here.
+//! The control API in front of [`Warmer`] and [`Explainer`]: translation and the table of statuses. Nothing is decided here.
 
 use std::pin::Pin;
 use std::time::Duration;
 
+use estargz::digest::Digest;
 use futures_util::{Stream, stream};
 use hullspeed_daemon::error::chain;
 use hullspeed_proto::hullspeed::control::v1 as api;
@@ -10,11 +11,15 @@ use hullspeed_registry::{Keeping, Login, Place, PlaceError, Reference};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
+use crate::explain::{ExplainError, Explainer};
+use crate::layer::layers::inspector::{VerifyError, Verifying};
 use crate::layer::layers::warming::{
     LayerReport, LayerState, Share, WarmError, WarmReport, WarmRequest, Warmer, Warming,
 };
 use crate::layer::platform::Platform;
 use crate::layer::source::SourceError;
+
+mod view;
 
 /// How long a login is kept after its last use if its giver does not say.
 const DEFAULT_HELD: Duration = Duration::from_secs(12 * 3600);
@@ -22,19 +27,56 @@ const DEFAULT_HELD: Duration = Duration::from_secs(12 * 3600);
 /// The server for tonic.
 pub struct Control {
     warmer: Option<Warmer>,
+    explainer: Explainer,
     stopping: CancellationToken,
 }
 
 impl Control {
-    /// Serves `warmer` (none where no layer is lazy) until `stopping`.
-    pub fn new(warmer: Option<Warmer>, stopping: CancellationToken) -> Self {
-        Self { warmer, stopping }
+    /// Serves `warmer` (none where no layer is lazy) and `explainer` until `stopping`.
+    pub fn new(warmer: Option<Warmer>, explainer: Explainer, stopping: CancellationToken) -> Self {
+        Self {
+            warmer,
+            explainer,
+            stopping,
+        }
     }
 
     fn warmer(&self) -> Result<&Warmer, Status> {
-        let off = || Status::failed_precondition("lazy layers are switched off in the configuration");
-        self.warmer.as_ref().ok_or_else(off)
+        self.warmer.as_ref().ok_or_else(no_lazy_layers)
     }
+
+    async fn usage(&self) -> Result<api::CacheUsageResponse, Status> {
+        let usage = self.explainer.usage().await.map_err(|error| explain_status(&error))?;
+        Ok(view::usage(usage, self.explainer.space()))
+    }
+}
+
+fn no_lazy_layers() -> Status {
+    Status::failed_precondition("lazy layers are switched off in the configuration")
+}
+
+fn explain_status(error: &ExplainError) -> Status {
+    let code = match error {
+        ExplainError::Subject { .. } => Code::InvalidArgument,
+        ExplainError::Unknown { .. } => Code::NotFound,
+        ExplainError::Snapshots(_) => Code::Internal,
+    };
+    Status::new(code, chain(error))
+}
+
+fn verify_status(error: &VerifyError) -> Status {
+    let code = match error {
+        VerifyError::Busy => Code::ResourceExhausted,
+        VerifyError::NotFound { .. } => Code::NotFound,
+        VerifyError::Stopping => Code::Unavailable,
+    };
+    Status::new(code, chain(error))
+}
+
+/// A digest of a message; none where the text is absent.
+fn digest(field: &str, text: &str) -> Result<Option<Digest>, Status> {
+    let bad = |_| Status::invalid_argument(format!("{field} is not sha256:<64 hex digits>"));
+    (!text.is_empty()).then(|| text.parse().map_err(bad)).transpose()
 }
 
 fn stopping() -> Status {
@@ -57,13 +99,7 @@ fn warm_request(request: api::WarmRequest) -> Result<WarmRequest, Status> {
         share: _,
         platform,
     } = request;
-    let manifest = match manifest_digest.as_str() {
-        "" => None,
-        digest => {
-            let bad = |_| Status::invalid_argument("manifest_digest is not sha256:<64 hex digits>");
-            Some(digest.parse().map_err(bad)?)
-        }
-    };
+    let manifest = digest("manifest_digest", &manifest_digest)?;
     let platform = match platform.as_str() {
         "" => Platform::own(),
         platform => platform
@@ -184,6 +220,20 @@ fn progress(warming: Warming, stop: CancellationToken) -> ProgressStream {
     }))
 }
 
+type VerifyStream = Pin<Box<dyn Stream<Item = Result<api::VerifyCacheProgress, Status>> + Send>>;
+
+/// A verification as messages. The work stops with the stream.
+fn verification(verifying: Verifying, stop: CancellationToken) -> VerifyStream {
+    Box::pin(stream::unfold(Some((verifying, stop)), |under_way| async move {
+        let (mut verifying, stop) = under_way?;
+        match stop.run_until_cancelled(verifying.next()).await {
+            Some(Some(report)) => Some((Ok(view::verified(report)), Some((verifying, stop)))),
+            Some(None) => None,
+            None => Some((Err(stopping()), None)),
+        }
+    }))
+}
+
 #[tonic::async_trait]
 impl api::snapshotter_control_server::SnapshotterControl for Control {
     type WarmStream = ProgressStream;
@@ -245,29 +295,93 @@ impl api::snapshotter_control_server::SnapshotterControl for Control {
         }))?;
         let forgotten = warmer.handed_over().forget(&place);
         Ok(Response::new(api::ForgetCredentialsResponse {
-            forgotten: count(forgotten),
+            forgotten: view::count(forgotten),
         }))
     }
 
     async fn status(&self, _: Request<api::StatusRequest>) -> Result<Response<api::StatusResponse>, Status> {
-        let of = |number: fn(&Warmer) -> usize| self.warmer.as_ref().map_or(0, |warmer| count(number(warmer)));
-        Ok(Response::new(api::StatusResponse {
+        let of = |number: fn(&Warmer) -> usize| self.warmer.as_ref().map_or(0, |warmer| view::count(number(warmer)));
+        let own = api::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             lazy: self.warmer.is_some(),
-            layers_mounted: of(Warmer::layers_mounted),
             warms: of(Warmer::warms),
             credentials: of(|warmer| warmer.handed_over().len()),
+            root: self.explainer.config().root.display().to_string(),
+            cache: Some(self.usage().await?),
+            ..api::StatusResponse::default()
+        };
+        Ok(Response::new(view::status(own, self.explainer.overview())))
+    }
+
+    async fn explain(&self, request: Request<api::ExplainRequest>) -> Result<Response<api::ExplainResponse>, Status> {
+        let explained = self.explainer.explain(&request.get_ref().subject).await;
+        let (found, more) = explained.map_err(|error| explain_status(&error))?;
+        Ok(Response::new(view::explained(found, more)))
+    }
+
+    async fn list_layers(
+        &self,
+        request: Request<api::ListLayersRequest>,
+    ) -> Result<Response<api::ListLayersResponse>, Status> {
+        let api::ListLayersRequest { after, limit } = request.into_inner();
+        let limit = if limit == 0 { usize::MAX } else { limit as usize };
+        let listed = self.explainer.list(digest("after", &after)?, limit).await;
+        let listed = listed.map_err(|error| explain_status(&error))?;
+        Ok(Response::new(view::listing(listed)))
+    }
+
+    async fn cache_usage(
+        &self,
+        _: Request<api::CacheUsageRequest>,
+    ) -> Result<Response<api::CacheUsageResponse>, Status> {
+        Ok(Response::new(self.usage().await?))
+    }
+
+    async fn prune_cache(
+        &self,
+        request: Request<api::PruneCacheRequest>,
+    ) -> Result<Response<api::PruneCacheResponse>, Status> {
+        let api::PruneCacheRequest { all_unused } = request.into_inner();
+        let inspector = self.explainer.inspector().ok_or_else(no_lazy_layers)?;
+        let pruning = inspector.prune(all_unused);
+        let pruned = self.stopping.run_until_cancelled(pruning).await.ok_or_else(stopping)?;
+        tracing::info!(
+            all_unused,
+            layers = pruned.layers,
+            bytes = pruned.bytes,
+            "the operator pruned the cache"
+        );
+        Ok(Response::new(api::PruneCacheResponse {
+            layers: view::count(pruned.layers),
+            bytes: pruned.bytes,
+            failed: view::count(pruned.failed),
         }))
     }
-}
 
-fn count(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
+    type VerifyCacheStream = VerifyStream;
+
+    async fn verify_cache(
+        &self,
+        request: Request<api::VerifyCacheRequest>,
+    ) -> Result<Response<Self::VerifyCacheStream>, Status> {
+        let layer = digest("layer", &request.get_ref().layer)?;
+        let inspector = self.explainer.inspector().ok_or_else(no_lazy_layers)?;
+        let begun = self.stopping.run_until_cancelled(inspector.verify(layer)).await;
+        let verifying = begun.ok_or_else(stopping)?.map_err(|error| verify_status(&error))?;
+        tracing::info!(?layer, "the operator verifies the cache");
+        Ok(Response::new(verification(verifying, self.stopping.clone())))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::config::Config;
+    use crate::metrics::Metrics;
+    use crate::snapshot::no_layers::NoLayers;
+    use crate::snapshot::{Service, ServiceOptions};
 
     fn request(set: impl FnOnce(&mut api::SetCredentialsRequest)) -> api::SetCredentialsRequest {
         let mut request = api::SetCredentialsRequest::default();
@@ -328,10 +442,41 @@ mod tests {
     #[tokio::test]
     async fn without_lazy_layers_there_is_a_status_and_nothing_else() {
         use api::snapshotter_control_server::SnapshotterControl as _;
-        let control = Control::new(None, CancellationToken::new());
+        let place = tempfile::tempdir().unwrap();
+        let config = Config {
+            root: place.path().to_owned(),
+            ..Config::default()
+        };
+        let service = Service::open(ServiceOptions {
+            root: config.root.clone(),
+            layers: Arc::new(NoLayers),
+            metrics: Metrics::unregistered(),
+            mount_timeout: Duration::from_secs(1),
+            restore_parallelism: 1,
+        })
+        .unwrap();
+        let explainer = Explainer::new(service, None, Arc::new(config));
+        let control = Control::new(None, explainer, CancellationToken::new());
         let status = control.status(Request::new(api::StatusRequest {})).await.unwrap();
-        assert!(!status.into_inner().lazy);
+        let status = status.into_inner();
+        assert!(!status.lazy && status.root == place.path().to_str().unwrap());
+        assert!(status.cache.unwrap().filesystem_bytes > 0);
         let warm = control.warm(Request::new(api::WarmRequest::default())).await;
         assert_eq!(warm.err().map(|status| status.code()), Some(Code::FailedPrecondition));
+        let prune = control
+            .prune_cache(Request::new(api::PruneCacheRequest::default()))
+            .await;
+        assert_eq!(prune.err().map(|status| status.code()), Some(Code::FailedPrecondition));
+        let listed = control
+            .list_layers(Request::new(api::ListLayersRequest::default()))
+            .await;
+        assert!(listed.unwrap().into_inner().layers.is_empty());
+        for (subject, code) in [("", Code::InvalidArgument), ("nonesuch:1", Code::NotFound)] {
+            let request = api::ExplainRequest {
+                subject: subject.to_owned(),
+            };
+            let explained = control.explain(Request::new(request)).await;
+            assert_eq!(explained.err().map(|status| status.code()), Some(code), "{subject}");
+        }
     }
 }

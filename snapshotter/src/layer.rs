@@ -11,6 +11,7 @@ mod image;
 pub mod layers;
 mod open;
 pub mod platform;
+pub mod report;
 pub mod source;
 mod sys;
 #[cfg(test)]
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
+use layers::inspector::Inspector;
 use layers::warming::Warmer;
 
 /// An error of whichever part refused to serve a layer lazily.
@@ -91,7 +93,7 @@ pub enum NotLazy {
         #[source]
         cause: Cause,
     },
-    /// A format that is recognised and not supported, as zstd:chunked.
+    /// A format that is recognised and not supported, as a future form of zstd:chunked.
     #[error("layer {layer} is {what}, which is not supported")]
     Unsupported {
         /// Digest of the layer's blob.
@@ -126,6 +128,17 @@ pub enum NotLazy {
         /// Digest of the layer's blob.
         layer: Digest,
         /// The registry client's error.
+        #[source]
+        cause: Cause,
+    },
+    /// The TOC is in another image, which did not deliver it.
+    #[error("the TOC of layer {layer} of {image} is in another image, which did not deliver it")]
+    TocImage {
+        /// Reference of the image.
+        image: String,
+        /// Digest of the layer's blob.
+        layer: Digest,
+        /// Which image it should be in, and what was wrong with it.
         #[source]
         cause: Cause,
     },
@@ -184,6 +197,7 @@ impl NotLazy {
             Self::TocMismatch { .. } => "toc_mismatch",
             Self::TocInvalid { .. } => "toc_invalid",
             Self::Registry { .. } => "registry",
+            Self::TocImage { .. } => "toc_image",
             Self::Timeout { .. } => "timeout",
             Self::CacheIo { .. } => "cache_io",
             Self::NotCached { .. } => "not_cached",
@@ -202,6 +216,7 @@ impl NotLazy {
             | Self::TocMismatch { .. }
             | Self::TocInvalid { .. } => true,
             Self::Registry { .. }
+            | Self::TocImage { .. }
             | Self::Timeout { .. }
             | Self::CacheIo { .. }
             | Self::NotCached { .. }
@@ -236,6 +251,11 @@ pub trait LayerMounts: Send + Sync + 'static {
 
     /// What warms images, and takes the logins that are handed over; none where no layer is lazy.
     fn warmer(&self) -> Option<Warmer> {
+        None
+    }
+
+    /// What looks at layers and their cache for operators; none where no layer is lazy.
+    fn inspector(&self) -> Option<Inspector> {
         None
     }
 

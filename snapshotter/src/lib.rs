@@ -3,14 +3,18 @@
 //! `main.rs` parses the command line and calls [`run`]; everything else is here so that tests drive the same code:
 //!
 //! - [`snapshot`] is the snapshots service as an ordinary library, [`grpc`] its translation to containerd's API;
-//! - [`layer`] mounts and warms eStargz layers; [`control`] is the translation of the latter to our own API; `snapshot` sees it only through [`layer::LayerMounts`];
+//! - [`layer`] mounts and warms eStargz layers; `snapshot` sees it only through [`layer::LayerMounts`];
+//! - [`explain`] tells operators why both do what they do; [`control`] is the translation of that and of warming to our own API, and
+//!   [`client`] the command line's end of it;
 //! - [`config`], [`cli`] and [`metrics`] are the daemon's frame, on top of `hullspeed_daemon`.
 //!
 //! No module keeps state in a global: what a part needs is handed to it by [`run`].
 
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod control;
+pub mod explain;
 pub mod grpc;
 pub mod layer;
 pub mod metrics;

@@ -7,7 +7,8 @@ use clap::Parser as _;
 use hullspeed_daemon::cli::{EX_USAGE, mistake};
 use hullspeed_daemon::error::chain;
 use hullspeed_daemon::{signal, telemetry};
-use hullspeed_snapshotter::cli::{Cli, Command};
+use hullspeed_snapshotter::cli::{Cli, Command, ask};
+use hullspeed_snapshotter::client::Client;
 use hullspeed_snapshotter::config::{self, Config};
 use hullspeed_snapshotter::run::{self, RunError};
 
@@ -27,23 +28,36 @@ fn main() -> ExitCode {
         Ok(loaded) => loaded,
         Err(error) => return fail(&chain(&error), EX_USAGE),
     };
-    if cli.command() == Command::CheckConfig {
-        let text = loaded.checked(&loaded.config.to_toml());
-        let printed = std::io::stdout().write_all(text.as_bytes());
-        return if printed.is_ok() {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        };
+    match cli.command() {
+        Command::CheckConfig => {
+            let text = loaded.checked(&loaded.config.to_toml());
+            let printed = std::io::stdout().write_all(text.as_bytes());
+            printed.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)
+        }
+        Command::Serve => {
+            if let Err(error) = telemetry::start(&loaded.config.log) {
+                return fail(&chain(&error), EX_USAGE);
+            }
+            loaded.warn();
+            let served = serve(loaded.config);
+            served.map_or_else(|error| fail(&chain(&error), error.exit_code()), |()| ExitCode::SUCCESS)
+        }
+        command => ask(&command, &loaded.config),
     }
-    if let Err(error) = telemetry::start(&loaded.config.log) {
-        return fail(&chain(&error), EX_USAGE);
-    }
-    loaded.warn();
-    match serve(loaded.config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&chain(&error), error.exit_code()),
-    }
+}
+
+/// The commands that print something and end.
+#[tokio::main(flavor = "current_thread")]
+async fn ask(command: &Command, config: &Config) -> ExitCode {
+    let client = Client::at(&config.socket);
+    let out = &mut std::io::stdout();
+    let asked = match command {
+        Command::Status(form) => ask::status(&client, *form, out).await,
+        Command::Explain { subject, form } => ask::explain(&client, subject, *form, out).await,
+        Command::Cache { verb } => ask::cache(&client, verb, out).await,
+        Command::Serve | Command::CheckConfig => Ok(()),
+    };
+    asked.map_or_else(|error| fail(&chain(&error), error.exit_code()), |()| ExitCode::SUCCESS)
 }
 
 fn serve(config: Config) -> Result<(), RunError> {

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::control::Control;
+use crate::explain::Explainer;
 use crate::grpc::Snapshots;
 use crate::layer::layers::Layers;
 use crate::layer::{Cause, LayerMounts};
@@ -150,6 +151,7 @@ where
         }
     };
     root.keep();
+    let explainer = Explainer::new(service.clone(), layers.inspector(), Arc::clone(&config));
 
     let stopping = CancellationToken::new();
     let stopped = CancellationToken::new();
@@ -165,7 +167,7 @@ where
     let served = serve(
         socket,
         Snapshots::new(service.clone(), metrics),
-        Control::new(warmer, stopping.clone()),
+        Control::new(warmer, explainer, stopping.clone()),
         stop,
         &stopping,
         config.stop_timeout,

@@ -4,7 +4,8 @@
 //! - [`store`] keeps the metadata in transactions, and knows neither directories nor mounts;
 //! - [`directories`] owns `<root>/snapshots`;
 //! - [`mounts`], [`labels`], [`filter`] and [`usage`] are pure parts;
-//! - [`recover`] brings the mounts of lazy layers back after a start.
+//! - [`recover`] brings the mounts of lazy layers back after a start;
+//! - [`decisions`] remembers which layers are not lazy, and why; [`outline`] is what reports need of snapshots.
 //!
 //! # Invariants
 //! - A transaction never waits for a network or a mount.
@@ -20,11 +21,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::layer::NotLazy;
 
+pub mod decisions;
 pub mod directories;
 pub mod filter;
 pub mod labels;
 pub mod mounts;
 pub mod no_layers;
+pub mod outline;
 pub mod recover;
 mod remote;
 pub mod service;

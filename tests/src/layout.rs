@@ -157,6 +157,8 @@ pub fn blob_path(layout: &Path, digest: &str) -> PathBuf {
 /// An image read back from a layout: the first manifest that the index names with `tag`, through nested indexes.
 #[derive(Debug, Clone)]
 pub struct LayoutImage {
+    /// Digest of the manifest.
+    pub manifest_digest: String,
     /// The manifest.
     pub manifest: Value,
     /// The image configuration.
@@ -173,12 +175,19 @@ impl LayoutImage {
             .iter()
             .find(named)
             .with_context(|| format!("{} has no image {tag}", layout.display()))?;
-        let mut manifest = Self::blob(layout, entry)?;
+        let mut descriptor = entry.clone();
+        let mut manifest = Self::blob(layout, &descriptor)?;
         if let Some(inner) = manifest["manifests"].as_array() {
-            manifest = Self::blob(layout, inner.first().context("an empty image index")?)?;
+            descriptor = inner.first().context("an empty image index")?.clone();
+            manifest = Self::blob(layout, &descriptor)?;
         }
         let config = Self::blob(layout, &manifest["config"])?;
-        Ok(Self { manifest, config })
+        let digest = descriptor["digest"].as_str().context("a descriptor without a digest")?;
+        Ok(Self {
+            manifest_digest: digest.into(),
+            manifest,
+            config,
+        })
     }
 
     fn blob(layout: &Path, descriptor: &Value) -> Result<Value> {

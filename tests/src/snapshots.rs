@@ -6,13 +6,13 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use hullspeed_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use hullspeed_proto::containerd::services::snapshots::v1::{
-    Info, ListSnapshotsRequest, RemoveSnapshotRequest, UsageRequest, ViewSnapshotRequest,
+    Info, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, UsageRequest, ViewSnapshotRequest,
 };
 use hullspeed_proto::containerd::types::Mount;
 use sha2::{Digest as _, Sha256};
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 /// The namespace that CRI uses.
 const NAMESPACE: &str = "k8s.io";
@@ -63,6 +63,27 @@ impl Snapshots {
         Ok((usage.size, usage.inodes))
     }
 
+    /// Offers a layer for lazy use, as containerd does before it would pull it: whether the snapshot `target` on `parent`
+    /// (empty for none) is there now. If it is not, the layer would have to be unpacked.
+    pub async fn offer(&mut self, target: &str, parent: &str, labels: Vec<(String, String)>) -> Result<bool> {
+        let key = format!("extract-{target}");
+        let named = [("containerd.io/snapshot.ref".to_owned(), target.to_owned())];
+        let request = PrepareSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.clone(),
+            parent: parent.into(),
+            labels: labels.into_iter().chain(named).collect(),
+        };
+        match self.client.prepare(in_namespace(request)).await {
+            Err(status) if status.code() == Code::AlreadyExists => Ok(true),
+            Err(status) => Err(status).with_context(|| format!("Snapshots Prepare of {target}")),
+            Ok(_) => {
+                self.remove_key(&key).await?;
+                Ok(false)
+            }
+        }
+    }
+
     /// A read-only view of the committed snapshot `parent`, mounted at `target`.
     pub async fn view(&mut self, key: &str, parent: &str, target: &Path) -> Result<View> {
         let request = ViewSnapshotRequest {
@@ -93,9 +114,14 @@ impl Snapshots {
     pub async fn remove(&mut self, view: View) -> Result<()> {
         let key = view.key.clone();
         drop(view);
+        self.remove_key(&key).await
+    }
+
+    /// Removes a snapshot.
+    pub async fn remove_key(&mut self, key: &str) -> Result<()> {
         let request = RemoveSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
-            key,
+            key: key.into(),
         };
         self.client
             .remove(in_namespace(request))

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
+use hullspeed_benches::fetch::{self, Part};
 use hullspeed_benches::figure::{self, Figure};
 use hullspeed_benches::hulls::{self, Amounts};
 use hullspeed_tests::release::Release;
@@ -39,6 +40,18 @@ struct Cli {
     /// Pods that come and go before leaks are counted.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = at_least_one)]
     cycles: usize,
+    /// One part of the fetch area alone.
+    #[arg(long, value_enum, value_name = "PART")]
+    part: Vec<Part>,
+    /// Rounds of what the fetch area times.
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = at_least_one)]
+    rounds: usize,
+    /// Images of ten layers mounted when the snapshotter's memory is weighed.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = at_least_one)]
+    images: usize,
+    /// Files of each of their layers.
+    #[arg(long, value_name = "N", default_value_t = 5000, value_parser = at_least_one)]
+    files: usize,
     /// Keep logs and state in DIR/run, to look into a failure.
     #[arg(long)]
     keep: bool,
@@ -48,6 +61,8 @@ struct Cli {
 enum Area {
     /// Pod hulls.
     Hulls,
+    /// The fetch engine and the layer cache.
+    Fetch,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -92,7 +107,10 @@ async fn run(cli: &Cli) -> Result<()> {
     let mut report = |figure: Figure| {
         figure::print(&mut std::io::stdout().lock(), &figure)?;
         if !figure.holds() {
-            missed.push(format!("{} = {} on {}", figure.figure, figure.value, figure.containerd));
+            let place = figure
+                .containerd
+                .map_or_else(String::new, |version| format!(" on {version}"));
+            missed.push(format!("{} = {}{place}", figure.figure, figure.value));
         }
         Ok(())
     };
@@ -108,6 +126,15 @@ async fn run(cli: &Cli) -> Result<()> {
             for release in releases(cli.containerd) {
                 hulls::measure(open_run, release, &amounts, &mut report).await?;
             }
+        }
+        Area::Fetch => {
+            let parts = if cli.part.is_empty() { &Part::ALL[..] } else { &cli.part };
+            let amounts = fetch::Amounts {
+                rounds: cli.rounds,
+                images: cli.images,
+                files: cli.files,
+            };
+            fetch::measure(open_run, parts, &amounts, &mut report).await?;
         }
     }
     if missed.is_empty() {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 
-use estargz::toc::TOC_DIGEST_ANNOTATION;
+use estargz::toc::{BINDING_ANNOTATIONS, TOC_DIGEST_ANNOTATION};
 use estargz::verify::{Report, verify_layer};
 use hullspeed_registry::Digest;
 use tempfile::NamedTempFile;
@@ -60,7 +60,9 @@ pub(super) async fn run(options: Options, cancel: Cancel) -> Result<(), Failure>
                 found.skipped += 1;
                 continue;
             }
-            let annotation = layer.descriptor.annotation(TOC_DIGEST_ANNOTATION);
+            let annotation = BINDING_ANNOTATIONS
+                .iter()
+                .find_map(|key| layer.descriptor.annotation(key));
             let key = (layer.blob.digest.clone(), annotation.clone(), layer.diff_id.clone());
             if !found.done.contains_key(&key) {
                 let task = progress.layer(&layer.blob.digest, layer.blob.size);

@@ -2,11 +2,12 @@
 
 use std::io::{self, Write};
 
+use hullspeed_daemon::answer::Form;
+use hullspeed_daemon::ask::ClientError;
 use hullspeed_proto::hullspeed::prewarm::v1 as api;
-use serde::Serialize;
 
-use super::{Action, Form, table};
-use crate::client::{Client, ClientError, said};
+use super::{Action, table};
+use crate::client::Client;
 
 /// A command came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -33,8 +34,8 @@ impl AskError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Client(ClientError::Unreachable { .. }) => 69,
-            Self::Client(ClientError::Answer(_)) | Self::Unbranded { .. } | Self::Print(_) => 1,
+            Self::Client(error) => error.exit_code(),
+            Self::Unbranded { .. } | Self::Print(_) => 1,
         }
     }
 }
@@ -42,23 +43,23 @@ impl AskError {
 /// `status`
 pub async fn status(client: &Client, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
     let status = client.status().await?;
-    show(&status, form, table::status, out)
+    Ok(form.show(&status, table::status, out)?)
 }
 
 /// `pool`
 pub async fn pool(client: &Client, action: Option<Action>, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
     let action = action.map_or(api::PoolAction::Unspecified, Action::in_api);
     let pool = client.pool(action).await?;
-    show(&pool, form, table::pool, out)
+    Ok(form.show(&pool, table::pool, out)?)
 }
 
 /// `drain`: says how many hulls and records are left, once or until there are none.
 pub async fn drain(client: &Client, wait: bool, form: Form, out: &mut dyn Write) -> Result<(), AskError> {
     let mut progress = client.drain().await?;
     let mut last = None;
-    while let Some(now) = progress.message().await.map_err(said)? {
+    while let Some(now) = progress.message().await.map_err(ClientError::from)? {
         if last.as_ref() != Some(&now) {
-            show(&now, form, table::drain, out)?;
+            form.show(&now, table::drain, out)?;
             out.flush()?;
             last = Some(now);
         }
@@ -71,14 +72,4 @@ pub async fn drain(client: &Client, wait: bool, form: Form, out: &mut dyn Write)
         0 => Ok(()),
         unbranded => Err(AskError::Unbranded { unbranded }),
     }
-}
-
-fn show<T: Serialize>(answer: &T, form: Form, as_text: fn(&T) -> String, out: &mut dyn Write) -> Result<(), AskError> {
-    if form.json {
-        serde_json::to_writer(&mut *out, answer).map_err(io::Error::from)?;
-        writeln!(out)?;
-    } else {
-        out.write_all(as_text(answer).as_bytes())?;
-    }
-    Ok(())
 }

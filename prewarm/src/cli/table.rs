@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableStyle};
+use hullspeed_daemon::answer::{age, aligned, empty};
 use hullspeed_daemon::units::display_duration;
 use hullspeed_proto::hullspeed::prewarm::v1 as api;
 
@@ -185,17 +185,6 @@ fn handler_row(handler: &api::HandlerPool) -> [String; 8] {
     ]
 }
 
-/// An age in its two largest units.
-fn age(seconds: u64) -> String {
-    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
-    match (days, hours, minutes) {
-        (0, 0, 0) => format!("{seconds}s"),
-        (0, 0, _) => format!("{minutes}m{}s", seconds % 60),
-        (0, _, _) => format!("{hours}h{}m", minutes % 60),
-        _ => format!("{days}d{}h", hours % 24),
-    }
-}
-
 pub(super) fn drain(progress: &api::DrainProgress) -> String {
     let api::DrainProgress {
         left,
@@ -210,24 +199,6 @@ pub(super) fn drain(progress: &api::DrainProgress) -> String {
     };
     text.extend(unbranded.iter().map(self::unbranded));
     text
-}
-
-fn empty(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(TableStyle::new())
-        .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header(header.iter().copied());
-    table
-}
-
-fn aligned(mut table: Table, right: std::ops::Range<usize>) -> String {
-    for column in right {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table.trim_fmt()
 }
 
 #[cfg(test)]

@@ -4,13 +4,14 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use hullspeed_daemon::activation::Inherited;
+use hullspeed_daemon::answer::Form;
 use hullspeed_proto::cri::v1::PodSandboxConfig;
 use tonic::Code;
 
 use super::*;
 use crate::adopt::eligibility::Policy;
 use crate::adopt::{self, Observer as _, Outcome};
-use crate::cli::{Form, ask};
+use crate::cli::ask;
 use crate::client::Client;
 use crate::containerd::Containerd;
 use crate::ledger::{Adoption, Mark};

@@ -72,6 +72,40 @@ impl SnapshotterControl for Directed {
     async fn status(&self, _: Request<api::StatusRequest>) -> Result<Response<api::StatusResponse>, Status> {
         Err(Status::unimplemented(""))
     }
+
+    async fn explain(&self, _: Request<api::ExplainRequest>) -> Result<Response<api::ExplainResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_layers(
+        &self,
+        _: Request<api::ListLayersRequest>,
+    ) -> Result<Response<api::ListLayersResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn cache_usage(
+        &self,
+        _: Request<api::CacheUsageRequest>,
+    ) -> Result<Response<api::CacheUsageResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn prune_cache(
+        &self,
+        _: Request<api::PruneCacheRequest>,
+    ) -> Result<Response<api::PruneCacheResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type VerifyCacheStream = ReceiverStream<Result<api::VerifyCacheProgress, Status>>;
+
+    async fn verify_cache(
+        &self,
+        _: Request<api::VerifyCacheRequest>,
+    ) -> Result<Response<Self::VerifyCacheStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
 }
 
 impl Directed {

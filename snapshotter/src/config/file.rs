@@ -31,8 +31,13 @@ section!(pub(super) LayersFile {
     restore_parallelism
 });
 section!(pub(super) RegistryFile {
+    hosts_directory,
     plain_http,
     ca_file,
+    credentials_file,
+    docker_config,
+    credential_provider_config,
+    credential_provider_bin_dir,
     connect_timeout,
     stall_timeout
 });
@@ -40,7 +45,12 @@ section!(pub(super) FetchFile {
     max_requests,
     read_around,
     max_range,
-    prefetch
+    prefetch,
+    read_deadline,
+    background,
+    background_bandwidth,
+    background_delay,
+    background_deadline
 });
 section!(pub(super) CacheFile {
     checkpoint_interval,

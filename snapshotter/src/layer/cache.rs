@@ -24,6 +24,7 @@ mod heat;
 mod hold;
 mod layer;
 pub mod limits;
+mod report;
 mod residency;
 pub mod reuse;
 mod shelf;
@@ -32,8 +33,10 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use evict::Dropped;
 pub use hold::Held;
 pub use layer::{CachedLayer, OpenLayer, StoreError};
+pub use report::CacheLimits;
 pub use residency::{Residency, ResidencyError};
 pub use shelf::Pin;
 pub use store::{CacheError, LayerStore, Origin};

@@ -7,11 +7,16 @@
 //! 2. [`plan`] groups the claimed members with their neighbours into ranges, sized by [`readahead`];
 //! 3. each group runs as a task of its own ([`group`]), so a reader that goes away wastes nothing: one request, its body cut into
 //!    members as it arrives, each decompressed, verified and stored by [`decode`], its waiters woken at once;
-//! 4. [`gate`] lets demand pass before prefetch.
+//! 4. [`gate`] lets demand pass before what nobody waits for yet.
 //!
-//! A body that breaks is continued at the byte where it broke; if its source gives up, at the layer's next one ([`remotes`]).
-//! Wrong bytes are asked for once more, alone. Nothing here trusts the source: what is not verified by [`CachedLayer::store`](super::cache::CachedLayer::store) is never readable.
+//! What readers will want is fetched before they ask: [`ahead`] of a sequence, the maker's choice ([`prefetch`]), and in the end all of a
+//! mounted layer ([`background`]).
+//!
+//! A request that fails goes on at once at the layer's next source ([`remotes`]), at the byte where it broke; [`health`] knows which hosts
+//! are to be left alone, and how many requests each bears. [`tally`] counts what a layer costs. Wrong bytes are asked for once more, alone. Nothing here trusts the source: what is not verified by [`CachedLayer::store`](super::cache::CachedLayer::store) is never readable.
 
+mod ahead;
+mod background;
 mod decode;
 mod download;
 mod engine;
@@ -19,17 +24,23 @@ mod error;
 mod flight;
 mod gate;
 mod group;
+pub(super) mod health;
 mod layer;
+mod pace;
 mod plan;
 mod prefetch;
 mod readahead;
 mod remotes;
+mod report;
+mod tally;
 
 #[cfg(test)]
 mod tests;
 
+pub use background::Completion;
 pub(super) use decode::ingest;
 pub use engine::{Engine, FetchOptions};
 pub use error::{Failure, FetchError};
 pub use layer::{LayerFetch, LayerNames};
 pub use prefetch::Extent;
+pub use tally::{Amounts, BackgroundState, LastFailure, Tally};

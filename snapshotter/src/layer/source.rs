@@ -10,6 +10,7 @@ pub(crate) mod scripted;
 
 use std::ops::Range;
 use std::pin::Pin;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -23,6 +24,8 @@ pub enum SourceError {
     Transient {
         /// What failed.
         what: String,
+        /// How busy the host says it is, if that is why.
+        load: Option<Overload>,
         /// The failure under it.
         #[source]
         cause: Option<BoxError>,
@@ -40,6 +43,13 @@ pub enum SourceError {
     },
 }
 
+/// A host that answers, and has too much to do (429, 5xx).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Overload {
+    /// How long it wants to be left alone, if it says so.
+    pub retry_after: Option<Duration>,
+}
+
 /// An error of a source's own machinery.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -48,7 +58,16 @@ impl SourceError {
     pub fn transient(what: impl Into<String>) -> Self {
         Self::Transient {
             what: what.into(),
+            load: None,
             cause: None,
+        }
+    }
+
+    /// What a host that has too much to do said of it.
+    pub fn overload(&self) -> Option<Overload> {
+        match self {
+            Self::Transient { load, .. } => *load,
+            Self::Permanent { .. } => None,
         }
     }
 
@@ -75,6 +94,8 @@ pub enum Priority {
     Prefetch,
     /// What an operator wants resident, some time.
     Warm,
+    /// The rest of a mounted layer.
+    Background,
 }
 
 impl Priority {
@@ -84,6 +105,7 @@ impl Priority {
             Self::Demand => "demand",
             Self::Prefetch => "prefetch",
             Self::Warm => "warm",
+            Self::Background => "background",
         }
     }
 }
@@ -104,6 +126,9 @@ pub struct Tail {
 /// A blob that can be read in ranges.
 #[async_trait]
 pub trait BlobSource: Send + Sync + 'static {
+    /// The host that is asked, as hosts.toml or the image reference names it. Sources of one host share its health.
+    fn host(&self) -> &str;
+
     /// Size of the blob, where it is known without asking.
     fn size(&self) -> Option<u64>;
 

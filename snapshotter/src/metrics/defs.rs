@@ -59,7 +59,7 @@ pub struct SourceLabels {
 /// Why something was fetched.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FetchLabels {
-    /// `toc`, `demand`, `prefetch` or `warm`.
+    /// `toc`, `demand`, `prefetch`, `warm` or `background`.
     pub kind: &'static str,
     /// `ok`, or the class of the registry error.
     pub result: &'static str,
@@ -68,7 +68,7 @@ pub struct FetchLabels {
 /// Bytes by reason of the fetch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct KindLabels {
-    /// `toc`, `demand`, `prefetch` or `warm`.
+    /// `toc`, `demand`, `prefetch`, `warm` or `background`.
     pub kind: &'static str,
 }
 
@@ -113,6 +113,10 @@ pub struct Metrics {
     pub fetch_bytes: Family<KindLabels, Counter>,
     /// Time of each request to a registry.
     pub fetch_request: Histogram,
+    /// Requests that went on at another source of the layer.
+    pub fetch_failovers: Counter,
+    /// Mounted layers whose rest is being fetched.
+    pub background_layers: Gauge,
     /// Chunks whose bytes did not match their digest.
     pub verify_failures: Counter,
     /// Writes to the layer cache that failed.
@@ -163,6 +167,8 @@ impl Metrics {
             fetch_requests: Family::default(),
             fetch_bytes: Family::default(),
             fetch_request: slow_seconds(),
+            fetch_failovers: Counter::default(),
+            background_layers: Gauge::default(),
             verify_failures: Counter::default(),
             cache_write_errors: Counter::default(),
             cache_bytes: Gauge::default(),
@@ -239,6 +245,16 @@ impl Metrics {
             "Time of each request to a registry",
             Unit::Seconds,
             self.fetch_request.clone(),
+        );
+        r.register(
+            "fetch_failovers",
+            "Requests that went on at another source of the layer",
+            self.fetch_failovers.clone(),
+        );
+        r.register(
+            "background_layers",
+            "Mounted layers whose rest is being fetched",
+            self.background_layers.clone(),
         );
         r.register(
             "verify_failures",

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
+use super::decisions::{Fallback, Refused};
 use super::labels;
 use super::service::Service;
 use super::{Error, Labels};
@@ -17,14 +18,14 @@ use crate::metrics::defs::{PrepareLabels, PrepareResult};
 
 impl Service {
     /// Tries to make the lazy snapshot `target`. An error of [`Error::TargetExists`] is success; without an error the
-    /// layer has to be unpacked.
+    /// layer has to be unpacked, and the answer says why.
     pub(super) async fn offer(
         &self,
         key: &str,
         target: &str,
         parent: Option<&str>,
         labels: &Labels,
-    ) -> Result<(), Error> {
+    ) -> Result<Fallback, Error> {
         let place = Place {
             target: target.to_owned(),
             parent: parent.map(str::to_owned),
@@ -48,12 +49,13 @@ impl Service {
                 // Not a warning: an import or an image without annotations is nothing that went wrong.
                 tracing::info!(key, target, reason = error.reason(), error = %chain(&error),
                     "remote-snapshot-prepared" = "false", "layer is not offered for lazy use");
-                return Ok(());
+                return Ok(self.refused_as(target, None, Fallback::now(error.reason(), chain(&error))));
             }
         };
         match self.mount_and_commit(place, &request, labels).await {
             Ok(outcome) => {
                 self.count(PrepareResult::lazy, "");
+                self.inner.decisions.lazy(target);
                 tracing::info!(key, target, image = request.image, layer = %request.layer_digest,
                     toc = %outcome, "remote-snapshot-prepared" = "true", "layer is mounted lazily");
                 Err(Error::TargetExists {
@@ -65,7 +67,8 @@ impl Service {
                 tracing::warn!(key, target, image = request.image, layer = %request.layer_digest,
                     reason = error.reason(), error = %chain(&error), "remote-snapshot-prepared" = "false",
                     "layer cannot be mounted lazily and will be unpacked");
-                Ok(())
+                let fallback = Fallback::now(error.reason(), chain(&error));
+                Ok(self.refused_as(target, Some(&request), fallback))
             }
             Err(Refusal::Failed(error)) => Err(error),
         }
@@ -151,6 +154,18 @@ impl Service {
         })
         .await?;
         Ok(())
+    }
+
+    /// Remembers a refusal.
+    fn refused_as(&self, target: &str, request: Option<&LayerRequest>, fallback: Fallback) -> Fallback {
+        self.inner.decisions.refused(Refused {
+            snapshot: target.to_owned(),
+            image: request.map(|request| request.image.clone()).unwrap_or_default(),
+            manifest: request.and_then(|request| request.manifest_digest),
+            layer: request.map(|request| request.layer_digest),
+            fallback: fallback.clone(),
+        });
+        fallback
     }
 
     fn count(&self, result: PrepareResult, reason: &'static str) {

@@ -13,6 +13,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{Mutex, MutexGuard, Semaphore};
 use tokio_util::task::TaskTracker;
 
+use super::decisions::{Decisions, Fallback};
 use super::directories::Directories;
 use super::filter::Filters;
 use super::labels::{self, check_name};
@@ -61,6 +62,7 @@ pub(super) struct Inner {
     features: OverlayFeatures,
     pub(super) layers: Arc<dyn LayerMounts>,
     pub(super) metrics: Metrics,
+    pub(super) decisions: Decisions,
     pub(super) mount_timeout: Duration,
     pub(super) restore_parallelism: usize,
     permits: Semaphore,
@@ -89,6 +91,7 @@ impl Service {
             features: OverlayFeatures::detect(),
             layers,
             metrics,
+            decisions: Decisions::default(),
             mount_timeout,
             restore_parallelism,
             permits: Semaphore::new(BLOCKING_CALLS),
@@ -104,11 +107,12 @@ impl Service {
     pub async fn prepare(&self, key: String, parent: Option<String>, labels: Labels) -> Result<Vec<Mount>, Error> {
         check_new("key", &key, parent.as_deref(), &labels)?;
         self.to_end(async move |service| {
+            let mut fallback = None;
             if let Some(target) = labels.get(labels::TARGET) {
                 check_name("target", target)?;
-                service.offer(&key, target, parent.as_deref(), &labels).await?;
+                fallback = Some(service.offer(&key, target, parent.as_deref(), &labels).await?);
             }
-            service.create(Kind::Active, key, parent, labels).await
+            service.create(Kind::Active, key, parent, labels, fallback).await
         })
         .await
     }
@@ -116,7 +120,7 @@ impl Service {
     /// Makes a read-only snapshot and gives its mounts.
     pub async fn view(&self, key: String, parent: Option<String>, labels: Labels) -> Result<Vec<Mount>, Error> {
         check_new("key", &key, parent.as_deref(), &labels)?;
-        self.to_end(async move |service| service.create(Kind::View, key, parent, labels).await)
+        self.to_end(async move |service| service.create(Kind::View, key, parent, labels, None).await)
             .await
     }
 
@@ -126,6 +130,7 @@ impl Service {
         key: String,
         parent: Option<String>,
         labels: Labels,
+        fallback: Option<Fallback>,
     ) -> Result<Vec<Mount>, Error> {
         let (parents, layers) = {
             let parent = parent.clone();
@@ -136,11 +141,14 @@ impl Service {
         self.blocking(move |inner| {
             let owner = parents.first().map(|id| inner.directories.owner(*id)).transpose()?;
             let mut made = None;
-            let created = inner.store.create(kind, &key, parent.as_deref(), &labels, |id| {
+            let make = |id| {
                 inner.directories.make(id, kind, owner)?;
                 made = Some(id);
                 Ok(())
-            });
+            };
+            let created = inner
+                .store
+                .create(kind, &key, parent.as_deref(), &labels, fallback, make);
             inner.undo(made, created.is_err());
             Ok(inner.mounts(&created?))
         })

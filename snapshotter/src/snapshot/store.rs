@@ -16,10 +16,11 @@ use std::time::SystemTime;
 use estargz::digest::Digest;
 use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
+use super::decisions::Fallback;
 use super::{Error, Info, Kind, Labels};
 use crate::layer::{LayerOrigin, Usage};
 use open::open_database;
-use record::Record;
+use record::{Record, StoredFallback};
 use tables::{
     add_child, ancestors, committed_parent, decode, failed, find_target, new_parent, read, rebased_parent, write,
 };
@@ -70,6 +71,8 @@ pub struct Found {
     pub usage: Usage,
     /// The lazy layer that the snapshot is.
     pub layer: Option<LayerOrigin>,
+    /// Why it is none, where the layer was offered for lazy use.
+    pub fallback: Option<Fallback>,
 }
 
 /// What a removal leaves to do.
@@ -182,13 +185,14 @@ impl Store {
         ancestors(&table, parent)
     }
 
-    /// Makes an active or view snapshot. `make` makes its directory and is called before the transaction commits.
+    /// Makes an active or view snapshot; `fallback` is kept with it and with what it is committed as. `make` makes its directory and is called before the transaction commits.
     pub fn create(
         &self,
         kind: Kind,
         key: &str,
         parent: Option<&str>,
         labels: &Labels,
+        fallback: Option<Fallback>,
         make: impl FnOnce(u64) -> Result<(), Error>,
     ) -> Result<Chain, Error> {
         let tx = self.db.begin_write().map_err(failed)?;
@@ -199,7 +203,8 @@ impl Store {
             if table.get(key).map_err(failed)?.is_some() {
                 return Err(Error::AlreadyExists { key: key.to_owned() });
             }
-            let record = Record::new(id, kind, parent, labels, None, SystemTime::now());
+            let mut record = Record::new(id, kind, parent, labels, None, SystemTime::now());
+            record.fallback = fallback.map(StoredFallback::from);
             write(&mut table, key, &record)?;
             add_child(&tx, above.as_ref(), id)?;
             let (parents, layers) = ancestors(&table, parent)?;
@@ -282,6 +287,7 @@ impl Store {
             };
             let mut committed = Record::new(id, Kind::Committed, parent, labels, None, SystemTime::now());
             committed.usage = usage.into();
+            committed.fallback = record.fallback;
             table.remove(key).map_err(failed)?;
             write(&mut table, name, &committed)?;
             add_child(&tx, above.as_ref(), id)?;

@@ -17,6 +17,17 @@ const LEAST_ON_DISK: u64 = 16 << 20;
 /// Chunks of one layer that are given up with one write of its bitmap.
 const BATCH: usize = 16 << 10;
 
+/// Whole layers that were given up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// How many.
+    pub layers: usize,
+    /// What they had on disk.
+    pub bytes: u64,
+    /// Those that could not be removed.
+    pub failed: usize,
+}
+
 /// For whom room is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
@@ -68,7 +79,7 @@ impl Shelf {
         if wanted == 0 {
             return 0;
         }
-        let mut freed = self.drop_layers(wanted);
+        let mut freed = self.drop_layers(wanted).bytes;
         if freed < wanted && need == Need::Reader {
             freed += self.drop_parts(wanted - freed);
         }
@@ -81,28 +92,46 @@ impl Shelf {
         freed
     }
 
+    /// Removes layers that nobody uses, on somebody's demand: all of them, or as many as the limits ask for.
+    pub(super) fn prune(&self, all: bool) -> Dropped {
+        let _alone = self.making_room.lock().unwrap_or_else(PoisonError::into_inner);
+        self.count();
+        let room = self.room();
+        let wanted = if all {
+            u64::MAX
+        } else {
+            room.excess(0).max(room.shortage())
+        };
+        let dropped = self.drop_layers(wanted);
+        self.count();
+        dropped
+    }
+
     /// Removes layers that nobody uses until `wanted` bytes are free.
-    fn drop_layers(&self, wanted: u64) -> u64 {
-        let mut freed = 0;
-        while freed < wanted {
+    fn drop_layers(&self, wanted: u64) -> Dropped {
+        let mut dropped = Dropped::default();
+        while dropped.bytes < wanted {
             let (layer, path, bytes) = match self.take_least() {
                 Ok(Some(taken)) => taken,
                 Ok(None) => break,
                 Err(error) => {
                     tracing::warn!(%error, "cannot give up a layer of the cache");
+                    dropped.failed += 1;
                     break;
                 }
             };
             self.digests.forget(&layer);
             if let Err(error) = fs::remove_dir_all(&path) {
                 tracing::warn!(path = %path.display(), %error, "what is left of a layer stays until the next start");
+                dropped.failed += 1;
                 continue;
             }
             tracing::info!(toc = %layer, bytes, "gave up a layer that nobody uses");
             self.note_evicted("layer", bytes);
-            freed += bytes;
+            dropped.layers += 1;
+            dropped.bytes += bytes;
         }
-        freed
+        dropped
     }
 
     /// Punches holes into mounted layers until `wanted` bytes are free: first what was not read lately, then anything.

@@ -121,6 +121,19 @@ impl Residency {
         })
     }
 
+    /// The number of chunks and of resident ones in the file form `bytes`, whichever layer it belongs to. For reports only.
+    pub fn peek(bytes: &[u8]) -> Option<(u32, u32)> {
+        let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST)?)?;
+        let (header, bitmap) = body.split_at_checked(HEADER)?;
+        let at = MAGIC.len() + 4;
+        let chunks = u32::from_le_bytes(header.get(at..at + 4)?.try_into().ok()?);
+        let is_sound = header.starts_with(&MAGIC)
+            && bitmap.len() == word_count(chunks) * 8
+            && Digest::of(body).as_bytes() == checksum;
+        let resident = bitmap.iter().map(|byte| byte.count_ones()).sum();
+        is_sound.then_some((chunks, resident))
+    }
+
     /// The bits as they are now.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot(self.words.iter().map(|word| word.load(Ordering::Acquire)).collect())
@@ -241,6 +254,8 @@ mod tests {
             let back = Residency::decode(&residency.encode(&residency.snapshot(), &binding()), &binding(), chunks).unwrap();
             prop_assert_eq!(back.count() as usize, model.len());
             prop_assert_eq!(back.is_complete(), model.len() == chunks as usize);
+            let peeked = Residency::peek(&residency.encode(&residency.snapshot(), &binding()));
+            prop_assert_eq!(peeked, Some((chunks, back.count())));
             for chunk in 0..chunks + 70 {
                 prop_assert_eq!(back.contains(chunk), model.contains(&chunk));
             }
@@ -254,6 +269,7 @@ mod tests {
             let at = at.index(bytes.len());
             if cut { bytes.truncate(at) } else { bytes[at] ^= flip }
             prop_assert!(Residency::decode(&bytes, &binding(), chunks).is_err());
+            prop_assert_eq!(Residency::peek(&bytes), None);
         }
     }
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use estargz::gzip::{GzipError, inflate_member};
+use estargz::member::{Compression, MemberError, unfold};
 
 use super::error::{Corruption, FetchError};
 use super::plan;
@@ -29,19 +29,24 @@ pub(super) fn store_member(
         return Ok(());
     }
     let want = usize::try_from(plan::unfolded_size(layer.index(), member)).unwrap_or(usize::MAX);
-    let mut unfolded = Vec::new();
-    let inflated = match inflate_member(compressed, want, &mut unfolded) {
+    let mut bytes = Vec::new();
+    // The index says what the layer was when it was opened first. Another image can name the same TOC for a blob that is
+    // compressed otherwise; the digests decide which bytes are right, and a wrong one must not spoil the layer for the other.
+    let compression = Compression::of(compressed).unwrap_or(layer.index().compression());
+    let unfolded = match unfold(compression, compressed, want, &mut bytes) {
         // The chunks before the end may be right.
-        Err(short @ GzipError::Short { have, .. }) => inflate_member(compressed, have, &mut unfolded).and(Err(short)),
+        Err(short @ MemberError::Short { have, .. }) => {
+            unfold(compression, compressed, have, &mut bytes).and(Err(short))
+        }
         other => other,
     };
-    if inflated.is_err() && !matches!(inflated, Err(GzipError::Short { .. })) {
-        unfolded.clear();
+    if unfolded.is_err() && !matches!(unfolded, Err(MemberError::Short { .. })) {
+        bytes.clear();
     }
-    let shortage = inflated.err().map(Arc::new);
+    let shortage = unfolded.err().map(Arc::new);
     let mut failure = None;
     for chunk in missing {
-        let result = store_chunk(layer, metrics, chunk, &unfolded, shortage.as_ref());
+        let result = store_chunk(layer, metrics, chunk, &bytes, shortage.as_ref());
         if let Err(error) = result {
             let worse = matches!(error, FetchError::Store(_));
             if failure.is_none() || worse {
@@ -81,7 +86,7 @@ fn store_chunk(
     metrics: &Metrics,
     chunk: u32,
     unfolded: &[u8],
-    shortage: Option<&Arc<GzipError>>,
+    shortage: Option<&Arc<MemberError>>,
 ) -> Result<(), FetchError> {
     let corrupt = |reason| {
         metrics.verify_failures.inc();
@@ -94,7 +99,7 @@ fn store_chunk(
     let bytes = unfolded.get(start..).and_then(|rest| rest.get(..entry.size as usize));
     let Some(bytes) = bytes else {
         let reason = shortage.cloned().unwrap_or_else(|| {
-            Arc::new(GzipError::Short {
+            Arc::new(MemberError::Short {
                 have: unfolded.len(),
                 want: start,
             })
@@ -110,5 +115,66 @@ fn store_chunk(
             metrics.cache_write_errors.inc();
             Err(FetchError::Store(error))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use estargz::footer::FooterKind;
+
+    use super::*;
+    use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified};
+
+    const PACKED: Packing = Packing {
+        chunk: 20_000,
+        per_member: 3,
+        prioritized: None,
+    };
+
+    fn compressed(sample: &Sample, layer: &CachedLayer, member: u32) -> Vec<u8> {
+        let range = plan::member_range(layer.index(), member);
+        sample.blob[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].to_vec()
+    }
+
+    #[test]
+    fn members_of_both_compressions_become_resident_whatever_the_index_takes_them_for() {
+        let metrics = Metrics::unregistered();
+        for form in [FooterKind::Gzip, FooterKind::ZstdChunked, FooterKind::ExternalToc] {
+            for told in [Compression::Gzip, Compression::Zstd] {
+                let (test, sample) = (TestStore::new(), Sample::of_form(form, 4, 50_000, PACKED));
+                let mut origin = sample.origin();
+                origin.compression = told;
+                let Ok(layer) = test.store.create(&sample.toc_digest, &sample.toc_json, &origin) else {
+                    // Zeros in so few bytes cannot be gzip.
+                    assert!(form == FooterKind::ZstdChunked && told == Compression::Gzip);
+                    continue;
+                };
+                for member in 0..layer.index().member_count() {
+                    store_member(&layer, &metrics, member, &compressed(&sample, &layer, member)).unwrap();
+                }
+                assert!(layer.residency().is_complete());
+                assert_only_verified(&layer);
+            }
+        }
+        assert_eq!(metrics.verify_failures.get(), 0);
+    }
+
+    #[test]
+    fn of_a_damaged_zstd_member_nothing_wrong_is_kept_and_the_error_says_what_it_is() {
+        let metrics = Metrics::unregistered();
+        let (test, sample) = (
+            TestStore::new(),
+            Sample::of_form(FooterKind::ZstdChunked, 4, 50_000, PACKED),
+        );
+        let layer = sample.create(&test.store);
+        let whole = compressed(&sample, &layer, 0);
+        let mut flipped = whole.clone();
+        flipped[whole.len() / 2] ^= 0x20;
+        for bytes in [&whole[..whole.len() / 2], &flipped, &b"no frame"[..], &[]] {
+            let error = store_member(&layer, &metrics, 0, bytes).unwrap_err();
+            assert!(matches!(error, FetchError::Corrupt { .. }), "{error}");
+            assert_only_verified(&layer);
+        }
+        store_member(&layer, &metrics, 0, &whole).unwrap();
     }
 }

@@ -1,14 +1,20 @@
 //! What all layers share: the gate to the network, the decompression threads, the memory for what is on its way.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use estargz::digest::Digest;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::background::Completion;
 use super::flight::Urgency;
-use super::gate::Gate;
+use super::gate::{Gate, Lane};
+use super::health::{Host, Hosts};
+use super::pace::Pace;
+use super::report::InFlight;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
@@ -18,6 +24,10 @@ const MEMORY_BUDGET: u64 = 128 << 20;
 const MEMORY_UNIT: u64 = 1024;
 /// Length of one prefetch request: a reader that needs its last chunk waits for no more than this.
 const PREFETCH_RANGE: u64 = 4 << 20;
+/// Bytes of tables of contents, compressed and unfolded, that are being looked at; a hundred ordinary ones.
+const OPENING_BUDGET: u64 = 256 << 20;
+/// Layers whose opening is remembered until they are used.
+const MAX_OPENED: usize = 256;
 /// Threads that decompress, at most.
 const MAX_DECODERS: usize = 8;
 
@@ -34,6 +44,10 @@ pub struct FetchOptions {
     pub prefetch_range: u64,
     /// Longest time without a byte before a request counts as broken.
     pub stall_timeout: Duration,
+    /// How long a read waits for bytes before it fails.
+    pub read_deadline: Duration,
+    /// How the rest of mounted layers is fetched.
+    pub completion: Completion,
     /// Members decoded at once.
     pub decoders: usize,
     /// Compressed and decompressed bytes of members being received and decoded.
@@ -50,6 +64,8 @@ impl FetchOptions {
             max_range,
             prefetch_range: PREFETCH_RANGE.min(max_range),
             stall_timeout: config.registry.stall_timeout,
+            read_deadline: config.fetch.read_deadline,
+            completion: Completion::new(&config.fetch),
             decoders: std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_DECODERS)),
             memory: MEMORY_BUDGET,
         }
@@ -67,6 +83,12 @@ pub struct Engine {
     pub(super) gate: Gate,
     pub(super) options: FetchOptions,
     pub(super) metrics: Metrics,
+    pub(super) hosts: Hosts,
+    pub(super) in_flight: InFlight,
+    pub(super) pace: Pace,
+    /// What opening layers has cost, until they are used.
+    opened: Mutex<VecDeque<(Digest, Opening)>>,
+    opening: Arc<Semaphore>,
     decoders: Arc<Semaphore>,
     memory: Arc<Semaphore>,
     /// Units of memory in all.
@@ -92,6 +114,11 @@ impl Engine {
         let units = units.max(1);
         Arc::new(Self {
             gate: Gate::new(options.max_requests),
+            hosts: Hosts::new(options.max_requests),
+            in_flight: InFlight::default(),
+            pace: Pace::new(options.completion.bandwidth),
+            opened: Mutex::default(),
+            opening: Arc::new(Semaphore::new(memory_units(OPENING_BUDGET) as usize)),
             decoders: Arc::new(Semaphore::new(options.decoders.max(1))),
             memory: Arc::new(Semaphore::new(units as usize)),
             units,
@@ -149,24 +176,66 @@ impl Engine {
     }
 
     /// Lets readers pass, as the gate says; but not while somebody waits for memory, which may be held right here.
-    pub(super) async fn stand_aside(&self, urgency: &Urgency) {
+    pub(super) async fn stand_aside(&self, lane: &Lane, urgency: &Urgency) {
         tokio::select! {
             biased;
             () = self.memory_wanted() => {}
-            () = self.gate.stand_aside(urgency) => {}
+            () = self.gate.stand_aside(lane, urgency) => {}
         }
     }
 
     /// Units of the budget for `bytes`; never more than there are, so that waiting always ends.
     fn memory_units(&self, bytes: u64) -> u32 {
-        let units = bytes.max(1).div_ceil(MEMORY_UNIT);
-        u32::try_from(units).unwrap_or(u32::MAX).min(self.units)
+        memory_units(bytes).min(self.units)
+    }
+
+    /// Longest time without a byte.
+    pub(in crate::layer) fn stall_timeout(&self) -> Duration {
+        self.options.stall_timeout
+    }
+
+    /// What is known of a host.
+    pub(in crate::layer) fn host(&self, name: &str) -> Arc<Host> {
+        self.hosts.of(name)
+    }
+
+    /// A share of the memory for tables of contents, when it is free. Nobody waits for it who has one.
+    pub(in crate::layer) async fn reserve_opening(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
+        let units = memory_units(bytes).min(memory_units(OPENING_BUDGET));
+        self.opening.clone().acquire_many_owned(units).await.ok()
+    }
+
+    /// Remembers what opening a layer has cost, for its tally.
+    pub(in crate::layer) fn note_opened(&self, toc: Digest, requests: u64, bytes: u64) {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        opened.push_back((toc, Opening { requests, bytes }));
+        if opened.len() > MAX_OPENED {
+            opened.pop_front();
+        }
+    }
+
+    pub(super) fn take_opened(&self, toc: &Digest) -> Option<(u64, u64)> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = opened.iter().position(|(of, _)| of == toc)?;
+        let (_, Opening { requests, bytes }) = opened.remove(at)?;
+        Some((requests, bytes))
     }
 
     /// Tells all fetches to end.
     pub fn stop(&self) {
         self.stop.cancel();
     }
+}
+
+/// What opening a layer has cost.
+#[derive(Debug, Clone, Copy)]
+struct Opening {
+    requests: u64,
+    bytes: u64,
+}
+
+fn memory_units(bytes: u64) -> u32 {
+    u32::try_from(bytes.max(1).div_ceil(MEMORY_UNIT)).unwrap_or(u32::MAX)
 }
 
 /// Somebody who waits for memory, as long as it lives.
@@ -189,27 +258,29 @@ impl Drop for Waiting<'_> {
 mod tests {
     use futures_util::FutureExt;
 
+    use super::super::gate::Sequence;
     use super::*;
 
     #[tokio::test]
     async fn nobody_stands_aside_while_somebody_waits_for_memory() {
         let engine = Engine::new(FetchOptions::default(), Metrics::unregistered(), Handle::current());
         let urgency = Urgency::default();
+        let lane = Lane::Prefetch;
         let share = engine.gate.share();
-        let demand = engine.gate.enter_demand(&share).await;
+        let demand = engine.gate.enter_demand(&share, &Sequence::default()).await;
         let held = engine.reserve(MEMORY_BUDGET).await;
-        assert!(engine.stand_aside(&urgency).now_or_never().is_none());
+        assert!(engine.stand_aside(&lane, &urgency).now_or_never().is_none());
         let mut waiting = Box::pin(engine.reserve(1));
         assert!(waiting.as_mut().now_or_never().is_none());
-        assert!(engine.stand_aside(&urgency).now_or_never().is_some());
+        assert!(engine.stand_aside(&lane, &urgency).now_or_never().is_some());
         drop(held);
         assert!(waiting.await.is_some());
-        assert!(engine.stand_aside(&urgency).now_or_never().is_none());
+        assert!(engine.stand_aside(&lane, &urgency).now_or_never().is_none());
         // A wait that is cancelled is none.
         let _held = engine.reserve(MEMORY_BUDGET).await;
         assert!(engine.reserve(1).now_or_never().is_none());
-        assert!(engine.stand_aside(&urgency).now_or_never().is_none());
+        assert!(engine.stand_aside(&lane, &urgency).now_or_never().is_none());
         drop(demand);
-        assert!(engine.stand_aside(&urgency).now_or_never().is_some());
+        assert!(engine.stand_aside(&lane, &urgency).now_or_never().is_some());
     }
 }

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
-use estargz::gzip::GzipError;
+use estargz::member::MemberError;
 
 use crate::layer::cache::StoreError;
 use crate::layer::source::SourceError;
@@ -32,6 +33,12 @@ pub enum FetchError {
     /// The bytes are right and could not be stored.
     #[error("the chunk cannot be stored")]
     Store(#[source] StoreError),
+    /// The read waited as long as it may. Who fetches for it goes on.
+    #[error("no source delivered within {waited:?}")]
+    Deadline {
+        /// How long it waited.
+        waited: Duration,
+    },
     /// The daemon is stopping, or the fetch died.
     #[error("the fetch was abandoned")]
     Abandoned,
@@ -42,7 +49,7 @@ pub enum FetchError {
 pub enum Corruption {
     /// The compressed member cannot be decompressed, or ends before the chunk does.
     #[error("its member cannot be decompressed")]
-    Inflate(#[source] Arc<GzipError>),
+    Inflate(#[source] Arc<MemberError>),
     /// Another digest than the TOC promises.
     #[error("wrong digest")]
     Digest(#[source] StoreError),
@@ -58,6 +65,7 @@ impl FetchError {
             Self::Source { .. } => "source",
             Self::Corrupt { .. } => "corrupt",
             Self::Store(_) => "store",
+            Self::Deadline { .. } => "deadline",
             Self::Abandoned => "stopped",
         }
     }
@@ -66,7 +74,9 @@ impl FetchError {
     pub fn disk_error(&self) -> Option<&io::Error> {
         match self {
             Self::Store(StoreError::Write { source, .. }) => Some(source),
-            Self::Store(_) | Self::Source { .. } | Self::Corrupt { .. } | Self::Abandoned => None,
+            Self::Store(_) | Self::Source { .. } | Self::Corrupt { .. } | Self::Deadline { .. } | Self::Abandoned => {
+                None
+            }
         }
     }
 }

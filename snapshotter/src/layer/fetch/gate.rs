@@ -1,27 +1,81 @@
-//! Who may use the network: bounded requests, demand before prefetch.
+//! Who may use the network: bounded requests, demand before what is fetched ahead of it.
 //!
-//! Prefetch may hold only a part of the slots, and warming only a part of those, so a reader never queues behind it; and it stops taking bytes from its connections
-//! while a reader's request is under way, so the reader has the bandwidth. The demand of one layer may hold a part too, so a
-//! registry that does not answer keeps nobody else waiting. No pause is longer than [`LONGEST_PAUSE`]:
-//! nothing starves.
+//! What no reader waits for may hold only a part of the slots (prefetch a quarter, warming and background completion a part of those),
+//! so a reader never queues behind it; and it stops taking bytes from its connections while a reader's request is under way, so the
+//! reader has the bandwidth. What is read ahead of a sequence gives way to other readers and not to its own. The demand of one layer
+//! may hold a part too, and a request without progress gives its slot up when a reader waits for one ([`Slot::lend`]), so a
+//! registry that does not answer keeps nobody else waiting. No pause within a body is longer than [`LONGEST_PAUSE`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::flight::Urgency;
+use crate::layer::source::Priority;
 
-/// Longest time that a prefetch stands aside for readers between two pieces of its body.
+/// Longest time that a request stands aside for readers between two pieces of its body.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// Layers completed at once.
+const MAX_BACKGROUND: usize = 2;
+
+/// The demand requests of one sequence of reads.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Sequence(Arc<AtomicUsize>);
+
+impl Sequence {
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// What a request is made for, and so to whom it gives way.
+#[derive(Debug, Clone)]
+pub(super) enum Lane {
+    /// A reader waits.
+    Demand(Sequence),
+    /// The reader of this sequence will need it next.
+    Ahead(Sequence),
+    /// What the image's maker put first.
+    Prefetch,
+    /// What is to be warm.
+    Warm,
+    /// The rest of a layer.
+    Background {
+        /// It waits for readers, however long; and no longer once its deadline is over.
+        is_patient: bool,
+    },
+}
+
+impl Lane {
+    /// How it is counted.
+    pub(super) fn priority(&self) -> Priority {
+        match self {
+            Self::Demand(_) | Self::Ahead(_) => Priority::Demand,
+            Self::Prefetch => Priority::Prefetch,
+            Self::Warm => Priority::Warm,
+            Self::Background { .. } => Priority::Background,
+        }
+    }
+
+    /// Whether a reader waits.
+    pub(super) fn is_demand(&self) -> bool {
+        matches!(self, Self::Demand(_))
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Gate {
     slots: Arc<Semaphore>,
-    prefetch_slots: Arc<Semaphore>,
+    ahead_slots: Arc<Semaphore>,
     warm_slots: Arc<Semaphore>,
+    background_slots: Arc<Semaphore>,
     /// Demand requests that wait for a slot or have one.
     demand: Arc<watch::Sender<usize>>,
+    /// Demand requests that wait for a slot.
+    starving: AtomicUsize,
     /// Demand slots of one layer.
     share: usize,
 }
@@ -34,32 +88,68 @@ pub(super) struct Share(Arc<Semaphore>);
 #[derive(Debug, Default)]
 pub(super) struct Slot {
     _slot: Option<OwnedSemaphorePermit>,
-    _prefetch_slot: Option<OwnedSemaphorePermit>,
-    _warm_slot: Option<OwnedSemaphorePermit>,
+    _ahead_slot: Option<OwnedSemaphorePermit>,
+    _lane_slot: Option<OwnedSemaphorePermit>,
     _share: Option<OwnedSemaphorePermit>,
     _demand: Option<Counted>,
 }
 
+impl Slot {
+    /// Gives the slot up while the request goes on: what does not move uses nothing that others could.
+    pub(super) fn lend(&mut self) {
+        *self = Self::default();
+    }
+}
+
 /// One demand request, counted as long as it lives.
 #[derive(Debug)]
-struct Counted(Arc<watch::Sender<usize>>);
+struct Counted(Arc<watch::Sender<usize>>, Sequence);
 
 impl Counted {
-    fn new(demand: &Arc<watch::Sender<usize>>) -> Self {
+    fn new(demand: &Arc<watch::Sender<usize>>, sequence: &Sequence) -> Self {
+        // In this order, and the other way round at the end: its own read-ahead never takes it for another's.
+        sequence.0.fetch_add(1, Ordering::AcqRel);
         demand.send_modify(|count| *count += 1);
-        Self(demand.clone())
+        Self(demand.clone(), sequence.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+        self.1.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// One who waits, counted as long as it lives.
+struct Starving<'a>(&'a AtomicUsize);
+
+impl<'a> Starving<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Starving<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 impl Gate {
-    /// `slots` requests at once; prefetch has a quarter of them, warming half of that, the demand of one layer half of all.
+    /// `slots` requests at once; what no reader waits for has a quarter of them, warming half of that, the demand of one layer half
+    /// of all.
     pub(super) fn new(slots: usize) -> Self {
         let slots = slots.max(2);
+        let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.max(1)));
         Self {
-            slots: Arc::new(Semaphore::new(slots)),
-            prefetch_slots: Arc::new(Semaphore::new((slots / 4).max(1))),
-            warm_slots: Arc::new(Semaphore::new((slots / 8).max(1))),
+            slots: semaphore(slots),
+            ahead_slots: semaphore(slots / 4),
+            warm_slots: semaphore(slots / 8),
+            background_slots: semaphore((slots / 8).min(MAX_BACKGROUND)),
             demand: Arc::new(watch::Sender::new(0)),
+            starving: AtomicUsize::new(0),
             share: slots / 2,
         }
     }
@@ -69,10 +159,16 @@ impl Gate {
         Share(Arc::new(Semaphore::new(self.share)))
     }
 
+    /// Whether a reader waits for a slot.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starving.load(Ordering::Acquire) > 0
+    }
+
     /// Waits for the right to make a request that a reader waits for.
-    pub(super) async fn enter_demand(&self, share: &Share) -> Slot {
+    pub(super) async fn enter_demand(&self, share: &Share, sequence: &Sequence) -> Slot {
         // Counted first, and for as long as it waits or has a slot.
-        let counted = Counted::new(&self.demand);
+        let counted = Counted::new(&self.demand, sequence);
+        let _starving = Starving::new(&self.starving);
         Slot {
             _share: share.0.clone().acquire_owned().await.ok(),
             _slot: self.slots.clone().acquire_owned().await.ok(),
@@ -81,33 +177,48 @@ impl Gate {
         }
     }
 
-    /// Waits for the right to make a request that nobody waits for.
-    pub(super) async fn enter_prefetch(&self) -> Slot {
-        let prefetch_slot = self.prefetch_slots.clone().acquire_owned().await.ok();
-        self.stand_aside(&Urgency::default()).await;
+    /// Waits for the right to make a request that no reader waits for.
+    pub(super) async fn enter_ahead(&self, lane: &Lane) -> Slot {
+        let lane_slots = match lane {
+            Lane::Demand(_) | Lane::Ahead(_) | Lane::Prefetch => None,
+            Lane::Warm => Some(&self.warm_slots),
+            Lane::Background { .. } => Some(&self.background_slots),
+        };
+        let lane_slot = match lane_slots {
+            Some(slots) => slots.clone().acquire_owned().await.ok(),
+            None => None,
+        };
+        if matches!(lane, Lane::Background { is_patient: true }) {
+            self.quiet().await;
+        }
+        let ahead_slot = self.ahead_slots.clone().acquire_owned().await.ok();
+        self.stand_aside(lane, &Urgency::default()).await;
         Slot {
-            _prefetch_slot: prefetch_slot,
+            _lane_slot: lane_slot,
+            _ahead_slot: ahead_slot,
             _slot: self.slots.clone().acquire_owned().await.ok(),
             ..Slot::default()
         }
     }
 
-    /// Waits for the right to make a request that nobody will miss for now.
-    pub(super) async fn enter_warm(&self) -> Slot {
-        let warm_slot = self.warm_slots.clone().acquire_owned().await.ok();
-        Slot {
-            _warm_slot: warm_slot,
-            ..self.enter_prefetch().await
-        }
+    /// Waits until no reader's request is under way, however long that takes.
+    async fn quiet(&self) {
+        // The sender is ours, so waiting cannot fail.
+        let _ = self.demand.subscribe().wait_for(|count| *count == 0).await;
     }
 
-    /// Waits while readers' requests are under way, though not for long, and not once a reader waits for this very fetch.
-    pub(super) async fn stand_aside(&self, urgency: &Urgency) {
-        if *self.demand.borrow() > 0 {
+    /// Waits while other readers' requests are under way, though not for long, and not once a reader waits for this very fetch.
+    pub(super) async fn stand_aside(&self, lane: &Lane, urgency: &Urgency) {
+        let own = || match lane {
+            Lane::Demand(_) => usize::MAX,
+            Lane::Ahead(sequence) => sequence.0.load(Ordering::Acquire),
+            Lane::Prefetch | Lane::Warm | Lane::Background { .. } => 0,
+        };
+        if *self.demand.borrow() > own() {
             let mut demand = self.demand.subscribe();
             // Whichever comes first, it is our turn again.
             tokio::select! {
-                _ = demand.wait_for(|count| *count == 0) => {}
+                _ = demand.wait_for(|count| *count <= own()) => {}
                 () = urgency.raised() => {}
                 () = tokio::time::sleep(LONGEST_PAUSE) => {}
             }
@@ -115,65 +226,95 @@ impl Gate {
     }
 }
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.send_modify(|count| *count = count.saturating_sub(1));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
 
+    use futures_util::FutureExt;
+
     use super::*;
 
-    const SOON: Duration = Duration::from_millis(20);
+    const BACKGROUND: Lane = Lane::Background { is_patient: true };
+
+    fn sequence() -> Sequence {
+        Sequence::default()
+    }
 
     #[tokio::test]
     async fn demand_finds_a_slot_whatever_prefetch_holds_and_prefetch_stands_aside() {
         let gate = Gate::new(4);
         let share = gate.share();
-        let prefetch = gate.enter_prefetch().await;
-        assert!(tokio::time::timeout(SOON, gate.enter_prefetch()).await.is_err());
-        let demand = gate.enter_demand(&share).await;
+        let prefetch = gate.enter_ahead(&Lane::Prefetch).await;
+        assert!(gate.enter_ahead(&Lane::Prefetch).now_or_never().is_none());
+        let demand = gate.enter_demand(&share, &sequence()).await;
         let before = Instant::now();
         let urgency = Urgency::default();
-        gate.stand_aside(&urgency).await;
+        gate.stand_aside(&Lane::Prefetch, &urgency).await;
         assert!(before.elapsed() >= LONGEST_PAUSE);
         urgency.raise();
-        assert!(
-            tokio::time::timeout(LONGEST_PAUSE, gate.stand_aside(&urgency))
-                .await
-                .is_ok()
-        );
+        assert!(gate.stand_aside(&Lane::Prefetch, &urgency).now_or_never().is_some());
         drop(demand);
-        assert!(
-            tokio::time::timeout(LONGEST_PAUSE, gate.stand_aside(&Urgency::default()))
-                .await
-                .is_ok()
-        );
+        let calm = Urgency::default();
+        assert!(gate.stand_aside(&Lane::Prefetch, &calm).now_or_never().is_some());
         drop(prefetch);
     }
 
     #[tokio::test]
-    async fn warming_leaves_prefetch_its_slots() {
+    async fn read_ahead_gives_way_to_other_readers_and_not_to_its_own() {
         let gate = Gate::new(16);
-        let _warm = [gate.enter_warm().await, gate.enter_warm().await];
-        assert!(tokio::time::timeout(SOON, gate.enter_warm()).await.is_err());
-        let _prefetch = [gate.enter_prefetch().await, gate.enter_prefetch().await];
-        assert!(tokio::time::timeout(SOON, gate.enter_prefetch()).await.is_err());
+        let (share, own, calm) = (gate.share(), sequence(), Urgency::default());
+        let ahead = Lane::Ahead(own.clone());
+        let _own = gate.enter_demand(&share, &own).await;
+        assert!(gate.stand_aside(&ahead, &calm).now_or_never().is_some());
+        assert!(gate.enter_ahead(&ahead).now_or_never().is_some());
+        let other = gate.enter_demand(&share, &sequence()).await;
+        assert!(gate.stand_aside(&ahead, &calm).now_or_never().is_none());
+        drop(other);
+        assert!(gate.stand_aside(&ahead, &calm).now_or_never().is_some());
     }
 
     #[tokio::test]
-    async fn a_cancelled_demand_leaves_no_trace() {
+    async fn warming_and_completion_leave_prefetch_its_slots_and_completion_waits_for_quiet() {
+        let gate = Gate::new(16);
+        let _warm = [gate.enter_ahead(&Lane::Warm).await, gate.enter_ahead(&Lane::Warm).await];
+        assert!(gate.enter_ahead(&Lane::Warm).now_or_never().is_none());
+        let completion = [gate.enter_ahead(&BACKGROUND).await, gate.enter_ahead(&BACKGROUND).await];
+        assert!(gate.enter_ahead(&BACKGROUND).now_or_never().is_none());
+        drop(completion);
+        let _prefetch = [
+            gate.enter_ahead(&Lane::Prefetch).await,
+            gate.enter_ahead(&Lane::Prefetch).await,
+        ];
+        assert!(gate.enter_ahead(&Lane::Prefetch).now_or_never().is_none());
+
+        let gate = Gate::new(16);
+        let demand = gate.enter_demand(&gate.share(), &sequence()).await;
+        let mut waiting = Box::pin(gate.enter_ahead(&BACKGROUND));
+        tokio::time::timeout(2 * LONGEST_PAUSE, &mut waiting).await.unwrap_err();
+        drop(demand);
+        waiting.await;
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_demand_leaves_no_trace_and_a_lent_slot_serves_another() {
         let gate = Gate::new(4);
-        let share = gate.share();
-        let held = [gate.enter_demand(&share).await, gate.enter_demand(&share).await];
-        assert!(tokio::time::timeout(SOON, gate.enter_demand(&share)).await.is_err());
+        let (share, own) = (gate.share(), sequence());
+        let mut held = [
+            gate.enter_demand(&share, &own).await,
+            gate.enter_demand(&share, &own).await,
+        ];
+        assert!(!gate.is_starved());
+        let mut waiting = Box::pin(gate.enter_demand(&share, &own));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        assert!(gate.is_starved());
+        held[0].lend();
+        assert!(waiting.as_mut().now_or_never().is_some());
+        drop(waiting);
+        assert!(!gate.is_starved());
         // Another layer finds the other half.
-        drop(gate.enter_demand(&gate.share()).await);
-        assert_eq!(*gate.demand.borrow(), 2);
+        drop(gate.enter_demand(&gate.share(), &own).await);
+        assert_eq!(*gate.demand.borrow(), 1);
         drop(held);
-        assert_eq!(*gate.demand.borrow(), 0);
+        assert_eq!((*gate.demand.borrow(), own.0.load(Ordering::Acquire)), (0, 0));
     }
 }

@@ -11,20 +11,19 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
 use super::decode;
-use super::download::{Download, Step};
+use super::download::{Download, Step, Whom};
 use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Claim, Urgency};
-use super::gate::Slot;
+use super::gate::{Lane, Sequence, Slot};
 use super::layer::LayerFetch;
 use super::plan;
 use super::remotes::Remote;
-use crate::layer::source::Priority;
 
 /// Members to fetch together; in blob order.
 pub(super) struct Group {
     pub(super) claims: VecDeque<Claim>,
-    pub(super) priority: Priority,
+    pub(super) lane: Lane,
     pub(super) urgency: Urgency,
 }
 
@@ -32,7 +31,7 @@ pub(super) struct Group {
 struct Received {
     claim: Claim,
     bytes: Bytes,
-    from: Arc<Remote>,
+    from: Option<Arc<Remote>>,
     _memory: Option<OwnedSemaphorePermit>,
 }
 
@@ -53,17 +52,8 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     let Some(range) = range_of(&fetch, &group.claims) else {
         return;
     };
-    let mut remotes = VecDeque::from(fetch.remotes().all());
-    let Some(first) = remotes.pop_front() else { return };
-    let mut download = Download::new(
-        fetch.clone(),
-        first,
-        remotes,
-        range.clone(),
-        group.priority,
-        group.urgency,
-        slot,
-    );
+    let whom = Whom::AnyBut(Vec::new());
+    let mut download = Download::new(fetch.clone(), whom, range.clone(), group.lane, group.urgency, slot);
     let mut cutter = Cutter {
         fetch,
         claims: group.claims,
@@ -84,10 +74,10 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     cutter.memory = None;
     cutter.buffer = BytesMut::new();
     // What the jobs still do is local, or asks for a slot of its own.
-    let remote = download.remote().clone();
+    let remote = download.remote().cloned();
     drop(download);
     if let Err(error) = result {
-        cutter.give_up(error, &remote);
+        cutter.give_up(error, remote.as_deref());
     }
     while cutter.jobs.join_next().await.is_some() {}
     cutter.fetch.group_done();
@@ -100,7 +90,7 @@ fn range_of(fetch: &LayerFetch, claims: &VecDeque<Claim>) -> Option<std::ops::Ra
 
 impl Cutter {
     /// Hands all whole members at the buffer's start to the decompression threads, and makes room for the next.
-    async fn cut(&mut self, remote: &Arc<Remote>) {
+    async fn cut(&mut self, remote: Option<&Arc<Remote>>) {
         let mut ready = Vec::new();
         while let Some(claim) = self.claims.front() {
             let member = plan::member_range(self.fetch.layer().index(), claim.member());
@@ -131,7 +121,7 @@ impl Cutter {
                 ready.push(Received {
                     claim,
                     bytes,
-                    from: remote.clone(),
+                    from: remote.cloned(),
                     _memory: self.memory.take(),
                 });
             }
@@ -162,9 +152,19 @@ impl Cutter {
         while self.jobs.try_join_next().is_some() {}
     }
 
-    fn give_up(&mut self, error: FetchError, remote: &Remote) {
-        let names = &remote.names;
-        tracing::error!(image = %names.image, layer = %names.layer_digest, members = self.claims.len(), error = &error as &dyn std::error::Error, "a range of the layer cannot be fetched");
+    fn give_up(&mut self, error: FetchError, remote: Option<&Remote>) {
+        let names = remote.map(|remote| &remote.names);
+        let (image, layer) = (
+            names.map(|names| &*names.image),
+            names.map(|names| names.layer_digest.to_string()),
+        );
+        tracing::error!(
+            image,
+            layer,
+            members = self.claims.len(),
+            error = &error as &dyn std::error::Error,
+            "a range of the layer cannot be fetched"
+        );
         let failure = Arc::new(error);
         for claim in self.claims.drain(..) {
             claim.settle(Err(failure.clone()));
@@ -212,7 +212,9 @@ async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
             let Received { claim, bytes, from, .. } = received;
             match decode::store_member(&layer, &metrics, claim.member(), &bytes) {
                 Ok(()) => {
-                    from.has_delivered();
+                    if let Some(from) = from {
+                        from.has_delivered();
+                    }
                     claim.settle(Ok(()));
                 }
                 Err(error @ FetchError::Corrupt { .. }) => {
@@ -227,11 +229,12 @@ async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
     // If decoding panicked, the claims are dropped and their waiters look again.
     let wrong = fetch.engine().decode(store).await.unwrap_or_default();
     for (claim, from, error) in wrong {
-        fetch.log_corruption(&from.names, &error, "wrong bytes from the registry; asking once more");
+        let Some(from) = from else { continue };
+        fetch.note_corruption(&from, &error, "wrong bytes from the registry; asking once more");
         let result = refetch(&fetch, claim.member(), &from).await;
         if let Err(error) = &result {
-            fetch.log_corruption(
-                &from.names,
+            fetch.note_corruption(
+                &from,
                 error,
                 "wrong bytes from the registry, again; the reader gets an error",
             );
@@ -240,51 +243,65 @@ async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
     }
 }
 
-/// Asks for one member alone, from scratch: each remote once, and last the one whose bytes were wrong.
+/// Asks for one member alone, from scratch: the other sources, and last the one whose bytes were wrong.
 async fn refetch(fetch: &Arc<LayerFetch>, member: u32, culprit: &Arc<Remote>) -> Result<(), FetchError> {
-    for other in fetch.remotes().all() {
-        if Arc::ptr_eq(&other, culprit) {
-            continue;
-        }
-        match refetch_from(fetch, member, other.clone()).await {
-            Err(error @ (FetchError::Source { .. } | FetchError::Corrupt { .. })) => {
-                fetch.log_corruption(&other.names, &error, "another source of the layer has no better bytes");
-            }
-            Ok(()) => {
-                fetch.remotes().promote(&other);
+    let mut wrong = vec![culprit.clone()];
+    while fetch.remotes().all().iter().any(|remote| !is_among(&wrong, remote)) {
+        let (from, result) = refetch_from(fetch, member, Whom::AnyBut(wrong.clone())).await;
+        match (from, result) {
+            (Some(from), Ok(())) => {
+                fetch.remotes().promote(&from);
                 return Ok(());
             }
-            Err(local) => return Err(local),
+            (Some(from), Err(error @ FetchError::Corrupt { .. })) => {
+                fetch.note_corruption(&from, &error, "another source of the layer has no better bytes");
+                wrong.push(from);
+            }
+            (_, Err(FetchError::Source { .. })) | (None, _) => break,
+            (Some(_), Err(local)) => return Err(local),
         }
     }
-    refetch_from(fetch, member, culprit.clone()).await
+    let (_, result) = refetch_from(fetch, member, Whom::Only(culprit.clone())).await;
+    result
 }
 
-async fn refetch_from(fetch: &Arc<LayerFetch>, member: u32, remote: Arc<Remote>) -> Result<(), FetchError> {
+fn is_among(remotes: &[Arc<Remote>], remote: &Arc<Remote>) -> bool {
+    remotes.iter().any(|other| Arc::ptr_eq(other, remote))
+}
+
+/// One member, and who delivered it.
+async fn refetch_from(
+    fetch: &Arc<LayerFetch>,
+    member: u32,
+    whom: Whom,
+) -> (Option<Arc<Remote>>, Result<(), FetchError>) {
     let engine = fetch.engine();
     let range = plan::member_range(fetch.layer().index(), member);
     let size = (range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member);
-    let (alone, urgency) = (VecDeque::new(), Urgency::default());
-    let slot = fetch.enter(Priority::Demand, &urgency).await;
-    let (priority, start) = (Priority::Demand, range.start);
-    let mut download = Download::new(fetch.clone(), remote.clone(), alone, range, priority, urgency, slot);
+    let (lane, urgency, start) = (Lane::Demand(Sequence::default()), Urgency::default(), range.start);
+    let slot = fetch.enter(&lane, &urgency).await;
+    let mut download = Download::new(fetch.clone(), whom, range, lane, urgency, slot);
     let mut memory = None;
     let mut bytes = BytesMut::new();
     loop {
         if memory.is_none() {
             memory = engine.reserve(size).await;
         }
-        match download.next().await? {
-            Step::Piece(piece) => bytes.extend_from_slice(&piece),
-            Step::Broken => pause(engine, &mut download, &mut memory, &mut bytes, start).await,
-            Step::End => break,
+        match download.next().await {
+            Ok(Step::Piece(piece)) => bytes.extend_from_slice(&piece),
+            Ok(Step::Broken) => pause(engine, &mut download, &mut memory, &mut bytes, start).await,
+            Ok(Step::End) => break,
+            Err(error) => return (download.remote().cloned(), Err(error)),
         }
     }
     // What is left is local.
+    let from = download.remote().cloned();
     drop(download);
     let (layer, metrics) = (fetch.layer().clone(), engine.metrics.clone());
     let store = move || decode::store_member(&layer, &metrics, member, &bytes);
-    engine.decode(store).await.unwrap_or(Err(FetchError::Abandoned))?;
-    remote.has_delivered();
-    Ok(())
+    let stored = engine.decode(store).await.unwrap_or(Err(FetchError::Abandoned));
+    if let (Some(from), Ok(())) = (&from, &stored) {
+        from.has_delivered();
+    }
+    (from, stored)
 }

@@ -2,24 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use estargz::digest::Digest;
+use hullspeed_daemon::error::chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::ahead::Pipes;
 use super::engine::Engine;
 use super::error::{Failure, FetchError};
 use super::flight::{Flights, Progress, Urgency};
-use super::gate::{Share, Slot};
+use super::gate::{Lane, Sequence, Share, Slot};
 use super::group::{self, Group};
 use super::plan::{self, Reach};
 use super::readahead::Readahead;
 use super::remotes::{Remote, Remotes};
+use super::tally::{Counts, Tally};
 use crate::layer::cache::CachedLayer;
-use crate::layer::source::{BlobSource, Priority};
+use crate::layer::source::BlobSource;
 use crate::metrics::defs::SourceLabels;
 
 /// How often a reader looks again after fetches that died and brought nothing; more would hide a fault.
@@ -43,9 +47,22 @@ pub struct LayerFetch {
     remotes: Remotes,
     flights: Flights,
     readahead: Mutex<Readahead>,
+    pipes: Pipes,
+    counts: Counts,
+    /// Whether it is being completed.
+    completing: AtomicBool,
     tasks: TaskTracker,
     stop: CancellationToken,
     share: Share,
+}
+
+/// What is fetched for the misses of one read.
+struct Planned {
+    groups: Vec<Range<u32>>,
+    sequence: Sequence,
+    /// Whether the reader goes on where the last fetch ended.
+    is_contiguous: bool,
+    window: u64,
 }
 
 /// What a reader waits for: chunks, and the fetch of the member that holds them.
@@ -55,37 +72,73 @@ struct Wait {
 }
 
 impl LayerFetch {
-    /// A layer that is fetched from `source` as far as it is not resident.
+    /// A layer that is fetched from `sources`, in this order, as far as it is not resident.
     pub fn new(
         engine: Arc<Engine>,
         layer: Arc<CachedLayer>,
-        source: Arc<dyn BlobSource>,
+        sources: Vec<Arc<dyn BlobSource>>,
         names: LayerNames,
     ) -> Arc<Self> {
-        let readahead = Mutex::new(Readahead::new(engine.options.read_around, engine.options.max_range));
-        let remotes = Remotes::new(Remote::new(source, names));
+        let (options, size) = (&engine.options, layer.index().blob_size());
+        let readahead = Mutex::new(Readahead::new(options.read_around, options.max_range, size));
         let stop = engine.stop_signal();
         let share = engine.gate.share();
-        Arc::new(Self {
+        let counts = Counts::default();
+        if let Some((requests, bytes)) = engine.take_opened(&layer.toc_digest()) {
+            counts.toc(requests, bytes);
+        }
+        let fetch = Arc::new(Self {
             engine,
             layer,
-            remotes,
+            remotes: Remotes::default(),
             flights: Flights::default(),
             readahead,
+            pipes: Pipes::default(),
+            counts,
+            completing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
             stop,
             share,
-        })
+        });
+        fetch.prefer_sources(sources, names);
+        fetch
     }
 
-    /// Asks this source first from now on; what fails there is asked of those that were known before.
-    pub fn prefer_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
-        self.remotes.prefer(Remote::new(source, names));
+    /// Asks these sources first from now on, in this order; what fails there is asked of those that were known before.
+    pub fn prefer_sources(&self, sources: Vec<Arc<dyn BlobSource>>, names: LayerNames) {
+        self.remotes.prefer(self.remotes_of(sources, &names));
     }
 
-    /// Asks this source where all others fail.
-    pub fn offer_source(&self, source: Arc<dyn BlobSource>, names: LayerNames) {
-        self.remotes.offer(Remote::new(source, names));
+    /// Asks these sources where all others fail.
+    pub fn offer_sources(&self, sources: Vec<Arc<dyn BlobSource>>, names: LayerNames) {
+        self.remotes.offer(self.remotes_of(sources, &names));
+    }
+
+    fn remotes_of(&self, sources: Vec<Arc<dyn BlobSource>>, names: &LayerNames) -> Vec<Arc<Remote>> {
+        let remote = |source| Remote::new(source, names.clone(), &self.engine.hosts);
+        sources.into_iter().map(remote).collect()
+    }
+
+    /// What the layer has cost since it was opened.
+    pub fn tally(&self) -> Tally {
+        self.counts.read()
+    }
+
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    pub(super) fn pipes(&self) -> &Pipes {
+        &self.pipes
+    }
+
+    /// Whether nobody completes the layer yet; the caller does from now on.
+    pub(super) fn claim_background(&self) -> bool {
+        !self.completing.swap(true, Ordering::AcqRel)
+    }
+
+    pub(super) fn end_background(&self) {
+        self.completing.store(false, Ordering::Release);
     }
 
     pub(super) fn remotes(&self) -> &Remotes {
@@ -101,23 +154,21 @@ impl LayerFetch {
     }
 
     /// Waits for the right to make a request; as one that nobody waits for only until a reader does.
-    pub(super) async fn enter(&self, priority: Priority, urgency: &Urgency) -> Slot {
+    pub(super) async fn enter(&self, lane: &Lane, urgency: &Urgency) -> Slot {
         let gate = &self.engine.gate;
-        let ahead = async {
-            match priority {
-                Priority::Demand => None,
-                Priority::Prefetch => Some(gate.enter_prefetch().await),
-                Priority::Warm => Some(gate.enter_warm().await),
-            }
+        let sequence = match lane {
+            Lane::Demand(sequence) => return gate.enter_demand(&self.share, sequence).await,
+            Lane::Ahead(sequence) => sequence.clone(),
+            Lane::Prefetch | Lane::Warm | Lane::Background { .. } => Sequence::default(),
         };
         let ahead = tokio::select! {
             biased;
             () = urgency.raised() => None,
-            slot = ahead => slot,
+            slot = gate.enter_ahead(lane) => Some(slot),
         };
         match ahead {
             Some(slot) => slot,
-            None => gate.enter_demand(&self.share).await,
+            None => gate.enter_demand(&self.share, &sequence).await,
         }
     }
 
@@ -158,18 +209,41 @@ impl LayerFetch {
         &self.layer
     }
 
-    /// Returns when all of `chunks` are resident. Needs no runtime to be polled on.
+    /// Returns when all of `chunks` are resident, or when the read's deadline is over. Needs no runtime to be polled on.
     pub async fn ensure(self: &Arc<Self>, chunks: Range<u32>) -> Result<(), Failure> {
+        self.pipes.advance(|| self.position_of(chunks.end.checked_sub(1)?));
         if self.layer.residency().contains_all(chunks.clone()) {
             return Ok(());
         }
         let began = Instant::now();
-        let result = self.wait_for(&chunks).await;
+        let deadline = self.engine.options.read_deadline;
+        let over = AbortOnDrop(self.engine.runtime().spawn(tokio::time::sleep(deadline)));
+        let result = {
+            let mut over = over;
+            tokio::select! {
+                biased;
+                result = self.wait_for(&chunks, began) => result,
+                _ = &mut over.0 => Err(Arc::new(FetchError::Deadline { waited: deadline })),
+            }
+        };
+        if let Err(failure) = &result
+            && let FetchError::Deadline { .. } = **failure
+        {
+            let dir = self.layer.dir().display();
+            tracing::error!(%dir, chunk = chunks.start, error = &**failure as &dyn std::error::Error, "a read gets an error");
+        }
+        self.counts.stalled(began.elapsed());
         self.engine.metrics.read_stall.observe(began.elapsed().as_secs_f64());
         result
     }
 
-    async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>) -> Result<(), Failure> {
+    /// Where in the blob a chunk begins.
+    fn position_of(&self, chunk: u32) -> Option<u64> {
+        let member = self.layer.index().chunk(chunk)?.member;
+        Some(self.layer.index().member(member)?.start)
+    }
+
+    async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>, began: Instant) -> Result<(), Failure> {
         let mut missing = self.count_missing(chunks);
         let mut fruitless = 0;
         while fruitless < MAX_FRUITLESS_ROUNDS {
@@ -182,7 +256,12 @@ impl LayerFetch {
             }
             for wait in waits {
                 let Wait { chunks, progress } = wait;
-                follow(progress, || self.layer.residency().contains_all(chunks.clone())).await?;
+                match follow(progress, || self.layer.residency().contains_all(chunks.clone())).await {
+                    Ok(()) => {}
+                    // Who fetched it gave up; but this read still has time.
+                    Err(failure) if self.may_pass(&failure, began) => fruitless = 0,
+                    Err(failure) => return Err(failure),
+                }
             }
             // A round may end with more to start; chunks that have come never go, so this ends.
             let left = self.count_missing(chunks);
@@ -192,11 +271,25 @@ impl LayerFetch {
         Err(Arc::new(FetchError::Abandoned))
     }
 
+    /// Whether a fetch that failed for others is to be tried again for a read that began when it was under way.
+    fn may_pass(&self, failure: &FetchError, began: Instant) -> bool {
+        match failure {
+            // It is over when all have refused for good, or after as long a time as a read has; so this cannot spin.
+            FetchError::Source { source, .. } => {
+                source.is_transient() && began.elapsed() < self.engine.options.read_deadline
+            }
+            FetchError::Corrupt { .. } | FetchError::Store(_) | FetchError::Deadline { .. } | FetchError::Abandoned => {
+                false
+            }
+        }
+    }
+
     /// Starts to fetch what of `chunks` is neither resident nor under way, the first [`MAX_GROUPS`] ranges of it.
     fn start(self: &Arc<Self>, chunks: &Range<u32>) -> Vec<Wait> {
         let missing = self.missing_members(chunks);
         let mut waits = Vec::with_capacity(missing.len());
         let mut groups = Vec::new();
+        let mut planned = None;
         {
             let mut flights = self.flights.hold();
             let mut wanted = Vec::new();
@@ -211,14 +304,17 @@ impl LayerFetch {
                 }
             }
             let free = |member: u32| !flights.contains(member) && self.is_missing(member);
-            for members in self.plan(&wanted, free) {
-                let urgency = Urgency::default();
-                let claims = members.filter_map(|member| flights.claim(member, &urgency)).collect();
-                groups.push(Group {
-                    claims,
-                    priority: Priority::Demand,
-                    urgency,
-                });
+            if let Some(plan) = self.plan(&wanted, free) {
+                for members in &plan.groups {
+                    let urgency = Urgency::default();
+                    let claims = members.clone().filter_map(|member| flights.claim(member, &urgency));
+                    groups.push(Group {
+                        claims: claims.collect(),
+                        lane: Lane::Demand(plan.sequence.clone()),
+                        urgency,
+                    });
+                }
+                planned = Some(plan);
             }
             for member in wanted {
                 if let (Some(progress), Some(needed)) = (flights.join(member), missing.get(&member)) {
@@ -232,34 +328,63 @@ impl LayerFetch {
         for group in groups {
             let fetch = self.clone();
             self.spawn(async move {
-                let slot = fetch.enter(group.priority, &group.urgency).await;
+                let slot = fetch.enter(&group.lane, &group.urgency).await;
                 group::run(fetch, group, slot).await;
             });
+        }
+        if let Some(planned) = planned {
+            self.go_on(chunks, planned);
         }
         waits
     }
 
-    fn plan(&self, wanted: &[u32], free: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
-        let Some(&first) = wanted.first() else {
-            return Vec::new();
-        };
+    fn plan(&self, wanted: &[u32], free: impl Fn(u32) -> bool) -> Option<Planned> {
+        let first = *wanted.first()?;
         let index = self.layer.index();
         let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
         let window = readahead.window(plan::member_range(index, first).start);
-        let mut groups = plan::groups(
-            index,
-            wanted,
-            free,
-            Reach {
-                window,
-                max: self.engine.options.max_range,
-            },
-        );
+        let reach = Reach {
+            window: window.length,
+            max: self.engine.options.max_range,
+        };
+        let mut groups = plan::groups(index, wanted, free, reach);
         groups.truncate(MAX_GROUPS);
         if let Some(last) = groups.last() {
             readahead.reached(plan::blob_range(index, last).end);
         }
-        groups
+        Some(Planned {
+            groups,
+            sequence: window.sequence,
+            is_contiguous: window.is_contiguous,
+            window: window.length,
+        })
+    }
+
+    /// Reads ahead of a sequence: of a large file up to its end, of small files once there were many.
+    fn go_on(self: &Arc<Self>, chunks: &Range<u32>, planned: Planned) {
+        let index = self.layer.index();
+        let Some(last) = planned.groups.last().filter(|_| planned.is_contiguous) else {
+            return;
+        };
+        let position = |chunk: u32| self.position_of(chunk);
+        let file = chunks.end.checked_sub(1).and_then(|chunk| index.chunk(chunk));
+        let file = file.and_then(|chunk| index.inode(chunk.ino));
+        let file_end = file.and_then(|file| position(file.chunks.end.checked_sub(1)?));
+        let reached = plan::blob_range(index, last).end;
+        let until = match file_end {
+            Some(end) if end > reached => end + 1,
+            _ if planned.window >= self.engine.options.max_range / 2 => u64::MAX,
+            Some(_) | None => return,
+        };
+        if let Some(begin) = position(chunks.start) {
+            self.read_ahead(planned.sequence, begin, last.end, until);
+        }
+    }
+
+    /// Tells that what follows a sequence was fetched ahead.
+    pub(super) fn went_on(&self, sequence: &Sequence, end: u64) {
+        let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
+        readahead.went_on(sequence, end);
     }
 
     fn count_missing(&self, chunks: &Range<u32>) -> usize {
@@ -304,9 +429,10 @@ impl LayerFetch {
         }
     }
 
-    /// Names image, layer, file and chunk of wrong bytes.
-    pub(super) fn log_corruption(&self, names: &LayerNames, error: &FetchError, what: &'static str) {
-        let (image, layer) = (names.image.as_str(), names.layer_digest);
+    /// Notes wrong bytes, with image, layer, file and chunk.
+    pub(super) fn note_corruption(&self, from: &Remote, error: &FetchError, what: &'static str) {
+        let (image, layer) = (from.names.image.as_str(), from.names.layer_digest);
+        self.counts.failed(from.host.name(), chain(error), error.reason());
         let FetchError::Corrupt { chunk, .. } = error else {
             tracing::error!(image, %layer, error = error as &dyn std::error::Error, "{what}");
             return;
@@ -318,7 +444,17 @@ impl LayerFetch {
             .unwrap_or_default();
         let offset = entry.as_ref().map_or(0, |entry| entry.file_offset);
         let file = String::from_utf8_lossy(&file);
-        tracing::error!(image, %layer, %file, chunk, offset, error = error as &dyn std::error::Error, "{what}");
+        self.counts.verify_failed(1);
+        tracing::error!(image, %layer, host = from.host.name(), %file, chunk, offset, error = error as &dyn std::error::Error, "{what}");
+    }
+}
+
+/// A task that ends with whoever waits for it.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -14,6 +14,9 @@ const MEMBER_SLACK: u64 = 256 << 10;
 /// Members in one group at most, whatever their sizes: bounds the claims that one read can make.
 const MAX_MEMBERS: u32 = 4096;
 
+/// What is fetched again to keep two holes in one request is at most one in so many bytes.
+const BRIDGED_SHARE: u64 = 25;
+
 /// How far a group may reach.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reach {
@@ -83,6 +86,43 @@ pub(super) fn run<B: AsRef<[u8]>>(
         group.end += 1;
     }
     Some(group)
+}
+
+/// The free members from `from` on that one request of at most `max` bytes fetches; what is resident between them is fetched
+/// again as long as it is hardly anything.
+pub(super) fn holes<B: AsRef<[u8]>>(
+    index: &LayerIndex<B>,
+    from: u32,
+    free: impl Fn(u32) -> bool,
+    max: u64,
+) -> Option<Vec<u32>> {
+    let first = (from..index.member_count()).find(|&member| free(member))?;
+    let start = member_range(index, first).start;
+    let size = |member: u32| {
+        let range = member_range(index, member);
+        range.end - range.start
+    };
+    let (mut members, mut wanted, mut bridged) = (vec![first], size(first), 0);
+    for next in first + 1..index.member_count() {
+        if members.len() >= MAX_MEMBERS as usize || !adjacent(index, next - 1, next) {
+            break;
+        }
+        if !free(next) {
+            bridged += size(next);
+            // Even all that the request may hold would not make up for it.
+            if bridged > max / BRIDGED_SHARE {
+                break;
+            }
+            continue;
+        }
+        let would = wanted + size(next);
+        if member_range(index, next).end - start > max || bridged > would / BRIDGED_SHARE {
+            break;
+        }
+        wanted = would;
+        members.push(next);
+    }
+    Some(members)
 }
 
 /// The blob range of a group.

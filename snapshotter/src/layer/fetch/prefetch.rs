@@ -8,10 +8,10 @@ use tokio::task::{JoinError, JoinSet};
 
 use super::error::{Failure, FetchError};
 use super::flight::{Claim, Progress, Urgency};
+use super::gate::Lane;
 use super::group::{self, Group};
 use super::layer::LayerFetch;
 use super::plan;
-use crate::layer::source::Priority;
 
 /// Requests under way at once: the second is asked for while the first arrives, so no round trip is waited for.
 const PIPELINE: usize = 2;
@@ -36,7 +36,7 @@ impl LayerFetch {
             let fetch = self.clone();
             self.spawn(async move {
                 // What fails was logged, and is asked for again by whoever reads it.
-                let _ = fetch.stream(until, Priority::Prefetch).await;
+                let _ = fetch.stream(until, &Lane::Prefetch).await;
             });
         }
     }
@@ -48,7 +48,7 @@ impl LayerFetch {
             let mut fruitless = 0;
             loop {
                 let before = self.missing_before(until).count();
-                self.clone().stream(until, Priority::Warm).await?;
+                self.clone().stream(until, &Lane::Warm).await?;
                 let (mut left, mut under_way) = (0, false);
                 for member in self.missing_before(until) {
                     left += 1;
@@ -95,7 +95,7 @@ impl LayerFetch {
     }
 
     /// One pass over what is free before `until`; ends early where going on is of no use.
-    async fn stream(self: Arc<Self>, until: u64, priority: Priority) -> Result<(), Failure> {
+    async fn stream(self: Arc<Self>, until: u64, lane: &Lane) -> Result<(), Failure> {
         let mut requests = JoinSet::new();
         let mut failed = None;
         let mut next = 0;
@@ -108,10 +108,11 @@ impl LayerFetch {
             }
             // The slot comes first: claims that wait for one would keep readers waiting.
             let fetch = self.clone();
+            let lane = lane.clone();
             let (send, started) = tokio::sync::oneshot::channel();
             requests.spawn(async move {
-                let slot = fetch.enter(priority, &Urgency::default()).await;
-                let claimed = fetch.claim_run(next, until, priority);
+                let slot = fetch.enter(&lane, &Urgency::default()).await;
+                let claimed = fetch.claim_run(next, until, lane);
                 // The receiver is gone only when the whole stream is.
                 let _ = send.send(claimed.as_ref().map(|(_, members)| members.end));
                 let Some((group, _)) = claimed else { return Ok(()) };
@@ -134,7 +135,7 @@ impl LayerFetch {
     }
 
     /// Claims the next stretch of members before `until`.
-    fn claim_run(&self, from: u32, until: u64, priority: Priority) -> Option<(Group, Range<u32>)> {
+    fn claim_run(&self, from: u32, until: u64, lane: Lane) -> Option<(Group, Range<u32>)> {
         let mut flights = self.flights().hold();
         let free = |member: u32| !flights.contains(member) && self.is_missing(member);
         let members = plan::run(
@@ -149,21 +150,14 @@ impl LayerFetch {
             .clone()
             .filter_map(|member| flights.claim(member, &urgency))
             .collect();
-        Some((
-            Group {
-                claims,
-                priority,
-                urgency,
-            },
-            members,
-        ))
+        Some((Group { claims, lane, urgency }, members))
     }
 }
 
 /// Whether the next stretch would fail in the same way; a wrong chunk says nothing of its neighbours.
 fn is_lasting(failure: &FetchError) -> bool {
     match failure {
-        FetchError::Source { .. } | FetchError::Store(_) | FetchError::Abandoned => true,
+        FetchError::Source { .. } | FetchError::Store(_) | FetchError::Deadline { .. } | FetchError::Abandoned => true,
         FetchError::Corrupt { .. } => false,
     }
 }

@@ -1,30 +1,43 @@
 //! Where one layer can be fetched from.
 //!
-//! Images share layers, so a mounted layer may be known from several images, each with its own registry and credentials. None of
-//! them may take the layer away from the others: a pull adds a remote and replaces none, and a fetch that one remote
-//! fails goes on at the next. [`download`](super::download) and [`group`](super::group) walk the list.
+//! Images share layers, so a mounted layer may be known from several images, each with its own registry and credentials. Each image
+//! may have several hosts (mirrors). None of them may take the layer away from the others: a pull adds remotes and replaces none, and
+//! a fetch that one remote fails goes on at the next. [`download`](super::download) walks the list.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::health::{Host, Hosts};
 use super::layer::LayerNames;
 use crate::layer::source::BlobSource;
 
 /// Remotes kept for one layer: bounds memory, and what a read that all of them fail can cost.
-const MAX_REMOTES: usize = 4;
+const MAX_REMOTES: usize = 8;
 
 /// One way to fetch a layer.
 pub(super) struct Remote {
     pub(super) source: Arc<dyn BlobSource>,
     pub(super) names: LayerNames,
+    /// What is known of its host.
+    pub(super) host: Arc<Host>,
     /// Whether verified bytes ever came from it.
     proven: AtomicBool,
 }
 
 impl Remote {
-    pub(super) fn new(source: Arc<dyn BlobSource>, names: LayerNames) -> Arc<Self> {
-        let proven = AtomicBool::new(false);
-        Arc::new(Self { source, names, proven })
+    pub(super) fn new(source: Arc<dyn BlobSource>, names: LayerNames, hosts: &Hosts) -> Arc<Self> {
+        let (host, proven) = (hosts.of(source.host()), AtomicBool::new(false));
+        Arc::new(Self {
+            source,
+            names,
+            host,
+            proven,
+        })
+    }
+
+    /// Whether both ask the same host for the same blob of the same image.
+    fn is_same(&self, other: &Self) -> bool {
+        self.names == other.names && self.host.name() == other.host.name()
     }
 
     /// Notes that verified bytes came from it.
@@ -37,45 +50,46 @@ impl Remote {
     }
 }
 
-/// The remotes of one layer, the one to be asked first at the front; never empty, and never two of the same names.
+/// The remotes of one layer, the one to be asked first at the front; never two that are the same.
+#[derive(Default)]
 pub(super) struct Remotes(RwLock<Vec<Arc<Remote>>>);
 
 impl Remotes {
-    pub(super) fn new(first: Arc<Remote>) -> Self {
-        Self(RwLock::new(vec![first]))
-    }
-
     /// The remotes in the order in which they are to be asked.
     pub(super) fn all(&self) -> Vec<Arc<Remote>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks `remote` first from now on.
-    pub(super) fn prefer(&self, remote: Arc<Remote>) {
+    /// Asks `remotes` first from now on, in this order.
+    pub(super) fn prefer(&self, remotes: Vec<Arc<Remote>>) {
         self.change(|list| {
-            if let Some(known) = list.iter().position(|known| known.names == remote.names) {
-                let known = list.remove(known);
-                remote.proven.fetch_or(known.is_proven(), Ordering::Relaxed);
+            for remote in remotes.into_iter().take(MAX_REMOTES).rev() {
+                if let Some(known) = list.iter().position(|known| known.is_same(&remote)) {
+                    let known = list.remove(known);
+                    remote.proven.fetch_or(known.is_proven(), Ordering::Relaxed);
+                }
+                list.insert(0, remote);
             }
-            list.insert(0, remote);
-            if list.len() > MAX_REMOTES {
+            while list.len() > MAX_REMOTES {
                 // What nothing has come from yet is the least loss.
                 let unproven = list.iter().skip(1).rposition(|remote| !remote.is_proven());
-                list.remove(unproven.map_or(MAX_REMOTES, |at| at + 1));
+                list.remove(unproven.map_or(list.len() - 1, |at| at + 1));
             }
         });
     }
 
-    /// Asks `remote` after all others, if there is room for it.
-    pub(super) fn offer(&self, remote: Arc<Remote>) {
+    /// Asks `remotes` after all others, as far as there is room for them.
+    pub(super) fn offer(&self, remotes: Vec<Arc<Remote>>) {
         self.change(|list| {
-            if list.len() < MAX_REMOTES && list.iter().all(|known| known.names != remote.names) {
-                list.push(remote);
+            for remote in remotes {
+                if list.len() < MAX_REMOTES && list.iter().all(|known| !known.is_same(&remote)) {
+                    list.push(remote);
+                }
             }
         });
     }
 
-    /// Asks a remote first that delivered what another one did not.
+    /// Asks a remote first that delivered what another one never will.
     pub(super) fn promote(&self, remote: &Arc<Remote>) {
         self.change(|list| {
             if let Some(at) = list.iter().position(|known| Arc::ptr_eq(known, remote)) {
@@ -98,12 +112,13 @@ mod tests {
     use super::*;
     use crate::layer::source::scripted::Scripted;
 
-    fn remote(image: &str) -> Arc<Remote> {
+    fn remote(hosts: &Hosts, image: &str, host: &str) -> Arc<Remote> {
         let names = LayerNames {
             image: image.to_owned(),
             layer_digest: Digest::of(b"layer"),
         };
-        Remote::new(Arc::new(Arc::new(Scripted::new(bytes::Bytes::new()))), names)
+        let source = Arc::new(Scripted::new(bytes::Bytes::new()).at(host));
+        Remote::new(Arc::new(source), names, hosts)
     }
 
     fn images(remotes: &Remotes) -> String {
@@ -112,34 +127,51 @@ mod tests {
 
     #[test]
     fn the_newest_is_first_none_is_twice_and_the_proven_stay() {
-        let remotes = Remotes::new(remote("a"));
+        let hosts = Hosts::new(4);
+        let remotes = Remotes::default();
+        let prefer = |image: &str| remotes.prefer(vec![remote(&hosts, image, "h")]);
+        let offer = |image: &str| remotes.offer(vec![remote(&hosts, image, "h")]);
+        prefer("a");
         remotes.all()[0].has_delivered();
         for image in ["b", "c", "b"] {
-            remotes.prefer(remote(image));
+            prefer(image);
         }
         assert_eq!(images(&remotes), "bca");
-        remotes.offer(remote("a"));
-        remotes.offer(remote("d"));
-        remotes.offer(remote("e"));
-        assert_eq!(images(&remotes), "bcad");
-        for image in ["f", "g", "h", "i"] {
-            remotes.prefer(remote(image));
+        for image in ["a", "d", "e", "f", "g", "h", "i"] {
+            offer(image);
+        }
+        assert_eq!(images(&remotes), "bcadefgh");
+        for image in ["1", "2", "3", "4", "5", "6", "7", "8"] {
+            prefer(image);
             assert_eq!(remotes.all().len(), MAX_REMOTES);
         }
-        assert_eq!(images(&remotes), "ihga");
-        remotes.promote(&remotes.all()[3]);
-        remotes.promote(&remote("x"));
-        assert_eq!(images(&remotes), "aihg");
+        assert_eq!(images(&remotes), "8765432a");
+        remotes.promote(&remotes.all()[7]);
+        remotes.promote(&remote(&hosts, "x", "h"));
+        assert_eq!(images(&remotes), "a8765432");
         // Pulled again: what came from it is not forgotten.
-        remotes.prefer(remote("a"));
-        for image in ["j", "k", "l", "m"] {
-            remotes.prefer(remote(image));
-        }
-        assert_eq!(images(&remotes), "mlka");
+        prefer("a");
+        assert!(remotes.all()[0].is_proven());
         for remote in remotes.all() {
             remote.has_delivered();
         }
-        remotes.prefer(remote("n"));
-        assert_eq!(images(&remotes), "nmlk");
+        prefer("n");
+        assert_eq!(images(&remotes), "na876543");
+    }
+
+    #[test]
+    fn the_hosts_of_an_image_keep_their_order() {
+        let hosts = Hosts::new(4);
+        let remotes = Remotes::default();
+        let of = |image: &str| ["m", "n", "r"].map(|host| remote(&hosts, image, host)).to_vec();
+        remotes.prefer(of("a"));
+        remotes.prefer(of("b"));
+        remotes.prefer(of("a"));
+        let order: Vec<_> = remotes
+            .all()
+            .iter()
+            .map(|remote| format!("{}{}", remote.names.image, remote.host.name()))
+            .collect();
+        assert_eq!(order, ["am", "an", "ar", "bm", "bn", "br"]);
     }
 }

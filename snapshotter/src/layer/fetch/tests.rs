@@ -43,7 +43,7 @@ impl Bench {
             image: "registry.test/image:1".to_owned(),
             layer_digest: sample.origin().layer_digest,
         };
-        let fetch = LayerFetch::new(engine.clone(), layer, Arc::new(source.clone()), names);
+        let fetch = LayerFetch::new(engine.clone(), layer, vec![Arc::new(source.clone())], names);
         Self {
             _test: test,
             sample,
@@ -202,20 +202,24 @@ fn small_windows_wide() -> FetchOptions {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_source_that_never_delivers_is_given_up() {
-    let bench = Bench::with_options(
-        Sample::uniform(3, 5_000, Packing::default()),
-        small_windows(),
-        |source| source,
-    );
+async fn a_source_that_never_delivers_is_given_up_at_the_deadline_and_one_that_refuses_at_once() {
+    let options = FetchOptions {
+        read_deadline: Duration::from_millis(700),
+        ..small_windows()
+    };
+    let bench = Bench::with_options(Sample::uniform(3, 5_000, Packing::default()), options, |source| source);
     bench.source.script([Fault::Permanent]);
     assert_eq!(bench.errno("zeros").await, libc::EIO);
     assert_eq!(bench.source.requests().len(), 1);
-    bench
-        .source
-        .script([Fault::Transient; download::MAX_FRUITLESS as usize]);
+    bench.source.refuse(true);
+    let began = std::time::Instant::now();
     assert_eq!(bench.errno("zeros").await, libc::EIO);
-    assert_eq!(bench.source.requests().len(), 1 + download::MAX_FRUITLESS as usize);
+    assert!(began.elapsed() >= Duration::from_millis(700), "not before the deadline");
+    let tally = bench.fs.fetch().tally();
+    let failure = tally.last_failure.unwrap();
+    assert_eq!((failure.host.as_str(), failure.reason), ("registry.test", "transient"));
+    assert_eq!(tally.demand_reads_stalled, 2);
+    bench.source.refuse(false);
     bench.assert_file("zeros").await;
     bench.settle().await;
 }
@@ -255,12 +259,13 @@ async fn wrong_bytes_are_asked_for_once_more_and_then_are_an_error_for_their_rea
 
 /// Another image that has the layer, and is asked first.
 fn other_image(bench: &Bench, number: u32) -> Arc<Scripted> {
-    let source = Arc::new(Scripted::new(bench.sample.blob.clone()));
+    let host = format!("private{number}.test");
+    let source = Arc::new(Scripted::new(bench.sample.blob.clone()).at(&host));
     let names = LayerNames {
-        image: format!("private.test/image:{number}"),
+        image: format!("{host}/image:1"),
         layer_digest: bench.sample.origin().layer_digest,
     };
-    bench.fs.fetch().prefer_source(Arc::new(source.clone()), names);
+    bench.fs.fetch().prefer_sources(vec![Arc::new(source.clone())], names);
     source
 }
 
@@ -285,17 +290,19 @@ async fn a_source_that_fails_takes_the_layer_from_no_other_image() {
     let rest = bench.source.requests().pop().unwrap().0;
     let asked: Vec<_> = broken.requests().into_iter().map(|(range, _)| range).collect();
     assert_eq!(asked, [rest.start - 20_001..rest.end, rest.clone()]);
+    // One that may come back stays first and is left alone meanwhile.
     let dead = other_image(&bench, 3);
-    dead.script([Fault::Transient; download::MAX_FRUITLESS as usize]);
+    dead.script([Fault::Busy(60_000)]);
     bench.assert_file("dir3/file0003").await;
-    assert_eq!(dead.requests().len(), download::MAX_FRUITLESS as usize);
-    assert_eq!(bench.source.requests().len(), 4);
-    // Only if all of them fail, the reader is told.
-    for source in [&refusing, &broken, &dead, &bench.source] {
+    assert_eq!((dead.requests().len(), bench.source.requests().len()), (1, 4));
+    bench.assert_file("dir4/file0004").await;
+    assert_eq!((dead.requests().len(), bench.source.requests().len()), (1, 5));
+    // Only if all of them refuse, the reader is told.
+    for source in [&refusing, &broken, &bench.source] {
         source.script([Fault::Permanent]);
     }
-    assert_eq!(bench.errno("dir4/file0004").await, libc::EIO);
-    bench.assert_file("dir4/file0004").await;
+    dead.refuse(true);
+    assert_eq!(bench.fs.fetch().tally().requests.demand, 9);
     bench.settle().await;
     assert_only_verified(bench.fs.fetch().layer());
 }
@@ -461,25 +468,18 @@ async fn a_read_of_many_pieces_starts_a_few_at_a_time() {
     assert_eq!(bench.source.requests().len(), 100);
 }
 
+fn demand() -> gate::Lane {
+    gate::Lane::Demand(gate::Sequence::default())
+}
+
 /// A request of the bench's first member that breaks after `bytes`, up to where it has to pause.
 async fn broken_download(bench: &Bench, bytes: usize) -> (download::Download, bytes::BytesMut) {
     let fetch = bench.fs.fetch();
-    let remotes = std::collections::VecDeque::new();
     let urgency = flight::Urgency::default();
-    let (first, slot) = (
-        fetch.remotes().all().remove(0),
-        fetch.enter(Priority::Demand, &urgency).await,
-    );
+    let slot = fetch.enter(&demand(), &urgency).await;
+    let whom = download::Whom::AnyBut(Vec::new());
     bench.source.script([Fault::CutAfter(bytes)]);
-    let mut download = download::Download::new(
-        fetch.clone(),
-        first,
-        remotes,
-        0..30_000,
-        Priority::Demand,
-        urgency,
-        slot,
-    );
+    let mut download = download::Download::new(fetch.clone(), whom, 0..30_000, demand(), urgency, slot);
     let mut buffer = bytes::BytesMut::new();
     while let download::Step::Piece(piece) = download.next().await.unwrap() {
         buffer.extend_from_slice(&piece);
@@ -499,13 +499,13 @@ async fn a_request_that_pauses_holds_neither_its_slot_nor_memory_for_nothing() {
     let engine = fetch.engine();
     let (mut download, mut buffer) = broken_download(&bench, 0).await;
     // The layer's only slot is free.
-    assert!(fetch.enter(Priority::Demand, &urgency).now_or_never().is_some());
+    assert!(fetch.enter(&demand(), &urgency).now_or_never().is_some());
     let mut memory = engine.reserve(u64::MAX).await;
     let mut pause = Box::pin(group::pause(engine, &mut download, &mut memory, &mut buffer, 0));
     assert!(pause.as_mut().now_or_never().is_none());
     assert!(engine.try_reserve(u64::MAX).is_some());
     pause.await;
-    assert!(fetch.enter(Priority::Demand, &urgency).now_or_never().is_none());
+    assert!(fetch.enter(&demand(), &urgency).now_or_never().is_none());
     assert!(matches!(download.next().await, Ok(download::Step::Piece(_))));
     assert_eq!(bench.source.requests().len(), 2);
 }

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use estargz::member::Compression;
 use estargz::toc::{EntryType, Toc, TocEntry};
 
 use super::tests::{blocking, layers};
@@ -48,6 +49,7 @@ fn create(root: &Path, count: usize) -> Vec<LayerOrigin> {
             layer_digest: Digest::of(&layer.to_le_bytes()),
             blob_size: 20_000_000,
             toc_offset: 15_000_000,
+            compression: Compression::Gzip,
         };
         if !store.contains(&toc_digest) {
             store.create(&toc_digest, &toc, &origin).unwrap();

@@ -147,7 +147,7 @@ impl Shared {
     /// The image that was pulled last is the one whose registry and credentials most likely work; the others stay behind it.
     fn renew_source(&self, fetch: &LayerFetch, names: LayerNames) {
         let size = fetch.layer().index().blob_size();
-        fetch.prefer_source(self.source(&names.image, &names.layer_digest, Some(size)), names);
+        fetch.prefer_sources(self.sources(&names.image, &names.layer_digest, Some(size)), names);
     }
 
     /// Another image of the layer, to be asked where the others fail.
@@ -157,12 +157,12 @@ impl Shared {
             image: image.to_owned(),
             layer_digest,
         };
-        fetch.offer_source(self.source(image, &layer_digest, Some(size)), names);
+        fetch.offer_sources(self.sources(image, &layer_digest, Some(size)), names);
     }
 
-    pub(super) fn source(&self, image: &str, layer_digest: &Digest, size: Option<u64>) -> Arc<dyn BlobSource> {
+    pub(super) fn sources(&self, image: &str, layer_digest: &Digest, size: Option<u64>) -> Vec<Arc<dyn BlobSource>> {
         let blob = RegistryBlob::new(self.registries.clone(), image, layer_digest, size);
-        Arc::new(blob.keeping(&self.handed_over))
+        vec![Arc::new(blob.keeping(&self.handed_over))]
     }
 
     async fn load(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<Option<CachedLayer>, NotLazy> {
@@ -216,9 +216,9 @@ impl Shared {
 
     /// The fetch engine's view of a layer that has just been opened.
     async fn fetch_of(self: &Arc<Self>, layer: CachedLayer, names: LayerNames) -> Arc<LayerFetch> {
-        let source = self.source(&names.image, &names.layer_digest, Some(layer.index().blob_size()));
+        let sources = self.sources(&names.image, &names.layer_digest, Some(layer.index().blob_size()));
         let (layer_digest, toc_digest) = (names.layer_digest, layer.toc_digest());
-        let fetch = LayerFetch::new(self.engine.clone(), Arc::new(layer), source, names);
+        let fetch = LayerFetch::new(self.engine.clone(), Arc::new(layer), sources, names);
         // The image that the TOC came with; without it there is one source less.
         let first = self.with_store(layer_digest, toc_digest, move |shared| shared.store.origin(&toc_digest));
         if let Ok(origin) = first.await {
@@ -248,6 +248,7 @@ impl Shared {
         })?;
         self.metrics.layers_mounted.inc();
         slot.set_live(Some(fetch.clone()));
+        fetch.start_background();
         *mounted = Some(Mounted { session, fetch });
         Ok(mount)
     }

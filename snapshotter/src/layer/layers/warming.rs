@@ -136,11 +136,6 @@ impl Warmer {
         &self.shared.handed_over
     }
 
-    /// Layers mounted now.
-    pub fn layers_mounted(&self) -> usize {
-        usize::try_from(self.shared.metrics.layers_mounted.get()).unwrap_or(0)
-    }
-
     /// Warms that work or wait for their turn.
     pub fn warms(&self) -> usize {
         MAX_ADMITTED.saturating_sub(self.shared.warms.admitted.available_permits())

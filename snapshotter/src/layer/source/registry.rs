@@ -7,11 +7,11 @@ use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, HandedOver, InUse, Place, RangeResponse, RangeSpec, Reference,
-    ReferenceError,
+    Client, ClientOptions, Error, ErrorClass, Fault, HandedOver, HostHandle, InUse, Place, RangeResponse, RangeSpec,
+    Reference, ReferenceError,
 };
 
-use super::{BlobSource, ByteStream, Priority, SourceError, Tail};
+use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
 
 /// The way to registries, set up when it is first needed: a daemon whose layers are all resident needs none.
 #[derive(Debug)]
@@ -29,6 +29,35 @@ impl Registries {
         }
     }
 
+    /// One source per host that may serve the blob `digest` of `image`, in the order in which they are to be asked; never empty, the
+    /// registry itself last. `size` where a manifest told it. They keep the logins for the repository as long as they live.
+    pub fn sources(self: &Arc<Self>, image: &str, digest: &Digest, size: Option<u64>) -> Vec<Arc<dyn BlobSource>> {
+        let any = RegistryBlob {
+            in_use: self.in_use(image).map(Arc::new),
+            ..RegistryBlob::new(self.clone(), image, digest, size)
+        };
+        // What is wrong with the image's name or with the set-up is an error of each read, as it is without mirrors.
+        let hosts = match (&any.image, self.client()) {
+            (Ok(image), Ok(client)) => client.hosts(image).unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        if hosts.is_empty() {
+            return vec![Arc::new(any)];
+        }
+        let of = |host| -> Arc<dyn BlobSource> {
+            Arc::new(RegistryBlob {
+                host: Some(host),
+                ..any.clone()
+            })
+        };
+        hosts.into_iter().map(of).collect()
+    }
+
+    fn in_use(&self, image: &str) -> Option<InUse> {
+        let place = Place::of(&Reference::parse(image).ok()?);
+        self.options.credentials.in_use(place)
+    }
+
     /// The client that all layers share.
     pub fn client(&self) -> Result<Client, SourceError> {
         // What the lock guards is whole or absent.
@@ -42,14 +71,16 @@ impl Registries {
 }
 
 /// A blob in a registry's repository.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RegistryBlob {
     registries: Arc<Registries>,
     image: Result<Reference, ReferenceError>,
     digest: hullspeed_registry::Digest,
     size: Option<u64>,
+    /// The host that is asked; without one, all hosts of the image in turn.
+    host: Option<HostHandle>,
     /// Keeps the logins for the repository.
-    in_use: Option<InUse>,
+    in_use: Option<Arc<InUse>>,
 }
 
 /// The registry client's form of a digest.
@@ -64,6 +95,7 @@ pub(crate) fn source_error(error: Error) -> SourceError {
         ErrorClass::Transient => {
             return SourceError::Transient {
                 what,
+                load: overload(error.fault()),
                 cause: Some(Box::new(error)),
             };
         }
@@ -76,6 +108,16 @@ pub(crate) fn source_error(error: Error) -> SourceError {
         what,
         class,
         cause: Some(Box::new(error)),
+    }
+}
+
+/// What a host that answers, and has too much to do, says of it.
+fn overload(fault: &Fault) -> Option<Overload> {
+    match fault {
+        Fault::RateLimited { retry_after, .. } | Fault::Server { retry_after, .. } => Some(Overload {
+            retry_after: *retry_after,
+        }),
+        _ => None,
     }
 }
 
@@ -96,6 +138,7 @@ impl RegistryBlob {
             image: Reference::parse(image),
             digest: registry_digest(digest),
             size,
+            host: None,
             in_use: None,
         }
     }
@@ -103,17 +146,17 @@ impl RegistryBlob {
     /// Keeps those logins of `handed_over` that are for the blob's repository, as long as it may be read.
     pub fn keeping(mut self, handed_over: &HandedOver) -> Self {
         let place = self.image.as_ref().ok().map(Place::of);
-        self.in_use = place.map(|place| handed_over.in_use(place));
+        self.in_use = place.map(|place| Arc::new(handed_over.in_use(place)));
         self
     }
 
     async fn ask(&self, range: RangeSpec) -> Result<RangeResponse, SourceError> {
         let image = self.image.as_ref().map_err(|error| reference_error(error.clone()))?;
-        self.registries
-            .client()?
-            .blob_range(image, &self.digest, range)
-            .await
-            .map_err(source_error)
+        let answer = match &self.host {
+            Some(host) => host.blob_range(&self.digest, range).await,
+            None => self.registries.client()?.blob_range(image, &self.digest, range).await,
+        };
+        answer.map_err(source_error)
     }
 }
 
@@ -123,6 +166,11 @@ fn body(response: RangeResponse) -> ByteStream {
 
 #[async_trait]
 impl BlobSource for RegistryBlob {
+    fn host(&self) -> &str {
+        let registry = || self.image.as_ref().map_or("", Reference::host);
+        self.host.as_ref().map_or_else(registry, HostHandle::host)
+    }
+
     fn size(&self) -> Option<u64> {
         self.size
     }

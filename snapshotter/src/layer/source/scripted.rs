@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use tokio::sync::Semaphore;
 
-use super::{BlobSource, ByteStream, Priority, SourceError, Tail};
+use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
 
 /// What happens to one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub(crate) enum Fault {
     Transient,
     /// No answer but an error that stays.
     Permanent,
+    /// Too busy: not before so many milliseconds.
+    Busy(u64),
     /// The body breaks with an error after so many bytes.
     CutAfter(usize),
     /// The body ends after so many bytes as if that were all.
@@ -39,6 +42,9 @@ pub(crate) struct Scripted {
     requests: Mutex<Vec<(Range<u64>, Priority)>>,
     /// Pieces that may be given, if they are counted.
     pieces: Option<Semaphore>,
+    host: String,
+    /// Whether it has stopped answering for good.
+    gone: AtomicBool,
 }
 
 impl Scripted {
@@ -51,7 +57,20 @@ impl Scripted {
             wrong: Mutex::default(),
             requests: Mutex::default(),
             pieces: None,
+            host: "registry.test".to_owned(),
+            gone: AtomicBool::new(false),
         }
+    }
+
+    /// On another host.
+    pub(crate) fn at(mut self, host: &str) -> Self {
+        host.clone_into(&mut self.host);
+        self
+    }
+
+    /// Refuses everything, or no more.
+    pub(crate) fn refuse(&self, everything: bool) {
+        self.gone.store(everything, Ordering::Relaxed);
     }
 
     /// Pieces of another size.
@@ -96,6 +115,15 @@ impl Scripted {
             BytesMut::from(&self.blob[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]);
         let end = match fault {
             Fault::Transient => return Err(broken()),
+            Fault::Busy(milliseconds) => {
+                return Err(SourceError::Transient {
+                    what: "scripted overload".to_owned(),
+                    load: Some(Overload {
+                        retry_after: Some(Duration::from_millis(milliseconds)),
+                    }),
+                    cause: None,
+                });
+            }
             Fault::Permanent => {
                 return Err(SourceError::Permanent {
                     what: "scripted failure".to_owned(),
@@ -138,6 +166,10 @@ impl Scripted {
 /// A source that tests keep a hold of.
 #[async_trait]
 impl BlobSource for std::sync::Arc<Scripted> {
+    fn host(&self) -> &str {
+        &self.host
+    }
+
     fn size(&self) -> Option<u64> {
         self.known_size.then_some(self.blob.len() as u64)
     }
@@ -148,7 +180,9 @@ impl BlobSource for std::sync::Arc<Scripted> {
             "asked for {range:?}"
         );
         self.requests.lock().unwrap().push((range.clone(), priority));
-        let fault = self.faults.lock().unwrap().pop_front().unwrap_or(Fault::None);
+        let gone = self.gone.load(Ordering::Relaxed);
+        let fault = self.faults.lock().unwrap().pop_front();
+        let fault = fault.unwrap_or(if gone { Fault::Transient } else { Fault::None });
         let pieces: VecDeque<_> = self.body(range, fault)?.into();
         let this = self.clone();
         Ok(Box::pin(stream::unfold(

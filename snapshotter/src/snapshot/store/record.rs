@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Found;
 use crate::layer::{LayerOrigin, Usage};
+use crate::snapshot::decisions::Fallback;
 use crate::snapshot::{Info, Kind, Labels};
 
 /// A stored snapshot; its name is the key.
@@ -24,6 +25,16 @@ pub(super) struct Record {
     pub(super) usage: StoredUsage,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) layer: Option<StoredOrigin>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) fallback: Option<StoredFallback>,
+}
+
+/// [`Fallback`] as stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StoredFallback {
+    reason: String,
+    error: String,
+    at: Timestamp,
 }
 
 /// Seconds and nanoseconds since 1970.
@@ -70,6 +81,7 @@ impl Record {
             updated: now,
             usage: StoredUsage::default(),
             layer: layer.cloned().map(StoredOrigin::from),
+            fallback: None,
         }
     }
 
@@ -85,6 +97,7 @@ impl Record {
                 inodes: self.usage.inodes,
             },
             layer: self.layer.map(LayerOrigin::from),
+            fallback: self.fallback.map(Fallback::from),
             info: Info {
                 name: name.to_owned(),
                 parent: self.parent,
@@ -117,6 +130,20 @@ impl From<Timestamp> for SystemTime {
 impl From<Usage> for StoredUsage {
     fn from(Usage { bytes, inodes }: Usage) -> Self {
         Self { bytes, inodes }
+    }
+}
+
+impl From<Fallback> for StoredFallback {
+    fn from(Fallback { reason, error, at }: Fallback) -> Self {
+        let at = at.into();
+        Self { reason, error, at }
+    }
+}
+
+impl From<StoredFallback> for Fallback {
+    fn from(StoredFallback { reason, error, at }: StoredFallback) -> Self {
+        let at = at.into();
+        Self { reason, error, at }
     }
 }
 

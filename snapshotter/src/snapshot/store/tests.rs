@@ -234,7 +234,7 @@ fn apply(store: &Store, models: &mut Models, op: &Op) {
                     }
                 }
             });
-            let made = store.create(*kind, key, parent.as_deref(), labels, |_| Ok(()));
+            let made = store.create(*kind, key, parent.as_deref(), labels, None, |_| Ok(()));
             assert_eq!(made.map(drop).map_err(wrong), expected);
         }
         Op::Remote { target, parent, layer } => {
@@ -355,13 +355,15 @@ fn a_failed_directory_undoes_the_snapshot_and_its_number_is_not_used_again() {
     let store = Store::open(&place.path().join("meta.redb"), 7).unwrap();
     let labels = Labels::new();
     let mut numbers = Vec::new();
-    let failed = store.create(Kind::Active, "a", None, &labels, |id| {
+    let failed = store.create(Kind::Active, "a", None, &labels, None, |id| {
         numbers.push(id);
         Err(Error::Stopping)
     });
     assert!(matches!(failed, Err(Error::Stopping)));
     assert!(matches!(store.find("a"), Err(Error::NotFound { .. })));
-    let made = store.create(Kind::Active, "a", None, &labels, |_| Ok(())).unwrap();
+    let made = store
+        .create(Kind::Active, "a", None, &labels, None, |_| Ok(()))
+        .unwrap();
     assert_eq!((numbers, made.id), (vec![7], 8));
 }
 
@@ -371,7 +373,7 @@ fn a_listing_does_not_see_later_changes() {
     let store = Store::open(&place.path().join("meta.redb"), 1).unwrap();
     for key in ["a", "b", "c"] {
         store
-            .create(Kind::Active, key, None, &Labels::new(), |_| Ok(()))
+            .create(Kind::Active, key, None, &Labels::new(), None, |_| Ok(()))
             .unwrap();
     }
     let mut listing = store.listing().unwrap();
@@ -429,7 +431,14 @@ fn a_damaged_file_is_an_error_and_never_a_panic() {
     let store = Store::open(&path, 1).unwrap();
     for n in 0..40 {
         store
-            .create(Kind::Active, &format!("key {n}"), None, &Labels::new(), |_| Ok(()))
+            .create(
+                Kind::Active,
+                &format!("key {n}"),
+                None,
+                &Labels::new(),
+                None,
+                |_| Ok(()),
+            )
             .unwrap();
     }
     drop(store);
@@ -449,8 +458,25 @@ fn a_damaged_file_is_an_error_and_never_a_panic() {
 fn use_if_it_opens(path: &Path) {
     if let Ok(store) = Store::open(path, 1) {
         let _ = store.find("key 3");
-        let _ = store.create(Kind::Active, "new", None, &Labels::new(), |_| Ok(()));
+        let _ = store.create(Kind::Active, "new", None, &Labels::new(), None, |_| Ok(()));
         let _ = store.remove("key 5");
         let _ = store.with_ids(|ids| ids.len());
     }
+}
+
+#[test]
+fn why_a_layer_is_not_lazy_outlives_its_commit_and_the_daemon() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("meta.redb");
+    let fallback = Fallback::now("no_toc_digest", "it has none".to_owned());
+    let store = Store::open(&path, 0).unwrap();
+    let labels = Labels::new();
+    let made = store.create(Kind::Active, "a", None, &labels, Some(fallback.clone()), |_| Ok(()));
+    assert_eq!(store.find("a").unwrap().fallback, Some(fallback.clone()));
+    store
+        .commit(made.unwrap().id, "a", "b", None, &labels, Usage::default())
+        .unwrap();
+    drop(store);
+    let store = Store::open(&path, 0).unwrap();
+    assert_eq!(store.find("b").unwrap().fallback, Some(fallback));
 }

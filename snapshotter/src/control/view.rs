@@ -1,0 +1,333 @@
+//! Reports as the API shows them.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use estargz::digest::Digest;
+use hullspeed_proto::hullspeed::control::v1 as api;
+
+use crate::explain::{Explanation, LayerExplanation, Listing, Overview, References, Serving, SubjectKind, Sums, Usage};
+use crate::layer::cache::CacheLimits;
+use crate::layer::layers::inspector::{Space, Survey, VerifyReport, WrongChunk};
+use crate::layer::report::{Cost, Failure, Fetched, HostReport, LayerReport, Residence};
+
+/// Layers in one answer, over all that it explains.
+const MAX_LAYERS: usize = 1000;
+
+fn text(digest: Option<Digest>) -> String {
+    digest.map(|digest| digest.to_string()).unwrap_or_default()
+}
+
+pub(super) fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn unix_millis(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, millis)
+}
+
+/// Adds to a status what an overview tells.
+pub(super) fn status(status: api::StatusResponse, overview: Overview) -> api::StatusResponse {
+    let Overview {
+        uptime,
+        mounted,
+        complete,
+        opening,
+        in_flight,
+        hosts,
+        decisions,
+        failures,
+    } = overview;
+    let in_flight = in_flight.into_iter().filter(|(_, requests)| *requests > 0);
+    let overlay = decisions.refused.into_iter();
+    api::StatusResponse {
+        layers_mounted: count(mounted),
+        uptime_seconds: uptime.as_secs(),
+        layers_opening: count(opening),
+        layers_complete: count(complete),
+        in_flight: in_flight
+            .map(|(kind, requests)| api::KindCount {
+                kind: kind.to_owned(),
+                requests,
+                bytes: 0,
+            })
+            .collect(),
+        hosts: hosts.into_iter().map(host).collect(),
+        snapshots_lazy: decisions.lazy,
+        snapshots_overlay: overlay
+            .map(|(reason, count)| api::ReasonCount { reason, count })
+            .collect(),
+        failures: failures.into_iter().map(failure).collect(),
+        ..status
+    }
+}
+
+fn host(report: HostReport) -> api::HostHealth {
+    let HostReport {
+        host,
+        failures_in_a_row,
+        retry_in,
+    } = report;
+    let state = if retry_in.is_some() { "backing off" } else { "ok" };
+    api::HostHealth {
+        host,
+        state: state.to_owned(),
+        failures_in_a_row,
+        retry_in_ms: retry_in.map_or(0, millis),
+    }
+}
+
+fn failure(failure: Failure) -> api::Failure {
+    let Failure {
+        at,
+        reason,
+        what,
+        host,
+        image,
+        layer,
+    } = failure;
+    api::Failure {
+        at_unix_ms: unix_millis(at),
+        reason,
+        what,
+        host,
+        image,
+        layer: text(layer),
+    }
+}
+
+pub(super) fn explained(found: Vec<Explanation>, more: usize) -> api::ExplainResponse {
+    let mut room = MAX_LAYERS;
+    let explained = found.into_iter().map(|one| {
+        let told = explanation(one, room);
+        room = room.saturating_sub(told.layers.len());
+        told
+    });
+    api::ExplainResponse {
+        found: explained.collect(),
+        more: count(more),
+    }
+}
+
+fn explanation(explanation: Explanation, room: usize) -> api::Explanation {
+    let sums = explanation.sums();
+    let Explanation {
+        kind,
+        name,
+        manifest,
+        layers,
+    } = explanation;
+    let more = layers.len().saturating_sub(room);
+    api::Explanation {
+        kind: match kind {
+            SubjectKind::Image => "image",
+            SubjectKind::Snapshot => "snapshot",
+            SubjectKind::Layer => "layer",
+        }
+        .to_owned(),
+        name,
+        manifest_digest: text(manifest),
+        sums: Some(to_sums(sums)),
+        layers: layers.into_iter().take(room).map(layer).collect(),
+        more: count(more),
+    }
+}
+
+fn to_sums(sums: Sums) -> api::LayerSums {
+    let Sums {
+        layers,
+        lazy,
+        bytes,
+        resident,
+        saved,
+        fetched,
+        reused,
+        stalls,
+        stall_time,
+    } = sums;
+    api::LayerSums {
+        layers: count(layers),
+        lazy: count(lazy),
+        bytes,
+        bytes_resident: resident,
+        bytes_fetched: fetched,
+        bytes_saved: saved,
+        bytes_reused: reused,
+        stalls,
+        stall_ms: millis(stall_time),
+    }
+}
+
+fn layer(layer: LayerExplanation) -> api::LayerExplanation {
+    let LayerExplanation {
+        digest,
+        toc,
+        serving,
+        fallback,
+        snapshots,
+        images,
+        report,
+    } = layer;
+    let state = match serving {
+        Serving::Lazy => "lazy",
+        Serving::Overlay => "overlay",
+        Serving::Refused => "refused",
+        Serving::Cached => "cached",
+    };
+    let is_lazy = matches!(serving, Serving::Lazy | Serving::Cached);
+    let (reason, error, decided) = match fallback {
+        Some(fallback) => (fallback.reason, fallback.error, unix_millis(fallback.at)),
+        None if is_lazy => Default::default(),
+        None => ("unknown".to_owned(), String::new(), 0),
+    };
+    let mounted = report.as_ref().is_some_and(|report| report.mounted);
+    let (residence, cost) = report.map(residence_and_cost).unwrap_or_default();
+    api::LayerExplanation {
+        digest: text(digest),
+        toc_digest: text(toc),
+        state: state.to_owned(),
+        reason,
+        error,
+        decided_unix_ms: decided,
+        snapshots,
+        images,
+        mounted,
+        residence,
+        cost,
+    }
+}
+
+fn residence_and_cost(report: LayerReport) -> (Option<api::Residence>, Option<api::Cost>) {
+    (Some(residence(report.residence)), report.cost.map(cost))
+}
+
+fn residence(residence: Residence) -> api::Residence {
+    let Residence {
+        chunks,
+        resident,
+        content,
+        blob_bytes,
+        disk_bytes,
+    } = residence;
+    let content = content.unwrap_or_default();
+    api::Residence {
+        chunks,
+        chunks_resident: resident,
+        bytes: content.bytes,
+        bytes_resident: content.resident,
+        bytes_saved: content.saved,
+        blob_bytes,
+        disk_bytes,
+    }
+}
+
+fn cost(cost: Cost) -> api::Cost {
+    let Cost {
+        stalls,
+        stall_time,
+        longest_stall,
+        fetched,
+        reused,
+        verify_failures,
+        last_failure,
+        background,
+        hosts,
+    } = cost;
+    let fetched = fetched
+        .into_iter()
+        .filter(|fetched| fetched.requests > 0 || fetched.bytes > 0);
+    api::Cost {
+        stalls,
+        stall_ms: millis(stall_time),
+        longest_stall_ms: millis(longest_stall),
+        fetched: fetched
+            .map(|Fetched { kind, requests, bytes }| api::KindCount {
+                kind: kind.to_owned(),
+                requests,
+                bytes,
+            })
+            .collect(),
+        bytes_reused: reused,
+        verify_failures,
+        last_failure: last_failure.map(failure),
+        background: background.to_owned(),
+        hosts: hosts.into_iter().map(host).collect(),
+    }
+}
+
+pub(super) fn listing(listing: Listing) -> api::ListLayersResponse {
+    let row = |(survey, report, references): (Survey, LayerReport, References)| api::CachedLayer {
+        toc_digest: survey.toc.to_string(),
+        digest: survey.layer.to_string(),
+        image: survey.image,
+        residence: Some(residence(report.residence)),
+        mounted: report.mounted,
+        last_used_unix_ms: survey.last_used.map_or(0, unix_millis),
+        references: count(references.count),
+        snapshots: references.snapshots,
+    };
+    api::ListLayersResponse {
+        layers: listing.layers.into_iter().map(row).collect(),
+        more: count(listing.more),
+    }
+}
+
+pub(super) fn usage(usage: Usage, space: Space) -> api::CacheUsageResponse {
+    let Usage {
+        layers,
+        bytes,
+        unreferenced,
+        unreferenced_bytes,
+    } = usage;
+    let Space {
+        limits: CacheLimits { quota, min_free },
+        filesystem,
+        size,
+        free,
+    } = space;
+    api::CacheUsageResponse {
+        layers: count(layers),
+        bytes,
+        unreferenced_layers: count(unreferenced),
+        unreferenced_bytes,
+        quota_bytes: quota,
+        filesystem: filesystem.to_owned(),
+        filesystem_bytes: size,
+        filesystem_free_bytes: free,
+        min_free_bytes: min_free,
+    }
+}
+
+pub(super) fn verified(report: VerifyReport) -> api::VerifyCacheProgress {
+    let VerifyReport {
+        layers,
+        layers_done,
+        chunks,
+        bytes,
+        wrong,
+        told,
+        failed,
+        error,
+        done,
+    } = report;
+    let wrong_chunk = |wrong: WrongChunk| api::WrongChunk {
+        toc_digest: wrong.toc_digest.to_string(),
+        chunk: wrong.chunk,
+        file: wrong.file,
+        offset: wrong.offset,
+    };
+    api::VerifyCacheProgress {
+        layers: count(layers),
+        layers_done: count(layers_done),
+        chunks,
+        bytes,
+        wrong_chunks: wrong,
+        wrong: told.into_iter().map(wrong_chunk).collect(),
+        layers_failed: count(failed),
+        error,
+        done,
+    }
+}

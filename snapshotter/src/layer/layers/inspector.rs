@@ -1,0 +1,112 @@
+//! What operators ask of the layers and have done to their cache: reports, the list of what is cached, removal, verification.
+//!
+//! Reports never wait for a layer's locks: a layer whose mount hangs is the one that is asked about.
+
+mod space;
+mod survey;
+#[cfg(test)]
+mod tests;
+mod verification;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use estargz::digest::Digest;
+use tokio::sync::Semaphore;
+
+use super::{MAX_OPENING, Shared};
+use crate::layer::fetch::LayerFetch;
+use crate::layer::report::{Failure, HostReport, LayerReport, Residence};
+
+pub use space::Space;
+pub use survey::Survey;
+pub use verification::{MAX_WRONG_TOLD, VerifyError, VerifyReport, Verifying, WrongChunk};
+
+/// Looks at the layers of this daemon. Cheap to clone.
+#[derive(Clone)]
+pub struct Inspector {
+    shared: Arc<Shared>,
+    /// One verification at a time: it reads the whole cache.
+    verifying: Arc<Semaphore>,
+}
+
+/// A layer that somebody has open.
+pub struct Live {
+    fetch: Arc<LayerFetch>,
+    mounted: bool,
+}
+
+impl Live {
+    /// Identity of the layer.
+    pub fn toc_digest(&self) -> Digest {
+        self.fetch.layer().toc_digest()
+    }
+
+    /// Whether it is mounted, and not only being warmed.
+    pub fn is_mounted(&self) -> bool {
+        self.mounted
+    }
+
+    /// The last fetch of it that failed.
+    pub fn last_failure(&self) -> Option<Failure> {
+        self.fetch.cost().last_failure
+    }
+
+    /// Whether all of it is resident.
+    pub fn is_complete(&self) -> bool {
+        self.fetch.layer().residency().is_complete()
+    }
+}
+
+impl Inspector {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            verifying: Arc::new(Semaphore::new(1)),
+        }
+    }
+
+    /// The layers that are mounted or being warmed.
+    pub fn live(&self) -> Vec<Live> {
+        let slots: Vec<_> = self.shared.slots().values().cloned().collect();
+        let live = slots.iter().filter_map(|slot| {
+            let fetch = slot.live()?;
+            let mounted = match slot.mounted.try_lock() {
+                Ok(mounted) => mounted.is_some(),
+                // It is being mounted, unmounted or looked at.
+                Err(_) => slot.warms.load(Ordering::Relaxed) == 0,
+            };
+            Some(Live { fetch, mounted })
+        });
+        live.collect()
+    }
+
+    /// Layers whose tables of contents are being fetched.
+    pub fn opening(&self) -> usize {
+        MAX_OPENING.saturating_sub(self.shared.opening.available_permits())
+    }
+
+    /// The hosts that were asked, by name.
+    pub fn hosts(&self) -> Vec<HostReport> {
+        self.shared.engine.hosts()
+    }
+
+    /// Requests to registries under way, by what they are for.
+    pub fn in_flight(&self) -> Vec<(&'static str, u64)> {
+        let mut in_flight = self.shared.engine.in_flight();
+        in_flight.push(("toc", self.opening() as u64));
+        in_flight
+    }
+
+    /// All that can be told of a layer that is open. Looks at every chunk, and at the disk.
+    pub fn report(&self, live: &Live) -> LayerReport {
+        let layer = live.fetch.layer();
+        let disk = self.shared.store.usage(&layer.toc_digest()).bytes;
+        LayerReport {
+            toc_digest: layer.toc_digest(),
+            mounted: live.mounted,
+            residence: Residence::measured(layer.index(), layer.residency(), disk),
+            cost: Some(live.fetch.cost()),
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Parts of a blob from whichever of its sources delivers them, before there is a layer to fetch for.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+
+use crate::layer::fetch::Engine;
+use crate::layer::fetch::health::Host;
+use crate::layer::source::{BlobSource, ByteStream, Priority, SourceError};
+use crate::metrics::defs::{FetchLabels, KindLabels};
+
+/// Requests to each source for one part.
+const MAX_ATTEMPTS: u32 = 5;
+/// Longest pause at a time; who asked for the layer has its own limit on all of it.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A part of the blob, received.
+pub(super) struct Received {
+    pub(super) start: u64,
+    /// Size of the whole blob.
+    pub(super) blob_size: u64,
+    pub(super) bytes: Bytes,
+}
+
+struct Candidate {
+    source: Arc<dyn BlobSource>,
+    host: Arc<Host>,
+    attempts: u32,
+    /// It refused for good, or its bytes were wrong.
+    is_out: bool,
+    has_delivered: bool,
+}
+
+/// The sources of one blob.
+pub(super) struct Sources<'a> {
+    engine: &'a Engine,
+    list: Vec<Candidate>,
+    requests: u64,
+    bytes: u64,
+}
+
+/// A part on its way: what came of it, and what is still to come.
+struct Part {
+    /// What is asked for; for the end of a blob whose size is not known, what was asked for.
+    wanted: Range<u64>,
+    /// The last so many bytes of a blob whose size is not known yet.
+    tail: Option<u64>,
+    got: BytesMut,
+}
+
+impl Part {
+    fn left(&self) -> Range<u64> {
+        self.wanted.start + self.got.len() as u64..self.wanted.end
+    }
+}
+
+impl<'a> Sources<'a> {
+    pub(super) fn new(engine: &'a Engine, sources: Vec<Arc<dyn BlobSource>>) -> Self {
+        let candidate = |source: Arc<dyn BlobSource>| Candidate {
+            host: engine.host(source.host()),
+            source,
+            attempts: 0,
+            is_out: false,
+            has_delivered: false,
+        };
+        Self {
+            engine,
+            list: sources.into_iter().map(candidate).collect(),
+            requests: 0,
+            bytes: 0,
+        }
+    }
+
+    pub(super) fn requests(&self) -> u64 {
+        self.requests
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Size of the blob, where a source knows it.
+    pub(super) fn size(&self) -> Option<u64> {
+        self.list.iter().find_map(|candidate| candidate.source.size())
+    }
+
+    /// Counts what was asked of others for the same layer.
+    pub(super) fn charge(&mut self, requests: u64, bytes: u64) {
+        self.requests += requests;
+        self.bytes += bytes;
+    }
+
+    /// Asks those no more whose bytes came; whether others are left.
+    pub(super) fn rule_out_deliverers(&mut self) -> bool {
+        for candidate in &mut self.list {
+            candidate.is_out |= std::mem::take(&mut candidate.has_delivered);
+            candidate.attempts = 0;
+        }
+        self.list.iter().any(|candidate| !candidate.is_out)
+    }
+
+    /// The end of the blob, as long as `length` says for its size.
+    pub(super) async fn tail(&mut self, length: impl Fn(Option<u64>) -> u64) -> Result<Received, SourceError> {
+        let size = self.size();
+        let length = length(size);
+        match size {
+            Some(0) => Ok(Received {
+                start: 0,
+                blob_size: 0,
+                bytes: Bytes::new(),
+            }),
+            Some(size) => self.receive(size - length..size, None).await,
+            None => self.receive(0..0, Some(length)).await,
+        }
+    }
+
+    /// All of `wanted`, which `tail` has from `start` on, and what `tail` holds before it.
+    pub(super) async fn rest(
+        &mut self,
+        wanted: Range<u64>,
+        start: u64,
+        mut tail: Bytes,
+    ) -> Result<(Bytes, (u64, Bytes)), SourceError> {
+        let to_len = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        if wanted.start >= start {
+            let before = tail.split_to(to_len(wanted.start - start).min(tail.len()));
+            tail.truncate(to_len(wanted.end - wanted.start));
+            return Ok((tail, (start, before)));
+        }
+        let missing = self.receive(wanted.start..start.min(wanted.end), None).await?;
+        let mut all = BytesMut::from(&missing.bytes[..]);
+        all.extend_from_slice(&tail[..to_len(wanted.end.saturating_sub(start)).min(tail.len())]);
+        Ok((all.freeze(), (wanted.start, Bytes::new())))
+    }
+
+    /// A range of the blob, from whoever delivers.
+    pub(super) async fn receive(&mut self, wanted: Range<u64>, tail: Option<u64>) -> Result<Received, SourceError> {
+        for candidate in &mut self.list {
+            candidate.attempts = 0;
+        }
+        let got = BytesMut::new();
+        let mut part = Part { wanted, tail, got };
+        let mut last = None;
+        loop {
+            let Some(number) = self.choose().await else {
+                return Err(last.unwrap_or_else(|| SourceError::transient("the layer has no source")));
+            };
+            let result = self.ask(number, &mut part).await;
+            let label = result.as_ref().map_or_else(SourceError::class, |()| "ok");
+            let metrics = self.engine.metrics();
+            let labels = FetchLabels {
+                kind: "toc",
+                result: label,
+            };
+            metrics.fetch_requests.get_or_create(&labels).inc();
+            let Some(candidate) = self.list.get_mut(number) else {
+                continue;
+            };
+            match result {
+                Ok(()) => {
+                    candidate.host.delivered();
+                    return Ok(Received {
+                        start: part.wanted.start,
+                        blob_size: part.wanted.end,
+                        bytes: part.got.freeze(),
+                    });
+                }
+                Err(error) if error.is_transient() => {
+                    candidate.host.failed(&error);
+                    candidate.attempts += 1;
+                    tracing::debug!(host = candidate.host.name(), %error, "asking for the TOC again");
+                    last = Some(error);
+                }
+                Err(error) => {
+                    candidate.is_out = true;
+                    last = Some(error);
+                }
+            }
+        }
+    }
+
+    /// Whom to ask next: the first that may be asked now, or after a pause the one that may be asked soonest.
+    async fn choose(&self) -> Option<usize> {
+        let usable = |candidate: &Candidate| !candidate.is_out && candidate.attempts < MAX_ATTEMPTS;
+        let mut soonest: Option<(usize, Duration)> = None;
+        for (number, candidate) in self.list.iter().enumerate().filter(|(_, candidate)| usable(candidate)) {
+            let Some(pause) = candidate.host.pause() else {
+                return Some(number);
+            };
+            if soonest.is_none_or(|(_, least)| pause < least) {
+                soonest = Some((number, pause));
+            }
+        }
+        let (number, pause) = soonest?;
+        tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
+        Some(number)
+    }
+
+    async fn ask(&mut self, number: usize, part: &mut Part) -> Result<(), SourceError> {
+        let Some(candidate) = self.list.get(number) else {
+            return Err(SourceError::transient("no such source"));
+        };
+        let (source, host) = (candidate.source.clone(), candidate.host.clone());
+        self.requests += 1;
+        let asked = Instant::now();
+        let body = match part.tail {
+            Some(length) => {
+                let tail = self.in_time(source.read_tail(length)).await?;
+                // A source that gives more than was asked for would be read without a bound.
+                part.wanted = tail.start..tail.blob_size.min(tail.start.saturating_add(length));
+                if part.wanted.end != tail.blob_size {
+                    return Err(SourceError::transient("more than the end of the blob came"));
+                }
+                part.tail = None;
+                tail.body
+            }
+            None => self.in_time(source.read(part.left(), Priority::Demand)).await?,
+        };
+        host.answered(asked.elapsed());
+        self.collect(number, body, part).await
+    }
+
+    async fn collect(&mut self, number: usize, mut body: ByteStream, part: &mut Part) -> Result<(), SourceError> {
+        loop {
+            let left = part.left();
+            if left.is_empty() {
+                return Ok(());
+            }
+            let next = async {
+                body.next()
+                    .await
+                    .unwrap_or_else(|| Err(SourceError::transient("the body ended early")))
+            };
+            let mut piece = self.in_time(next).await?;
+            self.bytes += piece.len() as u64;
+            let metrics = self.engine.metrics();
+            metrics
+                .fetch_bytes
+                .get_or_create(&KindLabels { kind: "toc" })
+                .inc_by(piece.len() as u64);
+            piece.truncate(usize::try_from(left.end - left.start).unwrap_or(usize::MAX));
+            if let Some(candidate) = self.list.get_mut(number).filter(|_| !piece.is_empty()) {
+                candidate.has_delivered = true;
+            }
+            part.got.extend_from_slice(&piece);
+        }
+    }
+
+    async fn in_time<T>(&self, ask: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
+        let stall = self.engine.stall_timeout();
+        match tokio::time::timeout(stall, ask).await {
+            Ok(result) => result,
+            Err(_) => Err(SourceError::transient(format!("no answer within {stall:?}"))),
+        }
+    }
+}
