@@ -32,6 +32,7 @@ mod prefetch;
 mod readahead;
 mod remotes;
 mod report;
+mod reuse;
 mod tally;
 
 #[cfg(test)]

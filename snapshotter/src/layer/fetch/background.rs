@@ -15,6 +15,7 @@ use super::layer::LayerFetch;
 use super::plan;
 use super::tally::BackgroundState;
 use crate::config::FetchConfig;
+use crate::layer::cache::StoreError;
 use crate::metrics::Metrics;
 
 /// Longest request: what a reader may have to wait for if it wants the last of it.
@@ -153,6 +154,9 @@ impl LayerFetch {
 
     /// One request for what is missing from member `next` on; an error if the next one would fail in the same way.
     async fn fetch_hole(self: &Arc<Self>, next: u32, is_patient: bool) -> Result<Outcome, Failure> {
+        if !self.layer().has_room() {
+            return Err(Arc::new(FetchError::Store(StoreError::NoRoom { chunk: next })));
+        }
         // The slot comes first: claims that wait for one would keep readers waiting.
         let slot = self.enter(&Lane::Background { is_patient }, &Urgency::default()).await;
         let Some((group, end)) = self.claim_hole(next, is_patient) else {

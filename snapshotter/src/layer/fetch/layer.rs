@@ -51,6 +51,8 @@ pub struct LayerFetch {
     counts: Counts,
     /// Whether it is being completed.
     completing: AtomicBool,
+    /// Whether all of it was looked for on the node, or nobody has asked for that.
+    pub(super) looked_around: AtomicBool,
     tasks: TaskTracker,
     stop: CancellationToken,
     share: Share,
@@ -96,6 +98,7 @@ impl LayerFetch {
             pipes: Pipes::default(),
             counts,
             completing: AtomicBool::new(false),
+            looked_around: AtomicBool::new(true),
             tasks: TaskTracker::new(),
             stop,
             share,
@@ -244,6 +247,7 @@ impl LayerFetch {
     }
 
     async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>, began: Instant) -> Result<(), Failure> {
+        self.reuse_near(chunks).await;
         let mut missing = self.count_missing(chunks);
         let mut fruitless = 0;
         while fruitless < MAX_FRUITLESS_ROUNDS {

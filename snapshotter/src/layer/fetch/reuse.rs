@@ -1,0 +1,73 @@
+//! What is on the node already is copied from there instead of being fetched.
+//!
+//! All of a layer once when it is mounted, before anything of it is fetched for nobody; and until that is over, what a reader waits for
+//! and its neighbours first.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::layer::LayerFetch;
+use crate::layer::cache::{StoreError, reuse};
+
+/// Chunks looked for in one piece of work: between two of them others use the decompression threads.
+const PIECE: u32 = 256;
+/// Chunks before and behind a reader's that are looked for with them, since they would be fetched with them.
+const BEFORE: u32 = 8;
+const BEHIND: u32 = 128;
+
+impl LayerFetch {
+    /// Takes over all that other layers of the node have of this one.
+    pub(super) async fn reuse_all(self: &Arc<Self>) {
+        let count = self.layer().index().chunk_count();
+        for start in (0..count).step_by(PIECE as usize) {
+            if !self.layer().has_room() || !self.reuse_of(start..start.saturating_add(PIECE).min(count)).await {
+                break;
+            }
+        }
+        self.looked_around.store(true, Ordering::Release);
+        self.group_done();
+    }
+
+    /// Takes over what a reader waits for, if it has not been looked for yet.
+    pub(super) async fn reuse_near(self: &Arc<Self>, chunks: &Range<u32>) {
+        if self.looked_around.load(Ordering::Acquire) {
+            return;
+        }
+        let count = self.layer().index().chunk_count();
+        let near = chunks.start.saturating_sub(BEFORE)..chunks.end.saturating_add(BEHIND).min(count);
+        self.reuse_of(near).await;
+    }
+
+    /// Whether it is of use to go on.
+    async fn reuse_of(self: &Arc<Self>, chunks: Range<u32>) -> bool {
+        let layer = self.layer().clone();
+        let filled = self.engine().decode(move || reuse::fill(&layer, chunks)).await;
+        match filled {
+            Some(Ok(filled)) => {
+                self.counts().reused(filled.bytes);
+                true
+            }
+            Some(Err(StoreError::NoRoom { .. })) | None => false,
+            Some(Err(error)) => {
+                let dir = self.layer().dir().display();
+                tracing::warn!(%dir, error = &error as &dyn std::error::Error, "cannot take over what other layers have");
+                false
+            }
+        }
+    }
+
+    /// Makes a layer that was just mounted resident, as far as that is wanted: what is on the node first, then what its maker put
+    /// first, then the rest.
+    pub fn start_filling(self: &Arc<Self>, prefetch: bool) {
+        let fetch = self.clone();
+        self.looked_around.store(false, Ordering::Release);
+        self.spawn(async move {
+            fetch.reuse_all().await;
+            if prefetch {
+                fetch.start_prefetch();
+            }
+            fetch.start_background();
+        });
+    }
+}
