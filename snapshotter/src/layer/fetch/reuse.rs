@@ -22,7 +22,8 @@ impl LayerFetch {
         let count = self.layer().index().chunk_count();
         for start in (0..count).step_by(PIECE as usize) {
             if !self.layer().has_room() || !self.reuse_of(start..start.saturating_add(PIECE).min(count)).await {
-                break;
+                // What readers wait for is still looked for.
+                return;
             }
         }
         self.looked_around.store(true, Ordering::Release);
