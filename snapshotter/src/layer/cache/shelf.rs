@@ -47,8 +47,8 @@ pub(super) struct Shelf {
     layers: Mutex<HashMap<Digest, Entry>>,
     /// Whether all that snapshots refer to is marked.
     settled: AtomicBool,
-    /// Held while room is made; when that brought nothing last.
-    pub(super) making_room: Mutex<Option<Instant>>,
+    /// Held while room is made; when that brought nothing last, and what was used then.
+    pub(super) making_room: Mutex<Option<(Instant, u64)>>,
     /// Held while a layer's directory is opened; layers share them.
     opening: Vec<Mutex<()>>,
     began: Instant,

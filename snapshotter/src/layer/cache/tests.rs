@@ -50,7 +50,9 @@ fn layers_of_zstd_frames_keep_their_compression_and_rebuild_their_index_from_eit
         assert_eq!(layer.index().compression(), Compression::Zstd);
         assert_eq!(fs::read(layer.dir().join("toc")).unwrap(), sample.toc_json);
         let index = fs::read(layer.dir().join("index")).unwrap();
-        fs::write(layer.dir().join("index"), b"damaged").unwrap();
+        let path = layer.dir().join("index");
+        drop(layer);
+        fs::write(&path, b"damaged").unwrap();
         let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
         assert!(fs::read(layer.dir().join("index")).unwrap() == index);
     }

@@ -96,23 +96,14 @@ impl LayerFetch {
             self.counts().background(BackgroundState::Complete);
             return;
         }
-        if !self.claim_background() {
+        if !self.engine().options.completion.enabled || !self.claim_background() {
             return;
         }
         let fetch = self.clone();
-        if !self.engine().options.completion.enabled {
-            // What is on the node costs no network.
-            self.spawn(async move {
-                fetch.reuse_all().await;
-                fetch.end_background();
-            });
-            return;
-        }
         self.counts().background(BackgroundState::Waiting);
         let counted = Counted::new(&self.engine().metrics);
         self.spawn(async move {
             let _counted = counted;
-            fetch.reuse_all().await;
             tokio::time::sleep(fetch.engine().options.completion.delay).await;
             let state = fetch.complete().await;
             fetch.counts().background(state);

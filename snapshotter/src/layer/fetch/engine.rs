@@ -148,7 +148,7 @@ impl Engine {
     /// Runs `work` on one of the bounded number of decompression threads; `None` if it panicked.
     pub(super) async fn decode<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         let _turn = self.decoders.acquire().await.ok()?;
-        tokio::task::spawn_blocking(work).await.ok()
+        self.runtime.spawn_blocking(work).await.ok()
     }
 
     /// A share of the memory budget, if it is free now.

@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::future::join_all;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
@@ -48,30 +47,8 @@ struct Cutter {
     jobs: JoinSet<()>,
 }
 
-/// Fetches a group and settles every claim of it. What another layer has is taken from there.
+/// Fetches a group and settles every claim of it.
 pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
-    let Group { claims, lane, urgency } = group;
-    let mut slot = Some(slot);
-    let parts = fetch.without_reused(claims).await.into_iter().map(|claims| {
-        let (slot, fetch, lane, urgency) = (slot.take(), fetch.clone(), &lane, &urgency);
-        async move {
-            let slot = match slot {
-                Some(slot) => slot,
-                None => fetch.enter(lane, urgency).await,
-            };
-            let (lane, urgency) = (lane.clone(), urgency.clone());
-            transfer(fetch, Group { claims, lane, urgency }, slot).await;
-        }
-    });
-    let parts: Vec<_> = parts.collect();
-    // Nothing is left to ask for if all of it was there.
-    drop(slot);
-    join_all(parts).await;
-    fetch.group_done();
-}
-
-/// One request for all claims of a group.
-async fn transfer(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     let Some(range) = range_of(&fetch, &group.claims) else {
         return;
     };
@@ -103,6 +80,7 @@ async fn transfer(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
         cutter.give_up(error, remote.as_deref());
     }
     while cutter.jobs.join_next().await.is_some() {}
+    cutter.fetch.group_done();
 }
 
 fn range_of(fetch: &LayerFetch, claims: &VecDeque<Claim>) -> Option<std::ops::Range<u64>> {

@@ -51,6 +51,8 @@ pub struct LayerFetch {
     counts: Counts,
     /// Whether it is being completed.
     completing: AtomicBool,
+    /// Whether all of it was looked for on the node, or nobody has asked for that.
+    pub(super) looked_around: AtomicBool,
     tasks: TaskTracker,
     stop: CancellationToken,
     share: Share,
@@ -96,6 +98,7 @@ impl LayerFetch {
             pipes: Pipes::default(),
             counts,
             completing: AtomicBool::new(false),
+            looked_around: AtomicBool::new(true),
             tasks: TaskTracker::new(),
             stop,
             share,
@@ -216,7 +219,12 @@ impl LayerFetch {
         }
         let began = Instant::now();
         let deadline = self.engine.options.read_deadline;
-        let over = AbortOnDrop(self.engine.runtime().spawn(tokio::time::sleep(deadline)));
+        // The timer is made on the runtime: this may be polled outside of it.
+        let over = AbortOnDrop(
+            self.engine
+                .runtime()
+                .spawn(async move { tokio::time::sleep(deadline).await }),
+        );
         let result = {
             let mut over = over;
             tokio::select! {
@@ -248,6 +256,7 @@ impl LayerFetch {
     }
 
     async fn wait_for(self: &Arc<Self>, chunks: &Range<u32>, began: Instant) -> Result<(), Failure> {
+        self.reuse_near(chunks).await;
         let mut missing = self.count_missing(chunks);
         let mut fruitless = 0;
         while fruitless < MAX_FRUITLESS_ROUNDS {

@@ -1,81 +1,74 @@
-//! Chunks that another layer of the node has are taken from there before they are asked of a registry.
+//! What is on the node already is copied from there instead of being fetched.
+//!
+//! All of a layer once when it is mounted, before anything of it is fetched for nobody; and until that is over, what a reader waits for
+//! and its neighbours first.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::flight::Claim;
 use super::layer::LayerFetch;
-use super::plan;
-use crate::layer::cache::reuse;
+use crate::layer::cache::{StoreError, reuse};
 
-/// Chunks looked at in one go when a whole layer is gone through.
-const STEP: u32 = 256;
+/// Chunks looked for in one piece of work: between two of them others use the decompression threads.
+const PIECE: u32 = 256;
+/// Chunks before and behind a reader's that are looked for with them, since they would be fetched with them.
+const BEFORE: u32 = 8;
+const BEHIND: u32 = 128;
 
 impl LayerFetch {
-    /// Takes over all that other layers have.
-    pub(super) async fn reuse_all(&self) {
+    /// Takes over all that other layers of the node have of this one.
+    pub(super) async fn reuse_all(self: &Arc<Self>) {
         let count = self.layer().index().chunk_count();
-        for start in (0..count).step_by(STEP as usize) {
-            let chunks = start..count.min(start.saturating_add(STEP));
-            if !self.layer().residency().contains_all(chunks.clone()) && !self.reuse(vec![chunks]).await {
+        for start in (0..count).step_by(PIECE as usize) {
+            if !self.layer().has_room() || !self.reuse_of(start..start.saturating_add(PIECE).min(count)).await {
+                // What readers wait for is still looked for.
                 return;
             }
         }
+        self.looked_around.store(true, Ordering::Release);
+        self.group_done();
     }
 
-    /// Takes over what other layers have of `chunks`; false if going on is of no use.
-    async fn reuse(&self, chunks: Vec<Range<u32>>) -> bool {
+    /// Takes over what a reader waits for, if it has not been looked for yet.
+    pub(super) async fn reuse_near(self: &Arc<Self>, chunks: &Range<u32>) {
+        if self.looked_around.load(Ordering::Acquire) {
+            return;
+        }
+        let count = self.layer().index().chunk_count();
+        let near = chunks.start.saturating_sub(BEFORE)..chunks.end.saturating_add(BEHIND).min(count);
+        self.reuse_of(near).await;
+    }
+
+    /// Whether it is of use to go on.
+    async fn reuse_of(self: &Arc<Self>, chunks: Range<u32>) -> bool {
         let layer = self.layer().clone();
-        // As many at once as there are requests: whoever asks has a slot, or is one of the two that complete layers.
-        let filled = tokio::task::spawn_blocking(move || {
-            let mut bytes = 0;
-            for chunks in chunks {
-                bytes += reuse::fill(&layer, chunks)?.bytes;
-            }
-            Ok::<_, crate::layer::cache::StoreError>(bytes)
-        });
-        match filled.await {
-            Ok(Ok(bytes)) => {
-                self.counts().reused(bytes);
+        let filled = self.engine().decode(move || reuse::fill(&layer, chunks)).await;
+        match filled {
+            Some(Ok(filled)) => {
+                self.counts().reused(filled.bytes);
                 true
             }
-            Ok(Err(error)) => {
-                tracing::debug!(dir = %self.layer().dir().display(), %error, "cannot take chunks from other layers");
+            Some(Err(StoreError::NoRoom { .. })) | None => false,
+            Some(Err(error)) => {
+                let dir = self.layer().dir().display();
+                tracing::warn!(%dir, error = &error as &dyn std::error::Error, "cannot take over what other layers have");
                 false
             }
-            Err(_) => false,
         }
     }
 
-    /// Settles the claims of what other layers have; the others, each run of them for one request.
-    pub(super) async fn without_reused(self: &Arc<Self>, claims: VecDeque<Claim>) -> Vec<VecDeque<Claim>> {
-        let index = self.layer().index();
-        let mut chunks: Vec<Range<u32>> = Vec::new();
-        for member in claims.iter().filter_map(|claim| index.member(claim.member())) {
-            match chunks.last_mut() {
-                Some(last) if last.end == member.chunks.start => last.end = member.chunks.end,
-                _ => chunks.push(member.chunks),
+    /// Makes a layer that was just mounted resident, as far as that is wanted: what is on the node first, then what its maker put
+    /// first, then the rest.
+    pub fn start_filling(self: &Arc<Self>, prefetch: bool) {
+        let fetch = self.clone();
+        self.looked_around.store(false, Ordering::Release);
+        self.spawn(async move {
+            fetch.reuse_all().await;
+            if prefetch {
+                fetch.start_prefetch();
             }
-        }
-        self.reuse(chunks).await;
-        let mut runs: Vec<VecDeque<Claim>> = Vec::new();
-        let mut dropped = true;
-        let mut end = 0;
-        for claim in claims {
-            let range = plan::member_range(index, claim.member());
-            if !self.is_missing(claim.member()) {
-                dropped = true;
-                claim.settle(Ok(()));
-                continue;
-            }
-            match runs.last_mut() {
-                Some(run) if !dropped || plan::is_near(end, range.start) => run.push_back(claim),
-                _ => runs.push(VecDeque::from([claim])),
-            }
-            dropped = false;
-            end = range.end;
-        }
-        runs
+            fetch.start_background();
+        });
     }
 }

@@ -57,11 +57,7 @@ impl Shared {
             };
             self.fetch_of(layer, names).await
         };
-        let mount = self.serve(slot, &mut mounted, fetch.clone()).await?;
-        if self.config.fetch.prefetch {
-            fetch.start_prefetch();
-        }
-        Ok(mount)
+        self.serve(slot, &mut mounted, fetch, self.config.fetch.prefetch).await
     }
 
     async fn open_and_load(
@@ -101,7 +97,7 @@ impl Shared {
             };
             self.fetch_of(layer, names).await
         };
-        self.serve(slot, &mut mounted, fetch).await
+        self.serve(slot, &mut mounted, fetch, false).await
     }
 
     /// Opens a layer that is on disk for a warm, or joins those who have it open; [`Self::let_go`] must follow.
@@ -231,6 +227,7 @@ impl Shared {
         slot: &Slot,
         mounted: &mut Option<Mounted>,
         fetch: Arc<LayerFetch>,
+        prefetch: bool,
     ) -> Result<LayerMount, NotLazy> {
         let mount = LayerMount {
             toc_digest: fetch.layer().toc_digest(),
@@ -246,7 +243,7 @@ impl Shared {
         })?;
         self.metrics.layers_mounted.inc();
         slot.set_live(Some(fetch.clone()));
-        fetch.start_background();
+        fetch.start_filling(prefetch);
         *mounted = Some(Mounted { session, fetch });
         Ok(mount)
     }

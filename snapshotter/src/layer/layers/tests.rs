@@ -15,7 +15,7 @@ use rustix::mount::{MountFlags, mount};
 use super::*;
 use crate::layer::source::registry::registry_digest;
 use crate::layer::testing::{Packing, Sample, noise};
-use crate::metrics::defs::FetchLabels;
+use crate::metrics::defs::{FetchLabels, KindLabels};
 
 /// A docker-registry of its own.
 pub(super) struct Registry {
@@ -121,6 +121,8 @@ pub(super) fn config(root: &Path) -> Config {
         ..Config::default()
     };
     config.registry.stall_timeout = Duration::from_secs(5);
+    // What else is on this machine's disk is not these tests' concern.
+    config.cache.min_free = crate::layer::cache::limits::Amount::NONE;
     config
 }
 
@@ -527,6 +529,33 @@ fn every_key_of_the_registry_section_reaches_the_client() {
         (registry.connect_timeout, registry.stall_timeout)
     );
     assert_eq!(retry.attempts, REGISTRY_ATTEMPTS);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_the_second_of_two_images_fetches_only_what_is_new() {
+    let registry = Registry::start();
+    let dir = tempfile::tempdir().unwrap();
+    let images = [90, 100].map(|count| Sample::uniform(count, 60_000, Packing::default()));
+    let manifest = registry.push(&images).await;
+    let (layers, metrics) = layers(dir.path());
+    let mut fetched = Vec::new();
+    for image in &images {
+        let path = layers
+            .mount(request(&registry, image, Some(manifest)))
+            .await
+            .unwrap()
+            .path;
+        let found = blocking(move || contents(&path)).await;
+        assert!(found == image.files);
+        let of = |kind| metrics.fetch_bytes.get_or_create(&KindLabels { kind }).get();
+        fetched.push(["demand", "prefetch", "warm", "background"].map(of).iter().sum::<u64>());
+    }
+    let (first, second) = (fetched[0], fetched[1] - fetched[0]);
+    assert!(first >= 90 * 60_000, "{first}");
+    let ratio = second as f64 / images[1].blob.len() as f64;
+    assert!(ratio <= 0.12, "{second} of {} bytes", images[1].blob.len());
+    assert!(metrics.cache_reused_bytes.get() >= 90 * 60_000);
+    layers.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, Fault, HostHandle, InUse, Place, RangeResponse, RangeSpec,
-    Reference, ReferenceError,
+    Client, ClientOptions, Error, ErrorClass, Fault, HostHandle, InUse, Place, RangeResponse, RangeSpec, Reference,
+    ReferenceError,
 };
 
 use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
@@ -34,7 +34,7 @@ impl Registries {
     /// registry itself last. `size` where a manifest told it. They keep the logins for the repository as long as they live.
     pub fn sources(self: &Arc<Self>, image: &str, digest: &Digest, size: Option<u64>) -> Vec<Arc<dyn BlobSource>> {
         let any = RegistryBlob {
-            in_use: self.in_use(image).map(Arc::new),
+            _in_use: self.in_use(image).map(Arc::new),
             ..RegistryBlob::new(self.clone(), image, digest, size)
         };
         // What is wrong with the image's name or with the set-up is an error of each read, as it is without mirrors.
@@ -82,7 +82,7 @@ pub struct RegistryBlob {
     /// The host that is asked; without one, all hosts of the image in turn.
     host: Option<HostHandle>,
     /// Keeps the logins for the repository.
-    in_use: Option<Arc<InUse>>,
+    _in_use: Option<Arc<InUse>>,
     /// Whether the host was seen to ignore ranges.
     ignores_ranges: Arc<AtomicBool>,
 }
@@ -143,7 +143,7 @@ impl RegistryBlob {
             digest: registry_digest(digest),
             size,
             host: None,
-            in_use: None,
+            _in_use: None,
             ignores_ranges: Arc::default(),
         }
     }
