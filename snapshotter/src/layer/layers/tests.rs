@@ -121,6 +121,7 @@ pub(super) fn config(root: &Path) -> Config {
         ..Config::default()
     };
     config.registry.stall_timeout = Duration::from_secs(5);
+    config.fetch.read_deadline = Duration::from_secs(5);
     // What else is on this machine's disk is not these tests' concern.
     config.cache.min_free = crate::layer::cache::limits::Amount::NONE;
     config
