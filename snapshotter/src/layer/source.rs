@@ -104,7 +104,7 @@ pub struct Tail {
 /// A blob that can be read in ranges.
 #[async_trait]
 pub trait BlobSource: Send + Sync + 'static {
-    /// The host that is asked, as hosts.toml or the image reference names it.
+    /// The host that is asked, as it is configured or as the image names it. Sources of one host share its health.
     fn host(&self) -> &str;
 
     /// Size of the blob, where it is known without asking.
