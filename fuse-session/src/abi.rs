@@ -102,20 +102,6 @@ pub(crate) struct OutHeader {
     pub(crate) unique: u64,
 }
 
-/// `OutHeader::error` of a notification (one with `unique` 0): the kernel is asked for a piece of its cache.
-pub(crate) const NOTIFY_RETRIEVE: i32 = 5;
-
-/// What follows it. The kernel answers with a NOTIFY_REPLY, which has `notify_unique` as its number.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub(crate) struct NotifyRetrieveOut {
-    pub(crate) notify_unique: u64,
-    pub(crate) nodeid: u64,
-    pub(crate) offset: u64,
-    pub(crate) size: u32,
-    pub(crate) padding: u32,
-}
-
 /// The part of INIT that every kernel sends.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]

@@ -8,9 +8,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
-use crate::abi::{InHeader, NOTIFY_RETRIEVE, NotifyRetrieveOut, OutHeader, opcode};
+use crate::abi::OutHeader;
 use crate::reply::Reply;
 
 /// The session's device descriptor.
@@ -69,24 +69,6 @@ impl Channel {
         }
     }
 
-    /// Sends one of those who wait for a message one that needs no answer.
-    pub(crate) fn nudge(&self) -> Result<(), Errno> {
-        let body = NotifyRetrieveOut {
-            notify_unique: NUDGE,
-            nodeid: ROOT,
-            offset: 0,
-            size: 0,
-            padding: 0,
-        };
-        let len = u32::try_from(size_of::<OutHeader>() + size_of_val(&body)).map_err(|_| Errno::INVAL)?;
-        let header = OutHeader {
-            len,
-            error: NOTIFY_RETRIEVE,
-            unique: 0,
-        };
-        self.write_parts(&[IoSlice::new(header.as_bytes()), IoSlice::new(body.as_bytes())])
-    }
-
     fn write(&self, unique: u64, reply: &Reply) -> Result<(), Errno> {
         let payload = reply.payload();
         let len = u32::try_from(size_of::<OutHeader>() + payload.len()).map_err(|_| Errno::INVAL)?;
@@ -96,10 +78,7 @@ impl Channel {
             unique,
         };
         let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(payload)];
-        self.write_parts(if payload.is_empty() { &parts[..1] } else { &parts[..] })
-    }
-
-    fn write_parts(&self, parts: &[IoSlice<'_>]) -> Result<(), Errno> {
+        let parts = if payload.is_empty() { &parts[..1] } else { &parts[..] };
         loop {
             match rustix::io::writev(&self.fd, parts) {
                 Ok(_) => return Ok(()),
@@ -108,17 +87,6 @@ impl Channel {
             }
         }
     }
-}
-
-/// Number of a [`Channel::nudge`]; requests have other ones.
-const NUDGE: u64 = u64::MAX >> 1;
-/// Node id of the root, which always exists.
-const ROOT: u64 = 1;
-
-/// Whether a message is the kernel's answer to [`Channel::nudge`].
-pub(crate) fn is_nudge(message: &[u8]) -> bool {
-    InHeader::read_from_prefix(message)
-        .is_ok_and(|(header, _)| header.opcode == opcode::NOTIFY_REPLY && header.unique == NUDGE)
 }
 
 /// The duty to answer one request.

@@ -2,16 +2,15 @@
 //!
 //! Workers block in a read of the device. When the last one that waits takes a request, another is started, up to the limit; so
 //! there is always somebody to read an interrupt, and a handler that blocks its thread keeps nobody else waiting. When a session has
-//! been quiet for a while, those beyond the first are sent home. Nothing ends a blocked read but a message, so each of them gets
-//! one: the kernel is asked for a piece of its cache, of length zero, and what it answers is a message that needs no reply
-//! ([`crate::channel::Channel::nudge`]).
+//! been quiet for a while, those beyond the first are sent home. Nothing ends a blocked read but a request, so there is one for
+//! each of them: the file system is asked for its figures, and who has answered leaves.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::channel::Channel;
 use crate::lifetime::Lifetime;
 
 /// The workers of one session.
@@ -19,6 +18,8 @@ use crate::lifetime::Lifetime;
 pub(crate) struct Roster {
     /// Those that wait for a request.
     waiting: AtomicUsize,
+    /// Those that are to leave after their next request.
+    leaving: AtomicUsize,
     /// One bit for each number that a worker has.
     numbers: AtomicU64,
     limit: usize,
@@ -35,6 +36,7 @@ impl Roster {
     pub(crate) fn new(limit: usize, patience: Duration) -> Self {
         Self {
             waiting: AtomicUsize::new(0),
+            leaving: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
             limit: limit.clamp(1, crate::WORKERS_MAX),
             patience,
@@ -86,6 +88,18 @@ impl Roster {
         self.waiting.fetch_sub(1, Ordering::AcqRel).saturating_sub(1)
     }
 
+    /// Whether the worker that asks, and that does not wait, is to leave: never if no other one waits.
+    pub(crate) fn may_leave(&self) -> bool {
+        // Nearly always, and then nothing is written.
+        if self.leaving.load(Ordering::Relaxed) == 0 || self.waiting.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let less = |leaving: usize| leaving.checked_sub(1);
+        self.leaving
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, less)
+            .is_ok()
+    }
+
     /// A request came.
     pub(crate) fn note_request(&self) {
         // Mostly set already, and then nothing is written that other threads have in their caches.
@@ -101,23 +115,31 @@ impl Roster {
 }
 
 /// Sends the workers beyond the first home when the session is quiet, and returns when they are gone or the session is over.
-pub(crate) async fn send_home(roster: Arc<Roster>, lifetime: Arc<Lifetime>, channel: Weak<Channel>) {
+pub(crate) async fn send_home(roster: Arc<Roster>, lifetime: Arc<Lifetime>, target: PathBuf) {
     let mut closed = lifetime.closed();
     loop {
-        let quiet = tokio::time::timeout(roster.patience, closed.wait_for(Option::is_some)).await;
-        if quiet.is_ok() || !lifetime.is_alive() {
+        let closing = tokio::time::timeout(roster.patience, closed.wait_for(Option::is_some))
+            .await
+            .is_ok();
+        if closing || !lifetime.is_alive() {
             return;
         }
-        if roster.busy.swap(false, Ordering::Relaxed) {
+        let (running, waiting) = (lifetime.running(), roster.waiting.load(Ordering::Acquire));
+        // Only where nobody is busy, so that what is asked below is answered.
+        if roster.busy.swap(false, Ordering::AcqRel) || waiting < running {
             continue;
         }
-        let Some(channel) = channel.upgrade() else { return };
-        for _ in 1..lifetime.running() {
-            if let Err(errno) = channel.nudge() {
+        for _ in 1..running {
+            roster.leaving.store(1, Ordering::Release);
+            let target = target.clone();
+            let asked = tokio::task::spawn_blocking(move || rustix::fs::statfs(&target));
+            if let Ok(Err(errno)) = asked.await {
                 tracing::debug!(%errno, "an idle worker cannot be woken");
                 break;
             }
         }
+        roster.leaving.store(0, Ordering::Release);
+        roster.busy.store(false, Ordering::Release);
         if lifetime.running() > 1 {
             continue;
         }

@@ -140,6 +140,7 @@ impl Session {
             lifetime: Arc::clone(&session.lifetime),
             runtime: config.runtime.clone(),
             device,
+            target: session.target.as_path().into(),
         };
         match first.start() {
             Ok(()) => Ok(session),

@@ -9,6 +9,7 @@
 //! both sees whatever became ready meanwhile and registers the task's own waker.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -16,7 +17,7 @@ use std::task::{Context, Poll, Waker};
 use futures_util::FutureExt;
 use tokio::runtime::Handle;
 
-use crate::channel::{self, Channel, Received, Responder};
+use crate::channel::{Channel, Received, Responder};
 use crate::dispatch::{self, Shareable};
 use crate::lifetime::{End, Lifetime};
 use crate::mount::DeviceNumber;
@@ -45,6 +46,8 @@ pub(crate) struct Worker<FS> {
     pub(crate) lifetime: Arc<Lifetime>,
     pub(crate) runtime: Handle,
     pub(crate) device: DeviceNumber,
+    /// The mount point.
+    pub(crate) target: Arc<Path>,
 }
 
 impl<FS: Shareable> Worker<FS> {
@@ -71,6 +74,7 @@ impl<FS: Shareable> Worker<FS> {
             lifetime: Arc::clone(&self.lifetime),
             runtime: self.runtime.clone(),
             device: self.device,
+            target: Arc::clone(&self.target),
         };
         if let Err(error) = other.start() {
             tracing::warn!(%error, "cannot start another worker");
@@ -79,8 +83,8 @@ impl<FS: Shareable> Worker<FS> {
             return self.roster.dismiss(index);
         }
         if self.roster.must_watch() {
-            let channel = Arc::downgrade(&self.channel);
-            let watch = roster::send_home(Arc::clone(&self.roster), Arc::clone(&self.lifetime), channel);
+            let target = self.target.to_path_buf();
+            let watch = roster::send_home(Arc::clone(&self.roster), Arc::clone(&self.lifetime), target);
             self.runtime.spawn(watch);
         }
     }
@@ -112,11 +116,6 @@ impl<FS: Shareable> Worker<FS> {
             let received = self.channel.receive(&mut buffer);
             let others = self.roster.wake();
             match received {
-                Received::Message(len) if channel::is_nudge(&buffer[..len]) => {
-                    if others > 0 && self.lifetime.retire() {
-                        return None;
-                    }
-                }
                 Received::Message(len) => {
                     failures = 0;
                     self.roster.note_request();
@@ -126,6 +125,9 @@ impl<FS: Shareable> Worker<FS> {
                     // Handlers' panics are caught where they are polled; this is for their destructors.
                     if catch_unwind(AssertUnwindSafe(|| self.serve(&buffer[..len]))).is_err() {
                         tracing::error!("panic while a request was served");
+                    }
+                    if self.roster.may_leave() && self.lifetime.retire() {
+                        return None;
                     }
                 }
                 Received::Retry => {}

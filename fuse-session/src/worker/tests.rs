@@ -101,7 +101,7 @@ impl Loop {
         let lifetime = Arc::new(Lifetime::new(1));
         let worker = Worker {
             index: 0,
-            // No more than this one: what plays the kernel here does not nudge.
+            // No more than this one.
             roster: Arc::new(Roster::new(1, Duration::from_secs(60))),
             fs: Arc::new(Stub),
             channel: Arc::new(Channel::new(ours)),
@@ -113,6 +113,7 @@ impl Loop {
                 major: 0,
                 minor: u32::MAX,
             },
+            target: std::path::Path::new("/nowhere").into(),
         };
         worker.roster.enlist();
         let thread = Some(std::thread::spawn(move || worker.run()));

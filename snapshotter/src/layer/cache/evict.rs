@@ -43,11 +43,17 @@ impl Shelf {
         self.count();
         let room = self.room();
         if room.excess(0) > 0 {
+            self.retry();
             self.make_room(|shelf| shelf.room().excess(0), Need::Reader);
         }
         if room.shortage() > 0 {
             self.make_room(|shelf| shelf.room().shortage(), Need::Nobody);
         }
+    }
+
+    /// Lets room be made again after there was nothing to give up.
+    fn retry(&self) {
+        *self.making_room.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Makes room for so many bytes in the quota.
@@ -63,7 +69,8 @@ impl Shelf {
 
     fn make_room(&self, wanted: impl Fn(&Self) -> u64, need: Need) -> u64 {
         let mut fruitless = self.making_room.lock().unwrap_or_else(PoisonError::into_inner);
-        if need == Need::Reader && fruitless.is_some_and(|at| at.elapsed() < FRUITLESS) {
+        let used = self.room().used;
+        if need == Need::Reader && fruitless.is_some_and(|(at, then)| at.elapsed() < FRUITLESS && used == then) {
             return 0;
         }
         // Somebody else may have made it meanwhile.
@@ -78,7 +85,8 @@ impl Shelf {
         }
         self.count();
         if need == Need::Reader {
-            *fruitless = (freed == 0).then(Instant::now);
+            // Until something is stored, which could be given up.
+            *fruitless = (freed == 0).then(|| (Instant::now(), self.room().used));
         }
         tracing::info!(wanted, freed, ?need, "made room in the layer cache");
         freed
@@ -131,6 +139,10 @@ impl Shelf {
         let layers = self.all_open();
         let mut freed = 0;
         for anything in [false, true] {
+            if anything && freed < wanted {
+                // All that was cold is gone. What is read from here on is warm, and what is not is cold the next time.
+                layers.iter().for_each(|layer| layer.heat.cool());
+            }
             for layer in &layers {
                 if freed >= wanted {
                     break;
@@ -146,8 +158,6 @@ impl Shelf {
                 }
             }
         }
-        // What was read before this and never again is cold the next time.
-        layers.iter().for_each(|layer| layer.heat.cool());
         freed
     }
 

@@ -47,8 +47,8 @@ pub(super) struct Shelf {
     layers: Mutex<HashMap<Digest, Entry>>,
     /// Whether all that snapshots refer to is marked.
     settled: AtomicBool,
-    /// Held while room is made; when that brought nothing last.
-    pub(super) making_room: Mutex<Option<Instant>>,
+    /// Held while room is made; when that brought nothing last, and what was used then.
+    pub(super) making_room: Mutex<Option<(Instant, u64)>>,
     /// Held while a layer's directory is opened; layers share them.
     opening: Vec<Mutex<()>>,
     began: Instant,
@@ -62,9 +62,9 @@ struct Entry {
     open: Weak<OpenLayer>,
     pins: usize,
     kept: bool,
-    /// Whether it was open since its bytes were counted with nobody having it open.
-    uncounted: bool,
     bytes: u64,
+    /// Whether `bytes` were counted since it was closed.
+    is_counted: bool,
     /// Seconds of the shelf's clock; below zero for what was used before it began.
     last_use: i64,
 }
@@ -202,12 +202,7 @@ impl Shelf {
         }
         let Some(opened) = open()? else { return Ok(None) };
         let opened = Arc::new(opened);
-        {
-            let mut layers = self.layers();
-            let entry = layers.entry(*layer).or_default();
-            entry.open = Arc::downgrade(&opened);
-            entry.uncounted = true;
-        }
+        self.layers().entry(*layer).or_default().open = Arc::downgrade(&opened);
         self.digests.add(&opened);
         Ok(Some(CachedLayer(opened)))
     }
@@ -286,19 +281,22 @@ impl Shelf {
 
     /// Counts anew what changed, and looks at the limits again.
     pub(super) fn count(&self) {
-        let grown: Vec<_> = {
+        let changed: Vec<_> = {
             let mut layers = self.layers();
             let changed = layers.iter_mut().filter_map(|(layer, entry)| {
-                let changed = match entry.open.upgrade() {
-                    Some(open) => open.grown.swap(false, Ordering::Relaxed),
-                    // Written to and closed since the last time.
-                    None => std::mem::take(&mut entry.uncounted),
+                let is_changed = match entry.open.upgrade() {
+                    Some(open) => {
+                        entry.is_counted = false;
+                        open.grown.swap(false, Ordering::Relaxed)
+                    }
+                    // Once more after it was closed: it may have grown until then.
+                    None => !std::mem::replace(&mut entry.is_counted, true),
                 };
-                changed.then_some(*layer)
+                is_changed.then_some(*layer)
             });
             changed.collect()
         };
-        let counted: Vec<_> = grown
+        let counted: Vec<_> = changed
             .into_iter()
             .map(|layer| (layer, self.usage(&layer).bytes))
             .collect();
@@ -310,7 +308,7 @@ impl Shelf {
                     entry.bytes = bytes;
                 }
             }
-            layers.retain(|_, entry| entry.bytes > 0 || entry.uncounted || !entry.may_go());
+            layers.retain(|_, entry| entry.bytes > 0 || !entry.may_go());
             for entry in layers.values_mut() {
                 if let Some(open) = entry.open.upgrade() {
                     entry.last_use = i64::try_from(open.last_use.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
