@@ -4,9 +4,10 @@
 //! that says something, and whatever it has accepted it must be able to walk to the end.
 
 use estargz::digest::Digest;
-use estargz::footer::{FOOTER_SIZE, Footer};
+use estargz::footer::{Footer, FooterKind, MAX_FOOTER_SIZE};
 use estargz::index::{self, BlobLayout, FileKind, LayerIndex, ROOT_INO};
-use estargz::toc::{MAX_DEPTH, Toc, parse_member};
+use estargz::member::{Compression, unfold};
+use estargz::toc::{MAX_DEPTH, Toc, parse_frame, parse_member};
 
 /// The text of an error with all its causes; it must say something.
 fn explained(error: &dyn std::error::Error) -> String {
@@ -26,8 +27,11 @@ pub(crate) fn footer(tail: &[u8]) -> bool {
     for blob_size in [tail.len() as u64, 1 << 40] {
         match Footer::parse(tail, blob_size) {
             Ok(footer) => {
-                let range = footer.toc_range(blob_size);
-                assert!(!range.is_empty() && range.end < blob_size && footer.size <= FOOTER_SIZE as u64);
+                let end = blob_size - footer.size;
+                assert!(footer.toc_offset <= end && footer.size <= MAX_FOOTER_SIZE as u64);
+                let inside =
+                    |toc: std::ops::Range<u64>| !toc.is_empty() && toc.end <= end && toc.start >= footer.toc_offset;
+                assert!(footer.toc.map_or(footer.kind == FooterKind::ExternalToc, inside));
             }
             Err(error) => drop(explained(&error)),
         }
@@ -50,6 +54,29 @@ pub(crate) fn member(bytes: &[u8]) -> bool {
     }
 }
 
+/// A frame: as a TOC, and as a member of which some bytes are wanted. Returns whether it was accepted as a TOC.
+pub(crate) fn frame(bytes: &[u8]) -> bool {
+    let mut unfolded = Vec::new();
+    for want in [0, 1, bytes.len(), 3 * bytes.len(), 1 << 16] {
+        match unfold(Compression::Zstd, bytes, want, &mut unfolded) {
+            Ok(()) => assert_eq!(unfolded.len(), want),
+            Err(error) => drop(explained(&error)),
+        }
+    }
+    match parse_frame(bytes) {
+        Ok(document) => {
+            assert_eq!(document.digest, Digest::of(&document.json));
+            assert_eq!(Toc::parse(&document.json).ok(), Toc::parse_verified(bytes).ok());
+            toc(&document.json);
+            true
+        }
+        Err(error) => {
+            explained(&error);
+            false
+        }
+    }
+}
+
 /// A TOC document: read, written again, made into an index, walked. Returns whether an index came out.
 pub(crate) fn toc(json: &[u8]) -> bool {
     let toc = match Toc::parse(json) {
@@ -60,20 +87,22 @@ pub(crate) fn toc(json: &[u8]) -> bool {
         }
     };
     assert_eq!(Toc::parse(&toc.to_json()).as_ref().ok(), Some(&toc));
-    let layout = BlobLayout {
-        blob_size: 1 << 24,
-        toc_offset: 1 << 23,
-    };
-    match index::build(&toc, layout, Digest::of(json)) {
-        Ok(bytes) => {
-            assert!(index(&bytes), "an index that was just built does not open");
-            true
-        }
-        Err(error) => {
-            explained(&error);
-            false
+    let mut built = false;
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let layout = BlobLayout {
+            blob_size: 1 << 24,
+            toc_offset: 1 << 23,
+            compression,
+        };
+        match index::build(&toc, layout, Digest::of(json)) {
+            Ok(bytes) => {
+                assert!(index(&bytes), "an index that was just built does not open");
+                built = true;
+            }
+            Err(error) => drop(explained(&error)),
         }
     }
+    built
 }
 
 /// An index file: opened, and everything in it looked at. Returns whether it was accepted.

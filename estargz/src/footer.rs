@@ -1,19 +1,27 @@
-//! The footer: the last bytes of a layer, which say where its TOC begins.
+//! The footer: the last bytes of a layer, which say where its TOC is.
 //!
-//! It is a gzip member with no content whose extra header field carries the TOC offset as 16 hexadecimal digits, so
-//! that a plain gunzip of the layer never notices it. Two forms are read (51 bytes; the older one of 47 bytes has no
-//! subfield header), one is written. Two more forms of the same family are recognised only to be named in the error.
+//! In gzip layers it is a member with no content whose extra header field carries the TOC offset as 16 hexadecimal digits, so
+//! that a plain gunzip of the layer never notices it. Two such forms are read (51 bytes; the older one of 47 bytes has no
+//! subfield header), one is written. A third (46 bytes) says that the TOC is in another image. Layers of zstd frames end in a
+//! frame that decoders skip ([`zstd`]).
 //!
-//! Invariant: a [`Footer`] points inside its blob, so [`Footer::toc_range`] is never empty and never out of bounds.
+//! Invariant: what a [`Footer`] names lies inside its blob and before the footer: [`Footer::toc`] is never empty, and
+//! [`Footer::toc_offset`], the end of the part that holds files, is never behind it.
+
+pub mod zstd;
 
 use std::ops::Range;
+
+use crate::member::Compression;
 
 /// Size of the footer that is written today.
 pub const FOOTER_SIZE: usize = 51;
 /// Size of the footer of layers from before eStargz, which have no digests.
 pub const LEGACY_FOOTER_SIZE: usize = 47;
 /// Size of the footer of layers whose TOC is kept in another image.
-const EXTERNAL_TOC_FOOTER_SIZE: usize = 46;
+pub const EXTERNAL_TOC_FOOTER_SIZE: usize = 46;
+/// Size of the largest footer: a tail of this many bytes tells the form of any layer.
+pub const MAX_FOOTER_SIZE: usize = zstd::MAX_FOOTER_SIZE;
 
 /// Gzip magic, deflate, only the extra field flag. The time, the compression hint and the system byte that follow mean
 /// nothing and are not looked at.
@@ -27,24 +35,51 @@ const EXTRA_HEAD: [u8; 6] = [26, 0, b'S', b'G', 22, 0];
 const LEGACY_EXTRA_HEAD: [u8; 2] = [22, 0];
 const EXTERNAL_TOC_EXTRA: &[u8] = b"\x15\x00SG\x11\x00STARGZEXTERNALTOC";
 const MARK: &[u8] = b"STARGZ";
-const ZSTD_CHUNKED_MARK: &[u8] = b"GnUlInUx";
 
-/// Which of the two footer forms a layer has.
+/// Which form of the format a layer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FooterKind {
     /// eStargz, 51 bytes.
     Gzip,
     /// The form before eStargz, 47 bytes; such layers carry no digests.
     LegacyGzip,
+    /// eStargz whose TOC is in another image, 46 bytes.
+    ExternalToc,
+    /// zstd:chunked, 40 or 64 bytes in a frame of their own.
+    ZstdChunked,
+}
+
+impl FooterKind {
+    /// What people call the form.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "eStargz",
+            Self::LegacyGzip => "legacy stargz",
+            Self::ExternalToc => "eStargz with external TOC",
+            Self::ZstdChunked => "zstd:chunked",
+        }
+    }
+
+    /// How the layer's members are compressed.
+    pub const fn compression(self) -> Compression {
+        match self {
+            Self::Gzip | Self::LegacyGzip | Self::ExternalToc => Compression::Gzip,
+            Self::ZstdChunked => Compression::Zstd,
+        }
+    }
 }
 
 /// Where the TOC of a layer is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Footer {
     /// Form of the footer.
     pub kind: FooterKind,
-    /// Offset in the blob of the gzip member that holds the TOC.
+    /// Where the part of the blob that holds files ends: where the TOC begins with what frames it, or the footer if the TOC
+    /// is elsewhere.
     pub toc_offset: u64,
+    /// Where in the blob the compressed TOC is: a gzip member, or the frame in the skippable frame. `None` if it is in
+    /// another image.
+    pub toc: Option<Range<u64>>,
     /// Size of the footer in bytes.
     pub size: u64,
 }
@@ -53,7 +88,7 @@ pub struct Footer {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FooterError {
     /// The caller has fewer bytes than any footer.
-    #[error("{have} bytes are too few for a footer of {FOOTER_SIZE}, or {LEGACY_FOOTER_SIZE} in a blob that small")]
+    #[error("{have} bytes are too few for a footer")]
     TooShort {
         /// Bytes at hand.
         have: usize,
@@ -73,10 +108,10 @@ pub enum FooterError {
         blob_size: u64,
     },
     /// A relative of eStargz that this library does not read.
-    #[error("the layer is in the {variant} form, which is not supported")]
+    #[error("the layer is {variant}, which is not supported")]
     Unsupported {
         /// Name of the form.
-        variant: &'static str,
+        variant: String,
     },
     /// The footer is of the right shape but holds no number.
     #[error("the footer's TOC offset {text:?} is not 16 hexadecimal digits")]
@@ -91,6 +126,22 @@ pub enum FooterError {
         toc_offset: u64,
         /// Where the footer begins.
         footer_offset: u64,
+    },
+    /// The TOC is not where a TOC can be.
+    #[error("the TOC is said to be {length} bytes at {offset}, which do not lie in the blob before {end}")]
+    OutOfRange {
+        /// Where it is said to begin.
+        offset: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// Where it has to end at the latest.
+        end: u64,
+    },
+    /// The annotation that places the TOC is not four numbers.
+    #[error("the position of the TOC {text:?} is not of the form offset:length:length:type")]
+    BadPosition {
+        /// What stands there, made printable.
+        text: String,
     },
 }
 
@@ -117,20 +168,22 @@ impl Footer {
         {
             return Self::located(FooterKind::LegacyGzip, digits, blob_size, LEGACY_FOOTER_SIZE);
         }
-        if tail.ends_with(ZSTD_CHUNKED_MARK) {
-            return Err(FooterError::Unsupported {
-                variant: "zstd:chunked",
-            });
+        if let Some(footer) = zstd::parse(tail, blob_size) {
+            return footer;
         }
         if tail
             .last_chunk::<EXTERNAL_TOC_FOOTER_SIZE>()
             .is_some_and(|f| body_of(f) == Some(EXTERNAL_TOC_EXTRA))
         {
-            return Err(FooterError::Unsupported {
-                variant: "eStargz with external TOC",
+            let size = EXTERNAL_TOC_FOOTER_SIZE as u64;
+            return Ok(Self {
+                kind: FooterKind::ExternalToc,
+                toc_offset: blob_size - size,
+                toc: None,
+                size,
             });
         }
-        if tail.len() < FOOTER_SIZE && (tail.len() as u64) < blob_size || tail.len() < LEGACY_FOOTER_SIZE {
+        if tail.len() < FOOTER_SIZE && (tail.len() as u64) < blob_size || tail.len() < EXTERNAL_TOC_FOOTER_SIZE {
             return Err(FooterError::TooShort { have: tail.len() });
         }
         Err(FooterError::NotEstargz { blob_size })
@@ -153,12 +206,12 @@ impl Footer {
                 footer_offset,
             });
         }
-        Ok(Self { kind, toc_offset, size })
-    }
-
-    /// The range of the TOC member in a blob of `blob_size` bytes, the size that [`Footer::parse`] was given.
-    pub fn toc_range(&self, blob_size: u64) -> Range<u64> {
-        self.toc_offset..blob_size.saturating_sub(self.size)
+        Ok(Self {
+            kind,
+            toc_offset,
+            toc: Some(toc_offset..footer_offset),
+            size,
+        })
     }
 }
 
@@ -199,142 +252,4 @@ fn body_of(footer: &[u8]) -> Option<&[u8]> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// As the reference writer printed it for offset 0x6c1; see docs/format.md.
-    const REFERENCE: &str = "1f8b080400000000 00ff 1a00 5347 1600 30303030303030303030303030366331 53544152475a \
-                             010000ffff 0000000000000000";
-
-    fn bytes(hex_text: &str) -> Vec<u8> {
-        hex::decode(hex_text.replace(char::is_whitespace, "")).unwrap()
-    }
-
-    fn legacy(toc_offset: u64) -> Vec<u8> {
-        let digits = format!("{toc_offset:016x}STARGZ");
-        [&bytes("1f8b08040000000000ff1600")[..], digits.as_bytes(), &EMPTY_BODY].concat()
-    }
-
-    #[test]
-    fn encoding_is_the_reference_writers_and_reads_back() {
-        assert_eq!(encode(0x6c1).as_slice(), bytes(REFERENCE));
-        for offset in [0, 1, 0x6c1, 0xffff_ffff, u64::MAX - 1000] {
-            let footer = Footer::parse(&encode(offset), offset + 100).unwrap();
-            assert_eq!(
-                footer,
-                Footer {
-                    kind: FooterKind::Gzip,
-                    toc_offset: offset,
-                    size: 51
-                }
-            );
-            assert_eq!(footer.toc_range(offset + 100), offset..offset + 49);
-        }
-    }
-
-    #[test]
-    fn the_footer_is_an_empty_gzip_member() {
-        let mut text = Vec::new();
-        std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(&encode(77)[..]), &mut text).unwrap();
-        assert_eq!(text, b"");
-    }
-
-    #[test]
-    fn legacy_form_is_read_with_and_without_bytes_before_it() {
-        let want = Footer {
-            kind: FooterKind::LegacyGzip,
-            toc_offset: 5,
-            size: 47,
-        };
-        assert_eq!(legacy(5).len(), 47);
-        assert_eq!(Footer::parse(&legacy(5), 60), Ok(want));
-        assert_eq!(Footer::parse(&[&[0; 13][..], &legacy(5)].concat(), 60), Ok(want));
-    }
-
-    #[test]
-    fn header_bytes_without_meaning_may_differ() {
-        let mut footer = encode(9);
-        footer[4..10].copy_from_slice(&[1, 2, 3, 4, 2, 3]);
-        assert_eq!(Footer::parse(&footer, 100).unwrap().toc_offset, 9);
-    }
-
-    #[test]
-    fn relatives_are_named() {
-        let external = bytes(
-            "1f8b080400000000 00ff 1500 5347 1100 535441 52475a 45585445524e414c544f43 010000ffff 0000000000000000",
-        );
-        assert_eq!(external.len(), 46);
-        let error = Footer::parse(&external, 4096).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the layer is in the eStargz with external TOC form, which is not supported"
-        );
-        let zstd = [&[0x50, 0x2a, 0x4d, 0x18, 40, 0, 0, 0][..], &[0; 32], b"GnUlInUx"].concat();
-        let error = Footer::parse(&zstd, 4096).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the layer is in the zstd:chunked form, which is not supported"
-        );
-    }
-
-    #[test]
-    fn faults_say_what_and_where() {
-        let footer = encode(0x31);
-        let bad_digit = |at: usize, byte: u8| {
-            let mut footer = footer;
-            footer[at] = byte;
-            footer
-        };
-        for (tail, blob_size, message) in [
-            (
-                vec![],
-                0,
-                "0 bytes are too few for a footer of 51, or 47 in a blob that small",
-            ),
-            (
-                footer[1..].to_vec(),
-                500,
-                "50 bytes are too few for a footer of 51, or 47 in a blob that small",
-            ),
-            (
-                footer[1..].to_vec(),
-                50,
-                "the blob of 50 bytes does not end in an eStargz footer",
-            ),
-            (footer.to_vec(), 50, "a tail of 51 bytes cannot belong to a blob of 50"),
-            (
-                vec![0; 64],
-                64,
-                "the blob of 64 bytes does not end in an eStargz footer",
-            ),
-            (
-                footer.to_vec(),
-                51,
-                "the footer puts the TOC at 49, but the footer itself begins at 0",
-            ),
-            (
-                footer.to_vec(),
-                100,
-                "the footer puts the TOC at 49, but the footer itself begins at 49",
-            ),
-            (
-                bad_digit(16, b'+').to_vec(),
-                100,
-                "the footer's TOC offset \"+000000000000031\" is not 16 hexadecimal digits",
-            ),
-            (
-                bad_digit(17, 0xff).to_vec(),
-                100,
-                "the footer's TOC offset \"0\\\\xff00000000000031\" is not 16 hexadecimal digits",
-            ),
-            (
-                encode(u64::MAX).to_vec(),
-                100,
-                "the footer puts the TOC at 18446744073709551615, but the footer itself begins at 49",
-            ),
-        ] {
-            assert_eq!(Footer::parse(&tail, blob_size).unwrap_err().to_string(), message);
-        }
-        assert!(Footer::parse(&footer, 101).is_ok());
-    }
-}
+mod tests;

@@ -19,6 +19,7 @@ use std::ops::Range;
 use zerocopy::FromBytes;
 
 use crate::digest::Digest;
+use crate::member::Compression;
 use format::{ChunkRecord, DirentRecord, InodeRecord, MemberRecord, NONE_U64, Section, XattrRecord};
 
 pub use build::build;
@@ -33,8 +34,10 @@ pub const ROOT_INO: u64 = 1;
 pub struct BlobLayout {
     /// Size of the whole blob in bytes.
     pub blob_size: u64,
-    /// Offset of the TOC member, where the last member with file content ends.
+    /// Where the last member with file content ends: where the TOC begins, or the footer if the TOC is elsewhere.
     pub toc_offset: u64,
+    /// How the members are compressed.
+    pub compression: Compression,
 }
 
 /// Type of a file.
@@ -161,7 +164,7 @@ pub struct Chunk {
     pub inner_offset: u64,
 }
 
-/// A gzip member of the blob that holds chunks.
+/// A compressed member of the blob that holds chunks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
     /// Where it begins in the blob.
@@ -188,13 +191,14 @@ impl<B: AsRef<[u8]>> LayerIndex<B> {
     /// Checks every byte of an index file and opens it. `bytes` must not change afterwards; if a mapped file does, the
     /// answers are wrong, but nothing panics or loops.
     pub fn open(bytes: B) -> Result<Self, IndexError> {
-        let (header, tables) = validate::header(bytes.as_ref())?;
+        let (header, compression, tables) = validate::header(bytes.as_ref())?;
         let index = Self {
             tables,
             toc_digest: Digest::from_bytes(header.toc_digest),
             layout: BlobLayout {
                 blob_size: header.blob_size.get(),
                 toc_offset: header.toc_offset.get(),
+                compression,
             },
             data_size: header.data_size.get(),
             prefetch_end: Some(header.prefetch_end.get()).filter(|end| *end != NONE_U64),
@@ -215,7 +219,12 @@ impl<B: AsRef<[u8]>> LayerIndex<B> {
         self.layout.blob_size
     }
 
-    /// Where the TOC begins in the blob.
+    /// How the members are compressed.
+    pub fn compression(&self) -> Compression {
+        self.layout.compression
+    }
+
+    /// Where the part of the blob that holds files ends.
     pub fn toc_offset(&self) -> u64 {
         self.layout.toc_offset
     }

@@ -11,12 +11,12 @@ use std::io::{self, BufReader, Chain, Cursor, Read};
 
 use flate2::bufread::MultiGzDecoder;
 
+use crate::member::WINDOW_LOG_MAX;
+
 /// Bytes that decide the compression of a stream.
 const SNIFF_BYTES: usize = 6;
 /// Read-ahead on the compressed side.
 const INPUT_BUFFER: usize = 128 << 10;
-/// Largest zstd window accepted, as a power of two: 128 MiB, the limit of the format's reference decoder.
-const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
 /// Why a layer stream cannot be decompressed at all.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +78,7 @@ pub fn decompress<R: Read>(mut input: R) -> Result<Decompressed<R>, InputError> 
         // A frame, or a skippable frame before it.
         [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(input).map_err(InputError::Zstd)?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(InputError::Zstd)?;
+            decoder.window_log_max(WINDOW_LOG_MAX).map_err(InputError::Zstd)?;
             Kind::Zstd(Box::new(decoder))
         }
         [b'B', b'Z', b'h', b'1'..=b'9', ..] => return Err(InputError::Unsupported("bzip2")),

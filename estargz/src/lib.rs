@@ -2,9 +2,9 @@
 
 pub mod digest;
 pub mod footer;
-pub mod gzip;
 pub mod index;
 pub mod input;
+pub mod member;
 pub mod order;
 pub mod reader;
 pub mod toc;

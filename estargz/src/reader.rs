@@ -1,15 +1,17 @@
 //! Opens a layer that lies somewhere with random access: footer, TOC member, TOC.
 //!
 //! Used by `estargz inspect` and `estargz verify`. The snapshotter reads ranges over HTTP and calls the pieces
-//! ([`Footer::parse`], [`parse_member`], [`Toc::parse`]) itself, because it compares the digest before it parses.
+//! ([`Footer::parse`], [`parse_member`], [`parse_frame`], [`Toc::parse`]) itself, because it compares the digest before it parses.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::footer::{FOOTER_SIZE, Footer, FooterError};
+use crate::digest::Digest;
+use crate::footer::{Footer, FooterError, MAX_FOOTER_SIZE};
 use crate::index::BlobLayout;
-use crate::toc::{MAX_TOC_MEMBER_BYTES, Toc, TocDocument, TocError, parse_member};
+use crate::member::Compression;
+use crate::toc::{MAX_TOC_MEMBER_BYTES, Toc, TocDocument, TocError, parse_frame, parse_member};
 
 /// Bytes at offsets: a blob in a file or in memory.
 pub trait ReadAt {
@@ -112,6 +114,9 @@ pub enum ReadError {
     /// The layer has no footer that can be used.
     #[error("the layer's footer is not usable")]
     Footer(#[source] FooterError),
+    /// The layer's TOC is in another image.
+    #[error("the layer's TOC is not in the layer but in another image")]
+    ExternalToc,
     /// The layer's TOC cannot be used.
     #[error("the layer's TOC at offset {offset} is not usable")]
     Toc {
@@ -132,6 +137,8 @@ pub struct LayerBlob<R> {
     pub footer: Footer,
     /// The TOC as it stands in the layer, with its digest.
     pub toc_document: TocDocument,
+    /// Digest of the TOC as it is compressed in the layer, by which some manifests name it.
+    pub compressed_toc_digest: Digest,
     /// The TOC.
     pub toc: Toc,
 }
@@ -140,10 +147,10 @@ impl<R: ReadAt> LayerBlob<R> {
     /// Reads footer and TOC. Nothing is compared with an expected digest: that is the caller's part.
     pub fn open(source: R) -> Result<Self, ReadError> {
         let size = source.size();
-        let tail_size = FOOTER_SIZE.min(usize::try_from(size).unwrap_or(FOOTER_SIZE));
+        let tail_size = MAX_FOOTER_SIZE.min(usize::try_from(size).unwrap_or(MAX_FOOTER_SIZE));
         let tail = read(&source, size - tail_size as u64, tail_size)?;
         let footer = Footer::parse(&tail, size).map_err(ReadError::Footer)?;
-        let range = footer.toc_range(size);
+        let range = footer.toc.clone().ok_or(ReadError::ExternalToc)?;
         let toc_error = |source| ReadError::Toc {
             offset: range.start,
             source,
@@ -157,12 +164,17 @@ impl<R: ReadAt> LayerBlob<R> {
             .and_then(|size| usize::try_from(size).ok())
             .ok_or_else(|| toc_error(too_large()))?;
         let member = read(&source, range.start, member_size)?;
-        let toc_document = parse_member(&member).map_err(toc_error)?;
+        let toc_document = match footer.kind.compression() {
+            Compression::Gzip => parse_member(&member),
+            Compression::Zstd => parse_frame(&member),
+        };
+        let toc_document = toc_document.map_err(toc_error)?;
         let toc = Toc::parse(&toc_document.json).map_err(toc_error)?;
         Ok(Self {
             source,
             footer,
             toc_document,
+            compressed_toc_digest: Digest::of(&member),
             toc,
         })
     }
@@ -172,6 +184,7 @@ impl<R: ReadAt> LayerBlob<R> {
         BlobLayout {
             blob_size: self.source.size(),
             toc_offset: self.footer.toc_offset,
+            compression: self.footer.kind.compression(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The table of contents of an eStargz layer: its JSON form, the gzip member that carries it, and its limits.
+//! The table of contents of an eStargz layer: its JSON form, the gzip member or zstd frame that carries it, and its limits.
 //!
 //! [`Toc::parse`] is the only way in for bytes from outside. It checks the form and the limits below; what the entries
 //! mean together (the tree, the chunks) is checked where it is used, by [`crate::index::build`]. The digest that
@@ -6,6 +6,7 @@
 //!
 //! Source of the format: stargz-snapshotter's `docs/estargz.md` and the bytes that its writer emits; docs/format.md.
 
+mod frame;
 mod json;
 mod member;
 pub mod time;
@@ -17,7 +18,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
 
 use crate::digest::Digest;
+use crate::footer;
 
+pub use frame::parse_frame;
 pub use member::{TocDocument, encode_member, parse_member};
 
 /// Name of the tar entry that holds the TOC.
@@ -30,6 +33,17 @@ pub const NO_PREFETCH_LANDMARK: &str = ".no.prefetch.landmark";
 pub const LANDMARK_CONTENTS: &[u8] = &[0x0f];
 /// Layer descriptor annotation and snapshot label that bind a layer to its TOC.
 pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
+/// Layer descriptor annotations that bind a layer to its TOC; the first that is there counts. The first has the digest of the
+/// JSON form, the others (of zstd:chunked) that of the compressed TOC.
+pub const BINDING_ANNOTATIONS: [&str; 3] = [
+    TOC_DIGEST_ANNOTATION,
+    footer::zstd::CHECKSUM_ANNOTATION,
+    footer::zstd::STARGZ_CHECKSUM_ANNOTATION,
+];
+/// Annotation of a layer of a TOC image: the digest of the layer whose TOC it is.
+pub const TOC_OF_LAYER_ANNOTATION: &str = "containerd.io/snapshot/stargz/layer.digest";
+/// What the tag of an image's TOC image has behind the image's own.
+pub const TOC_IMAGE_SUFFIX: &str = "-esgztoc";
 /// Layer descriptor annotation with the size of the uncompressed layer in bytes.
 pub const UNCOMPRESSED_SIZE_ANNOTATION: &str = "io.containers.estargz.uncompressed-size";
 
@@ -228,6 +242,15 @@ pub enum TocError {
         #[source]
         source: std::io::Error,
     },
+    /// The TOC's frame does not unfold.
+    #[error("the {compressed} bytes of the TOC are not a sound zstd frame")]
+    Frame {
+        /// Compressed bytes at hand.
+        compressed: usize,
+        /// What the decompressor says.
+        #[source]
+        source: std::io::Error,
+    },
     /// The first tar entry in the TOC member is not the TOC.
     #[error("the TOC member begins with the tar entry {found:?} instead of {TOC_TAR_NAME:?}")]
     WrongEntry {
@@ -240,6 +263,16 @@ impl Toc {
     /// Reads the JSON form. Unknown keys are ignored, absent and null values are zero.
     pub fn parse(json: &[u8]) -> Result<Self, TocError> {
         json::parse(json)
+    }
+
+    /// Reads a TOC in the form that was verified: the JSON form, or the zstd frame that holds it, which is what some manifests
+    /// name.
+    pub fn parse_verified(document: &[u8]) -> Result<Self, TocError> {
+        if document.starts_with(&crate::member::FRAME_MAGIC) {
+            json::parse(&parse_frame(document)?.json)
+        } else {
+            json::parse(document)
+        }
     }
 
     /// Writes the JSON form, byte for byte as the reference writer does (Go's `json.MarshalIndent` with tabs).

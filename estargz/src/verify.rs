@@ -12,7 +12,9 @@ mod members;
 use sha2::{Digest as _, Sha256};
 
 use crate::digest::Digest;
+use crate::footer::FooterKind;
 use crate::input::tar::{TarEntry, TarError, TarKind, TarReader, shown};
+use crate::member::Compression;
 use crate::reader::{LayerBlob, ReadAt, ReadError};
 use crate::toc::{EntryType, TOC_TAR_NAME, TocEntry, clean_path};
 use members::MemberStream;
@@ -46,6 +48,12 @@ pub enum VerifyError {
     /// Footer or TOC are not usable.
     #[error("the layer is not a usable eStargz layer")]
     Open(#[source] ReadError),
+    /// A form of the format whose layers are not checked whole.
+    #[error("layers in the {} form are not checked", kind.name())]
+    Unchecked {
+        /// The form.
+        kind: FooterKind,
+    },
     /// The TOC is not the one that was expected.
     #[error("the TOC's digest is {found}, not {expected}")]
     TocDigest {
@@ -99,6 +107,10 @@ pub fn verify_layer(
     expected_diff_id: Option<Digest>,
 ) -> Result<Report, VerifyError> {
     let layer = LayerBlob::open(blob).map_err(VerifyError::Open)?;
+    let kind = layer.footer.kind;
+    if kind.compression() != Compression::Gzip {
+        return Err(VerifyError::Unchecked { kind });
+    }
     let toc_digest = layer.toc_document.digest;
     if let Some(expected) = expected_toc.filter(|&expected| expected != toc_digest) {
         return Err(VerifyError::TocDigest {

@@ -12,8 +12,8 @@ mod sys;
 use std::time::{Duration, Instant};
 
 use estargz::footer;
-use estargz::gzip::inflate_member;
 use estargz::index;
+use estargz::member::{Compression, unfold};
 use estargz::reader::LayerBlob;
 use estargz::toc::{EntryType, MAX_TOC_BYTES, Toc, TocEntry, encode_member};
 
@@ -174,15 +174,25 @@ fn footers() {
         &[0; 8],
     ]
     .concat();
+    let external = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff\x15\0SG\x11\0STARGZEXTERNALTOC\x01\0\0\xff\xff\0\0\0\0\0\0\0\0";
+    let mut storage = b"\x50\x2a\x4d\x18\x40\0\0\0".to_vec();
+    storage.extend(
+        [20_u64, 30, 90, 1, 60, 10, 10]
+            .iter()
+            .flat_map(|number| number.to_le_bytes()),
+    );
+    storage.extend_from_slice(b"GNUlInUx");
     let with_room = |footer: &[u8]| [&[7; 100][..], footer].concat();
     let sounds = [
         with_room(&footer::encode(60)),
         with_room(&legacy),
-        LAYER[LAYER.len() - 13_000..].to_vec(),
+        with_room(external),
+        with_room(&footer::zstd::encode(100, &[1; 30], 90).unwrap()),
+        with_room(&storage),
     ];
-    // The last one points before its own beginning: it is a tail, not a blob.
-    assault(&sounds[..2], 6000, 1, |bytes| probes::footer(bytes));
-    assert!(!probes::footer(&sounds[2]));
+    assault(&sounds, 12_000, 1, |bytes| probes::footer(bytes));
+    // It points before its own beginning: it is a tail, not a blob.
+    assert!(!probes::footer(&LAYER[LAYER.len() - 13_000..]));
 }
 
 #[test]
@@ -198,6 +208,29 @@ fn members() {
     }
 }
 
+/// Zstd frames, as members and as TOCs.
+#[test]
+fn frames() {
+    let json = sample_toc().to_json();
+    let mut random = Random(8);
+    let sounds = [
+        zstd::bulk::compress(&json, 3).unwrap(),
+        zstd::encode_all(&json[..], 3).unwrap(),
+    ];
+    assert!(sounds.iter().all(|sound| probes::frame(sound)));
+    let mut refused = 0;
+    for round in 0..4000 {
+        let bytes = mutated(&sounds[round % 2], &mut random);
+        let start = Instant::now();
+        let (accepted, peak) = sys::peak(|| probes::frame(&bytes));
+        assert!(start.elapsed() < LONGEST, "mutation {round} took {:?}", start.elapsed());
+        // A frame that says its size is given as much room beyond what is wanted.
+        assert!(peak <= MOST_HELD + DECOMPRESSOR, "mutation {round} held {peak} bytes");
+        refused += usize::from(!accepted);
+    }
+    assert!(refused > 1000, "only {refused} refused");
+}
+
 /// Few bytes that unfold to many, or say they do.
 #[test]
 fn bombs() {
@@ -207,7 +240,10 @@ fn bombs() {
     // Zeros are the end of an archive; what follows is not kept.
     let (accepted, peak) = sys::peak(|| probes::member(&bomb));
     assert!(!accepted && peak <= DECOMPRESSOR, "{peak} bytes held");
-    let (_, peak) = sys::peak(|| inflate_member(&bomb, WANTED, &mut Vec::new()));
+    let (_, peak) = sys::peak(|| unfold(Compression::Gzip, &bomb, WANTED, &mut Vec::new()));
+    assert!(peak <= WANTED + DECOMPRESSOR, "{peak} bytes held");
+    let bomb = zstd::encode_all(&vec![0; UNFOLDED][..], 3).unwrap();
+    let (_, peak) = sys::peak(|| unfold(Compression::Zstd, &bomb, WANTED, &mut Vec::new()));
     assert!(peak <= WANTED + DECOMPRESSOR, "{peak} bytes held");
     // A TOC of nearly the limit, of which next to nothing is there.
     let mut framed = encode_member(b"{}");
@@ -304,14 +340,19 @@ fn documents_with_hostile_values() {
 
 #[test]
 fn index_files() {
-    let sound = |json: Vec<u8>| {
+    let sound = |(json, compression): (Vec<u8>, Compression)| {
         let layout = index::BlobLayout {
             blob_size: 1 << 24,
             toc_offset: 1 << 23,
+            compression,
         };
         index::build(&Toc::parse(&json).unwrap(), layout, estargz::digest::Digest::of(json)).unwrap()
     };
-    let sounds: Vec<_> = sound_tocs().into_iter().map(sound).collect();
+    let sounds: Vec<_> = sound_tocs()
+        .into_iter()
+        .zip([Compression::Gzip, Compression::Zstd])
+        .map(sound)
+        .collect();
     assault(&sounds, 1000, 6, |bytes| probes::index(bytes));
     // With the checksum made right, the damage meets the checks of every record.
     let mut refused = 0;

@@ -6,12 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use estargz::digest::Digest;
 use estargz::index::{self, BlobLayout, FileKind, LayerIndex, ROOT_INO};
+use estargz::member::Compression;
 use estargz::toc::{EntryType, Toc, TocEntry};
 use proptest::prelude::*;
 
 const LAYOUT: BlobLayout = BlobLayout {
     blob_size: 1 << 24,
     toc_offset: 1 << 23,
+    compression: Compression::Gzip,
 };
 const CHUNK: u64 = 100;
 

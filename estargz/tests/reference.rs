@@ -3,8 +3,8 @@
 
 use estargz::digest::Digest;
 use estargz::footer::{self, FooterKind};
-use estargz::gzip::inflate_member;
 use estargz::index::{self, FileKind, LayerIndex};
+use estargz::member::{Compression, unfold};
 use estargz::reader::{LayerBlob, ReadAt};
 use estargz::toc::EntryType;
 
@@ -47,7 +47,7 @@ fn the_toc_member_is_framed_as_we_frame_it() {
     let member = &LAYER[13_900..LAYER.len() - 51];
     let framed = estargz::toc::encode_member(&blob.toc_document.json);
     let mut unfolded = Vec::new();
-    inflate_member(member, framed.len(), &mut unfolded).unwrap();
+    unfold(Compression::Gzip, member, framed.len(), &mut unfolded).unwrap();
     assert_eq!(unfolded, framed);
 }
 
@@ -129,7 +129,7 @@ fn every_chunk_unfolds_to_its_digest() {
         LAYER.read_exact_at(member.start, &mut compressed).unwrap();
         let mut bytes = Vec::new();
         let inner = usize::try_from(chunk.inner_offset).unwrap();
-        inflate_member(&compressed, inner + chunk.size as usize, &mut bytes).unwrap();
+        unfold(Compression::Gzip, &compressed, inner + chunk.size as usize, &mut bytes).unwrap();
         assert_eq!(Digest::of(&bytes[inner..]), chunk.digest, "chunk {id}");
         if chunk.ino == 4 {
             big.extend_from_slice(&bytes[inner..]);

@@ -12,14 +12,16 @@ use url::Url;
 
 use crate::body;
 use crate::client::Client;
-use crate::credentials::Login;
+use crate::credentials::{Found, Login};
+use crate::endpoint::Endpoint;
 use crate::error::{ErrorClass, Fault};
-use crate::exchange::Endpoint;
 use crate::handed_over::Stamp;
 use crate::limits::{MAX_TOKEN_BYTES, MAX_TOKENS};
 
 /// Lifetime of a token whose server names none (the value of the token specification).
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
+/// Longest name of a repository that is taken from a challenge.
+const MAX_SCOPE_NAME: usize = 1024;
 /// Name under which identity tokens are presented.
 const CLIENT_ID: &str = "hullspeed";
 
@@ -52,6 +54,23 @@ impl Scope {
         self.actions.push(format!("repository:{repository}:pull"));
         self
     }
+
+    /// What a token server is asked for. A host below whose root the repository has a longer name may give that name in its challenge;
+    /// another repository than the one that is asked is not taken from there.
+    fn wanted(&self, named: Option<&str>) -> Vec<String> {
+        let mut actions = self.actions.clone();
+        let own = format!("repository:{}:", self.repository);
+        let longer = named.filter(|name| {
+            name.strip_suffix(&self.repository)
+                .is_some_and(|head| head.ends_with('/'))
+        });
+        if let (Some(name), Some(first)) = (longer, actions.first_mut())
+            && let Some(rest) = first.strip_prefix(&own)
+        {
+            *first = format!("repository:{name}:{rest}");
+        }
+        actions
+    }
 }
 
 /// A ready `Authorization`.
@@ -81,7 +100,12 @@ impl fmt::Debug for Authorization {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Challenge {
     Basic,
-    Bearer { realm: Url, service: Option<String> },
+    Bearer {
+        realm: Url,
+        service: Option<String>,
+        /// The repository, as the registry names it.
+        repository: Option<String>,
+    },
 }
 
 impl Challenge {
@@ -111,6 +135,7 @@ impl Challenge {
                 return Ok(Self::Bearer {
                     realm,
                     service: find("service"),
+                    repository: find("scope").as_deref().and_then(repository_of),
                 });
             }
         }
@@ -120,6 +145,14 @@ impl Challenge {
             Err(bad("no scheme that this client knows (Bearer, Basic)".to_owned()))
         }
     }
+}
+
+/// The first repository of a scope.
+fn repository_of(scope: &str) -> Option<String> {
+    let mut resources = scope.split_ascii_whitespace();
+    let (name, _) = resources.find_map(|resource| resource.strip_prefix("repository:")?.rsplit_once(':'))?;
+    let usable = name.len() <= MAX_SCOPE_NAME && name.bytes().all(|byte| byte.is_ascii_graphic());
+    usable.then(|| name.to_owned())
 }
 
 /// Authorisations by registry and scope, and the last challenge of each registry.
@@ -139,43 +172,57 @@ pub(crate) struct Grant {
     /// Tells renewals apart.
     pub(crate) issued: Instant,
     expires: Option<Instant>,
-    /// The login handed over that it was made with; none for a configured one, or for nobody's.
+    /// Whether it is a login itself, which a renewal would give again.
+    login: bool,
     pub(crate) giver: Giver,
 }
 
 /// Who gave the login of a [`Grant`].
-pub(crate) type Giver = Option<Stamp>;
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Giver {
+    /// It was handed over.
+    HandedOver(Stamp),
+    /// A source of the configuration, by its place.
+    Source(usize),
+    /// There is none.
+    Nobody,
+}
 
 impl Grant {
     /// Whether it is a login itself, which a renewal would give again.
     pub(crate) fn is_login(&self) -> bool {
-        self.expires.is_none()
+        self.login
     }
 }
 
 impl Tokens {
-    pub(crate) fn slot(&self, origin: &str, scope: &Scope) -> Arc<Slot> {
+    pub(crate) fn slot(&self, endpoint: &str, scope: &Scope) -> Arc<Slot> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if slots.len() >= MAX_TOKENS {
             slots.retain(|_, slot| Arc::strong_count(slot) > 1);
         }
-        Arc::clone(slots.entry((origin.to_owned(), scope.clone())).or_default())
+        Arc::clone(slots.entry((endpoint.to_owned(), scope.clone())).or_default())
     }
 
-    pub(crate) fn challenge(&self, origin: &str) -> Option<Challenge> {
+    pub(crate) fn challenge(&self, endpoint: &str) -> Option<Challenge> {
         self.challenges
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .get(origin)
+            .get(endpoint)
             .cloned()
     }
 
-    pub(crate) fn note_challenge(&self, origin: &str, challenge: &Challenge) {
+    pub(crate) fn note_challenge(&self, endpoint: &str, challenge: &Challenge) {
         let mut challenges = self.challenges.lock().unwrap_or_else(PoisonError::into_inner);
         if challenges.len() >= MAX_TOKENS {
             challenges.clear();
         }
-        challenges.insert(origin.to_owned(), challenge.clone());
+        let mut challenge = challenge.clone();
+        // The next one is for another repository.
+        if let Challenge::Bearer { repository, .. } = &mut challenge {
+            *repository = None;
+        }
+        challenges.insert(endpoint.to_owned(), challenge);
     }
 }
 
@@ -188,39 +235,98 @@ struct TokenAnswer {
 
 impl Client {
     /// Meets `challenge` from scratch, with the first login that is not refused and is none of `refused`: those handed over in
-    /// their order, then what is configured, which is read again.
+    /// their order, then what each configured source says now, and where none knows any, without one. A login that was itself refused
+    /// at `since` is asked for anew where that takes more than reading a file.
     pub(crate) async fn authenticate(
         &self,
         endpoint: &Endpoint,
         scope: &Scope,
         challenge: &Challenge,
         refused: &[Giver],
+        since: Option<Instant>,
     ) -> Result<Grant, Fault> {
         let credentials = self.credentials();
         let mut first = None;
         for (stamp, login) in credentials.handed_over(&endpoint.name, &scope.repository) {
-            if refused.contains(&Some(stamp)) {
+            let giver = Giver::HandedOver(stamp);
+            if refused.contains(&giver) {
                 continue;
             }
-            match self.grant(endpoint, scope, challenge, Some(login), Some(stamp)).await {
+            match self.grant(endpoint, scope, challenge, Some(login.into()), giver).await {
                 Err(fault) if fault.class() == ErrorClass::Auth => {
                     first.get_or_insert(fault);
                 }
                 made => return made,
             }
         }
-        let last = async {
-            if refused.contains(&None) {
-                return Err(self.unauthorized(Some("all that are known were refused")));
+        let mut known = refused.contains(&Giver::Nobody);
+        for source in 0..credentials.sources() {
+            let giver = Giver::Source(source);
+            if refused.contains(&giver) {
+                known = true;
+                continue;
             }
-            let login = credentials.login(&endpoint.name).await.map_err(Fault::Credentials)?;
-            self.grant(endpoint, scope, challenge, login, None).await
-        };
+            match self.grant_of(endpoint, scope, challenge, source, since).await {
+                Ok(Some(grant)) => return Ok(grant),
+                Ok(None) => {}
+                Err(fault) if fault.class() == ErrorClass::Auth => {
+                    if let Fault::Credentials(error) = &fault {
+                        // What the registry says in the end tells nothing of it.
+                        tracing::warn!(
+                            host = endpoint.name,
+                            error = error as &dyn std::error::Error,
+                            "a source of logins cannot be used"
+                        );
+                    }
+                    known = true;
+                    first.get_or_insert(fault);
+                }
+                Err(fault) => return Err(fault),
+            }
+        }
+        if known {
+            return Err(first.unwrap_or_else(|| self.unauthorized(Some("all that are known were refused"))));
+        }
+        let anonymous = self.grant(endpoint, scope, challenge, None, Giver::Nobody).await;
         // What was wrong with the best login tells more than that there was no other.
-        last.await.map_err(|fault| match first {
+        anonymous.map_err(|fault| match first {
             Some(first) if fault.class() == ErrorClass::Auth => first,
             _ => fault,
         })
+    }
+
+    /// Meets `challenge` with the login of one source, if it has one; with one that is asked for anew, if a kept one is refused.
+    async fn grant_of(
+        &self,
+        endpoint: &Endpoint,
+        scope: &Scope,
+        challenge: &Challenge,
+        source: usize,
+        since: Option<Instant>,
+    ) -> Result<Option<Grant>, Fault> {
+        let find = async |since| {
+            let found = self
+                .credentials()
+                .find(source, &endpoint.name, &scope.repository, since);
+            found.await.map_err(Fault::Credentials)
+        };
+        let Some(found) = find(since).await? else {
+            return Ok(None);
+        };
+        let giver = Giver::Source(source);
+        match self.grant(endpoint, scope, challenge, Some(found.clone()), giver).await {
+            Err(fault) if fault.class() == ErrorClass::Auth => {
+                let anew = find(Some(Instant::now())).await;
+                let Ok(Some(other)) = anew else { return Err(fault) };
+                if other.login == found.login {
+                    return Err(fault);
+                }
+                self.grant(endpoint, scope, challenge, Some(other), giver)
+                    .await
+                    .map(Some)
+            }
+            made => made.map(Some),
+        }
     }
 
     /// Meets `challenge` with one login.
@@ -229,16 +335,18 @@ impl Client {
         endpoint: &Endpoint,
         scope: &Scope,
         challenge: &Challenge,
-        login: Option<Login>,
+        found: Option<Found>,
         giver: Giver,
     ) -> Result<Grant, Fault> {
+        let until = found.as_ref().and_then(|found| found.until);
         let grant = |authorization| Grant {
             authorization,
             issued: Instant::now(),
-            expires: None,
+            expires: until,
+            login: true,
             giver,
         };
-        match (challenge, login) {
+        match (challenge, found.map(|found| found.login)) {
             // Made for the registry by somebody else, so there is nothing to ask a token server for.
             (_, Some(Login::RegistryToken(token))) => Ok(grant(Authorization::Bearer(token))),
             (Challenge::Basic, Some(Login::Basic { username, password })) => {
@@ -248,11 +356,12 @@ impl Client {
                 Err(self.unauthorized(Some("an identity token is of no use here")))
             }
             (Challenge::Basic, None) => Err(self.unauthorized(None)),
-            (Challenge::Bearer { realm, service }, login) => {
-                let (token, expires, issued) = self.token(endpoint, scope, realm, service.as_deref(), login).await?;
+            (Challenge::Bearer { .. }, login) => {
+                let (token, expires, issued) = self.token(endpoint, scope, challenge, login).await?;
                 Ok(Grant {
                     issued,
                     expires: Some(expires),
+                    login: false,
                     ..grant(Authorization::Bearer(token))
                 })
             }
@@ -261,8 +370,11 @@ impl Client {
 
     /// Whether a grant for `scope` can still be used: it has not run out, and the login that it was made with was not forgotten.
     pub(crate) fn is_fresh(&self, endpoint: &Endpoint, scope: &Scope, grant: &Grant) -> bool {
-        let held = |stamp| self.credentials().holds(stamp, &endpoint.name, &scope.repository);
-        grant.giver.is_none_or(held) && grant.expires.is_none_or(|expires| expires > Instant::now())
+        let held = match grant.giver {
+            Giver::HandedOver(stamp) => self.credentials().holds(stamp, &endpoint.name, &scope.repository),
+            Giver::Source(_) | Giver::Nobody => true,
+        };
+        held && grant.expires.is_none_or(|expires| expires > Instant::now())
     }
 
     pub(crate) fn unauthorized(&self, problem: Option<&str>) -> Fault {
@@ -279,10 +391,17 @@ impl Client {
         &self,
         endpoint: &Endpoint,
         scope: &Scope,
-        realm: &Url,
-        service: Option<&str>,
+        challenge: &Challenge,
         login: Option<Login>,
     ) -> Result<(String, Instant, Instant), Fault> {
+        let Challenge::Bearer {
+            realm,
+            service,
+            repository,
+        } = challenge
+        else {
+            return Err(self.unauthorized(None));
+        };
         let realm_host = realm.host_str().unwrap_or_default().to_owned();
         let refused = |reason: String| Fault::Token {
             realm: realm_host.clone(),
@@ -293,7 +412,9 @@ impl Client {
         }
         let anonymous = login.is_none();
         let issued = Instant::now();
-        let response = self.head_of(self.token_request(realm, service, scope, login)?).await?;
+        let wanted = scope.wanted(repository.as_deref());
+        let request = token_request(endpoint, realm, service.as_deref(), &wanted, login)?;
+        let response = self.head_of(request).await?;
         let status = response.status();
         if !status.is_success() {
             let reason = body::reason(response, self.idle()).await;
@@ -326,39 +447,40 @@ impl Client {
         let lifetime = lifetime.saturating_sub((lifetime / 5).min(Duration::from_secs(30)));
         Ok((token, issued + lifetime, issued))
     }
+}
 
-    fn token_request(
-        &self,
-        realm: &Url,
-        service: Option<&str>,
-        scope: &Scope,
-        login: Option<Login>,
-    ) -> Result<RequestBuilder, Fault> {
-        let scopes = scope.actions.iter().map(String::as_str);
-        if let Some(Login::IdentityToken(token)) = login {
-            let mut form = url::form_urlencoded::Serializer::new(String::new());
-            form.append_pair("grant_type", "refresh_token")
-                .append_pair("client_id", CLIENT_ID);
-            form.append_pair("scope", &scopes.collect::<Vec<_>>().join(" "))
-                .append_pair("refresh_token", &token);
-            if let Some(service) = service {
-                form.append_pair("service", service);
-            }
-            let request = self.http(realm)?.request(Method::POST, realm.clone());
-            return Ok(request
-                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                .body(form.finish()));
+fn token_request(
+    endpoint: &Endpoint,
+    realm: &Url,
+    service: Option<&str>,
+    scopes: &[String],
+    login: Option<Login>,
+) -> Result<RequestBuilder, Fault> {
+    if let Some(Login::IdentityToken(token)) = login {
+        let mut form = url::form_urlencoded::Serializer::new(String::new());
+        form.append_pair("grant_type", "refresh_token")
+            .append_pair("client_id", CLIENT_ID);
+        form.append_pair("scope", &scopes.join(" "))
+            .append_pair("refresh_token", &token);
+        if let Some(service) = service {
+            form.append_pair("service", service);
         }
-        let mut url = realm.clone();
-        url.query_pairs_mut()
-            .extend_pairs(service.map(|service| ("service", service)));
-        url.query_pairs_mut().extend_pairs(scopes.map(|scope| ("scope", scope)));
-        let request = self.http(&url)?.request(Method::GET, url);
-        Ok(match login {
-            Some(Login::Basic { username, password }) => request.basic_auth(username, Some(password)),
-            _ => request,
-        })
+        let request = endpoint.http(realm)?.request(Method::POST, realm.clone());
+        return Ok(request
+            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .body(form.finish()));
     }
+    let mut url = realm.clone();
+    url.query_pairs_mut()
+        .extend_pairs(service.map(|service| ("service", service)));
+    url.query_pairs_mut()
+        .extend_pairs(scopes.iter().map(|scope| ("scope", scope)));
+    let request = endpoint.http(&url)?.request(Method::GET, url.clone());
+    Ok(match login {
+        Some(Login::Basic { username, password }) => request.basic_auth(username, Some(password)),
+        // What hosts.toml has for the host may be what its token server wants, too.
+        _ => endpoint.identify(&url, request, None),
+    })
 }
 
 #[cfg(test)]
@@ -386,7 +508,8 @@ mod tests {
             bearer.unwrap(),
             Challenge::Bearer {
                 realm,
-                service: Some("a, \"b\"".to_owned())
+                service: Some("a, \"b\"".to_owned()),
+                repository: None
             }
         );
         assert_eq!(challenge(&[r#"Basic realm="x""#]).unwrap(), Challenge::Basic);
@@ -398,6 +521,32 @@ mod tests {
             &["=,=,,\""],
         ] {
             assert!(challenge(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_longer_name_of_the_repository_is_taken_from_the_challenge_and_no_other() {
+        let named = |scope: &str| {
+            let header = format!(r#"Bearer realm="https://a.io/token",scope="{scope}""#);
+            let headers = HeaderMap::from_iter([(WWW_AUTHENTICATE, HeaderValue::from_str(&header).unwrap())]);
+            let Ok(Challenge::Bearer { repository, .. }) = Challenge::from_headers(&headers) else {
+                panic!("{header}")
+            };
+            Scope::pull("a/b").wanted(repository.as_deref()).remove(0)
+        };
+        assert_eq!(named("repository:proxy/a/b:pull"), "repository:proxy/a/b:pull");
+        assert_eq!(
+            named("registry:catalog:* repository:x/a/b:push"),
+            "repository:x/a/b:pull"
+        );
+        for other in [
+            "repository:secret:pull,push",
+            "repository:xa/b:pull",
+            "registry:catalog:*",
+            "",
+            "repository:",
+        ] {
+            assert_eq!(named(other), "repository:a/b:pull", "{other}");
         }
     }
 

@@ -7,9 +7,11 @@ use http::Method;
 use crate::body;
 use crate::client::Client;
 use crate::digest::{Digest, Hasher};
+use crate::endpoint::Endpoint;
 use crate::error::{Error, Fault};
 use crate::range::{RangeResponse, RangeSpec, blob_ask, check_coding};
 use crate::reference::Reference;
+use crate::turns::Need;
 
 /// A blob on its way. Its bytes are good only once [`BlobStream::chunk`] has given `None`: then the digest has matched.
 #[derive(Debug)]
@@ -41,20 +43,41 @@ impl Client {
         let asked = format!("look-up of blob {digest} of {}", image.repository());
         let mut ask = blob_ask(&endpoint, image, digest, asked)?;
         ask.method = Method::HEAD;
-        match self.send(&endpoint, &ask).await {
+        match self.send(&endpoint, &ask, self.retry().attempts).await {
             Ok(_) => Ok(true),
             Err(error) if matches!(error.fault(), Fault::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    /// Pulls a blob whose descriptor promises `size` bytes, if that is known. A connection that breaks is resumed at
-    /// the last byte as long as each attempt makes progress.
+    /// Pulls a blob whose descriptor promises `size` bytes, if that is known, from the first of the image's hosts that has it. A
+    /// connection that breaks is resumed at the last byte as long as each attempt makes progress.
     pub async fn pull_blob(&self, image: &Reference, digest: &Digest, size: Option<u64>) -> Result<BlobStream, Error> {
-        let endpoint = self.endpoint(image)?;
         let asked = format!("pull of blob {digest} of {}", image.repository());
-        let ask = blob_ask(&endpoint, image, digest, asked)?;
-        let answer = self.send(&endpoint, &ask).await?;
+        let mut turns = self.turns(image, Need::Pull, &asked)?;
+        loop {
+            let (endpoint, attempts) = (turns.host(), turns.attempts());
+            match self.pull_at(endpoint, image, digest, size, attempts).await {
+                Ok(stream) => {
+                    turns.succeeded();
+                    return Ok(stream);
+                }
+                Err(error) => turns.failed(error)?,
+            }
+        }
+    }
+
+    async fn pull_at(
+        &self,
+        endpoint: &Endpoint,
+        image: &Reference,
+        digest: &Digest,
+        size: Option<u64>,
+        attempts: u32,
+    ) -> Result<BlobStream, Error> {
+        let asked = format!("pull of blob {digest} of {}", image.repository());
+        let ask = blob_ask(endpoint, image, digest, asked)?;
+        let answer = self.send(endpoint, &ask, attempts).await?;
         check_coding(answer.response.headers()).map_err(|fault| fault.at(&endpoint.name, &ask.asked))?;
         let announced = answer.response.content_length();
         if let (Some(expected), Some(actual)) = (size, announced)
@@ -66,7 +89,7 @@ impl Client {
             client: self.clone(),
             image: image.clone(),
             digest: digest.clone(),
-            host: endpoint.name,
+            host: endpoint.name.clone(),
             asked: ask.asked,
             size: size.or(announced),
             source: Source::Whole(answer.response),
@@ -127,7 +150,10 @@ impl BlobStream {
                     }
                     self.source = Source::Broken;
                     let mut failures = self.failures;
-                    let paused = self.client.pause(&mut failures, fault).await;
+                    let paused = self
+                        .client
+                        .pause(&mut failures, self.client.retry().attempts, fault)
+                        .await;
                     self.failures = failures;
                     paused.map_err(|fault| self.error(fault))?;
                 }

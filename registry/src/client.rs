@@ -1,23 +1,24 @@
-//! The client: its options, connection pools and shared state.
+//! The client: its options, the hosts that it asks, and shared state.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::Certificate;
 use url::Url;
 
 use crate::auth::Tokens;
 use crate::credentials::Credentials;
+use crate::digest::Digest;
+use crate::endpoint::{Endpoint, Parts, Pools, authority, host_name, is_loopback};
 use crate::error::{Error, Fault};
-use crate::exchange::Endpoint;
-use crate::limits::{CONNECT_TIMEOUT, IDLE_TIMEOUT, MAX_CA_FILE_BYTES};
+use crate::hosts::{Endpoints, HostEntry, Hosts};
+use crate::limits::{CONNECT_TIMEOUT, IDLE_TIMEOUT};
+use crate::range::{RangeResponse, RangeSpec};
 use crate::reference::Reference;
 use crate::retry::RetryPolicy;
+use crate::tls::Trust;
+use crate::turns::Avoided;
 use crate::urls::Urls;
 
 /// How to talk to registries.
@@ -27,6 +28,8 @@ pub struct ClientOptions {
     pub plain_http: Vec<String>,
     /// Where logins come from.
     pub credentials: Credentials,
+    /// containerd's `certs.d`, which says how each registry is reached and which mirrors it has; it need not exist.
+    pub hosts_directory: Option<PathBuf>,
     /// PEM file of certificate authorities that are trusted besides the platform's.
     pub ca_file: Option<PathBuf>,
     /// Time to open a connection, TLS included.
@@ -41,6 +44,7 @@ impl Default for ClientOptions {
     fn default() -> Self {
         Self {
             plain_http: Vec::new(),
+            hosts_directory: None,
             credentials: Credentials::anonymous(),
             ca_file: None,
             connect_timeout: CONNECT_TIMEOUT,
@@ -57,42 +61,62 @@ pub struct Client {
 }
 
 struct Shared {
-    /// For loopback: no proxy, and no need for certificates, which a minimal machine lacks.
-    direct: reqwest::Client,
-    /// For the rest of the world; a failure to set it up matters only when it is needed.
-    world: Result<reqwest::Client, String>,
+    /// What is trusted everywhere.
+    trust: Trust,
+    /// The connections to hosts that want nothing of their own.
+    pools: Arc<Pools>,
+    hosts: Hosts,
+    avoided: Avoided,
     options: ClientOptions,
     tokens: Tokens,
     urls: Urls,
+}
+
+/// One host that may serve the blobs of an image, in the order of [`Client::hosts`].
+///
+/// It is looked up for each request, so that a change of its certificates or headers counts at once.
+#[derive(Debug, Clone)]
+pub struct HostHandle {
+    client: Client,
+    image: Arc<Reference>,
+    name: String,
+    key: String,
+}
+
+impl HostHandle {
+    /// The host, as `hosts.toml` or the image names it.
+    pub fn host(&self) -> &str {
+        &self.name
+    }
+
+    /// Asks this host, and no other, for a part of a blob. See [`Client::blob_range`].
+    pub async fn blob_range(&self, digest: &Digest, range: RangeSpec) -> Result<RangeResponse, Error> {
+        let endpoints = self.client.endpoints(&self.image)?;
+        let own = endpoints.iter().find(|endpoint| endpoint.key() == self.key);
+        let endpoint = own.ok_or_else(|| {
+            let asked = format!("read of {range} of blob {digest} of {}", self.image.repository());
+            Fault::NoHost("hosts.toml lists it no longer").at(&self.name, asked)
+        })?;
+        let attempts = self.client.retry().attempts;
+        self.client
+            .range_at(endpoint, &self.image, digest, range, attempts)
+            .await
+    }
 }
 
 impl Client {
     /// A client with its own pools and caches.
     pub fn new(options: ClientOptions) -> Result<Self, Error> {
         let setup = |fault: Fault| fault.at("this machine", "set-up of the registry client");
-        // Fails only if one is installed already, which then serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let authorities = match &options.ca_file {
-            Some(path) => authorities(path).map_err(setup)?,
-            None => Vec::new(),
-        };
-        let builder = || {
-            reqwest::Client::builder()
-                .user_agent(concat!("hullspeed/", env!("CARGO_PKG_VERSION")))
-                .redirect(reqwest::redirect::Policy::none())
-                .referer(false)
-                .connect_timeout(options.connect_timeout)
-                .tcp_nodelay(true)
-        };
-        let direct = builder().no_proxy().tls_certs_only(authorities.clone()).build();
-        let direct = direct.map_err(|error| setup(unusable(options.ca_file.as_deref(), &error)))?;
-        let world = builder()
-            .tls_certs_merge(authorities)
-            .build()
-            .map_err(|error| chain(&error));
+        let mut trust = Trust::default();
+        if let Some(path) = &options.ca_file {
+            trust = trust.with_authorities(path).map_err(setup)?;
+        }
         let shared = Shared {
-            direct,
-            world,
+            pools: Arc::new(Pools::new(trust.clone(), options.connect_timeout)),
+            trust,
+            hosts: Hosts::new(options.hosts_directory.clone()),
+            avoided: Avoided::default(),
             options,
             tokens: Tokens::default(),
             urls: Urls::default(),
@@ -102,19 +126,82 @@ impl Client {
         })
     }
 
-    pub(crate) fn endpoint(&self, image: &Reference) -> Result<Endpoint, Error> {
-        let name = image.host();
-        let host = if name == "docker.io" {
+    /// The hosts that may serve blobs of `image`, in the order in which they are to be asked.
+    pub fn hosts(&self, image: &Reference) -> Result<Vec<HostHandle>, Error> {
+        let endpoints = self.endpoints(image)?;
+        let image = Arc::new(image.clone());
+        let able = endpoints.iter().filter(|endpoint| endpoint.capabilities.pull);
+        let handle = |endpoint: &Arc<Endpoint>| HostHandle {
+            client: self.clone(),
+            image: Arc::clone(&image),
+            name: endpoint.name.clone(),
+            key: endpoint.key().to_owned(),
+        };
+        Ok(able.map(handle).collect())
+    }
+
+    /// All hosts for an image.
+    pub(crate) fn endpoints(&self, image: &Reference) -> Result<Endpoints, Error> {
+        let registry = image.host();
+        let own = self.own_api(registry)?;
+        Ok(self
+            .shared
+            .hosts
+            .of(registry, |entry| self.make_endpoint(registry, &own, entry)))
+    }
+
+    /// The host for what is stored.
+    pub(crate) fn endpoint(&self, image: &Reference) -> Result<Arc<Endpoint>, Error> {
+        let endpoints = self.endpoints(image)?;
+        let able = endpoints.iter().find(|endpoint| endpoint.capabilities.push);
+        let none = || Fault::NoHost("no host of hosts.toml may store").at(image.host(), "look-up");
+        able.cloned().ok_or_else(none)
+    }
+
+    /// The API's root of a registry that no file says anything about.
+    fn own_api(&self, registry: &str) -> Result<Url, Error> {
+        let host = if registry == "docker.io" {
             "registry-1.docker.io"
         } else {
-            name
+            registry
         };
-        let scheme = if self.is_plain(name) { "http" } else { "https" };
-        let bad = || Fault::Setup(format!("{host:?} is no address")).at(name, "look-up");
-        let origin = Url::parse(&format!("{scheme}://{host}/")).map_err(|_| bad())?;
-        Ok(Endpoint {
-            name: name.to_owned(),
-            origin,
+        let scheme = if self.is_plain(registry) { "http" } else { "https" };
+        let bad = || Fault::Setup(format!("{host:?} is no address")).at(registry, "look-up");
+        Url::parse(&format!("{scheme}://{host}/v2/")).map_err(|_| bad())
+    }
+
+    fn make_endpoint(&self, registry: &str, own: &Url, entry: HostEntry) -> Endpoint {
+        let HostEntry {
+            api,
+            capabilities,
+            tls,
+            headers,
+            dial_timeout,
+        } = entry;
+        let api = api.unwrap_or_else(|| own.clone());
+        let ports = || api.port_or_known_default() == own.port_or_known_default();
+        let is_registry = authority(&api) == authority(own) || (api.host() == own.host() && ports());
+        let name = match authority(&api) {
+            _ if is_registry => registry.to_owned(),
+            name if name == "registry-1.docker.io" => "docker.io".to_owned(),
+            name => name,
+        };
+        let pools = if tls.is_empty() && dial_timeout.is_none() {
+            Ok(Arc::clone(&self.shared.pools))
+        } else {
+            let timeout = dial_timeout.unwrap_or(self.shared.options.connect_timeout);
+            let trust = self.shared.trust.clone().with_files(&tls);
+            trust
+                .map(|trust| Arc::new(Pools::new(trust, timeout)))
+                .map_err(Fault::into_text)
+        };
+        Endpoint::new(Parts {
+            name,
+            api,
+            namespace: (!is_registry).then(|| registry.to_owned()),
+            capabilities,
+            headers,
+            pools,
         })
     }
 
@@ -128,17 +215,6 @@ impl Client {
                 .plain_http
                 .iter()
                 .any(|plain| plain == host || plain == name)
-    }
-
-    /// The connection pool for `url`.
-    pub(crate) fn http(&self, url: &Url) -> Result<&reqwest::Client, Fault> {
-        if url.host_str().is_some_and(|host| is_loopback(host_name(host))) {
-            return Ok(&self.shared.direct);
-        }
-        self.shared
-            .world
-            .as_ref()
-            .map_err(|reason| Fault::Setup(format!("{reason}; is ca-certificates installed?")))
     }
 
     pub(crate) fn credentials(&self) -> &Credentials {
@@ -165,6 +241,10 @@ impl Client {
     pub(crate) fn urls(&self) -> &Urls {
         &self.shared.urls
     }
+
+    pub(crate) fn avoided(&self) -> &Avoided {
+        &self.shared.avoided
+    }
 }
 
 impl fmt::Debug for Client {
@@ -184,63 +264,17 @@ pub fn check_ca_file(path: &Path) -> Result<(), Error> {
     Client::new(options).map(drop)
 }
 
-/// A set-up that failed; certificates of the user's file are the one thing in it that can be wrong.
-fn unusable(ca_file: Option<&Path>, error: &reqwest::Error) -> Fault {
-    let reason = chain(error);
-    Fault::Setup(match ca_file {
-        Some(path) => format!("{} cannot be used: {reason}", path.display()),
-        None => reason,
-    })
-}
-
-fn authorities(path: &Path) -> Result<Vec<Certificate>, Fault> {
-    let shown = path.display().to_string();
-    let pem = read_bounded(path).map_err(|source| Fault::File {
-        path: shown.clone(),
-        source,
-    })?;
-    let found = Certificate::from_pem_bundle(&pem).map_err(|_| Fault::Setup(format!("{shown} is not a PEM file")))?;
-    if found.is_empty() {
-        Err(Fault::Setup(format!("{shown} holds no certificate")))
-    } else {
-        Ok(found)
-    }
-}
-
-/// Reads a regular file of at most [`MAX_CA_FILE_BYTES`]; a pipe or a device could last for ever.
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    if !std::fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    let read = File::open(path)?.take(MAX_CA_FILE_BYTES + 1).read_to_end(&mut bytes)?;
-    if read as u64 > MAX_CA_FILE_BYTES {
-        let why = format!("more than {MAX_CA_FILE_BYTES} bytes");
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
-    }
-    Ok(bytes)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
-
-fn host_name(host: &str) -> &str {
-    match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !name.ends_with(':') => name,
-        _ => host,
-    }
-}
-
-fn is_loopback(name: &str) -> bool {
-    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
+    use crate::limits::MAX_CA_FILE_BYTES;
+
+    fn chain(error: &dyn std::error::Error) -> String {
+        let causes = std::iter::successors(error.source(), |error| error.source());
+        causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
 
     #[test]
     fn plain_http_is_for_loopback_and_named_hosts_only() {

@@ -155,6 +155,9 @@ pub enum Fault {
         #[source]
         source: std::io::Error,
     },
+    /// `hosts.toml` leaves nobody to ask.
+    #[error("there is no host to ask: {0}")]
+    NoHost(&'static str),
     /// The client cannot be set up.
     #[error("HTTP client cannot be set up: {0}")]
     Setup(String),
@@ -203,7 +206,7 @@ impl Fault {
             | Self::Range { .. }
             | Self::Redirect(_)
             | Self::Header { .. } => ErrorClass::Protocol,
-            Self::File { .. } | Self::Setup(_) => ErrorClass::Local,
+            Self::File { .. } | Self::NoHost(_) | Self::Setup(_) => ErrorClass::Local,
         }
     }
 
@@ -224,6 +227,15 @@ impl Fault {
             asked: asked.into(),
             fault: Box::new(self),
         }
+    }
+
+    /// The fault with its causes, for an error that is given more than once.
+    pub(crate) fn into_text(self) -> String {
+        let Self::Setup(text) = self else {
+            let causes = std::iter::successors(std::error::Error::source(&self), |error| error.source());
+            return causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"));
+        };
+        text
     }
 
     /// A failure before the first byte of the answer. Addresses are taken out: they may carry signatures.

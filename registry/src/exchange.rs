@@ -1,6 +1,7 @@
 //! One request from start to end: authorisation, redirects by hand, re-authentication, retries.
 //!
-//! Invariants: an `Authorization` is only ever sent to the registry's own origin (scheme, host and port); https is never
+//! Invariants: an `Authorization`, and the headers of `hosts.toml`, are only ever sent to the origin (scheme, host and port) of the
+//! host that is asked; https is never
 //! left for http on the word of a redirect or of the address of an upload; the number of requests made for one [`Ask`] is bounded.
 
 use std::time::Duration;
@@ -14,18 +15,10 @@ use url::Url;
 use crate::auth::{Authorization, Challenge, Giver, Grant, Scope, Slot};
 use crate::body;
 use crate::client::Client;
+use crate::endpoint::{Endpoint, authority};
 use crate::error::{Error, ErrorClass, Fault};
 use crate::limits::{MAX_LOGINS_TRIED, MAX_REDIRECTS};
 use crate::upload::FileBody;
-
-/// A registry's API root.
-#[derive(Debug, Clone)]
-pub(crate) struct Endpoint {
-    /// The registry as the image names it; credentials are filed under it.
-    pub(crate) name: String,
-    /// Scheme, host and port.
-    pub(crate) origin: Url,
-}
 
 /// What to ask.
 pub(crate) struct Ask {
@@ -74,14 +67,14 @@ impl Ask {
 }
 
 impl Client {
-    /// Sends until a success, a final fault, or the end of the attempts.
-    pub(crate) async fn send(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Answer, Error> {
+    /// Sends until a success, a final fault, or the end of the `attempts`.
+    pub(crate) async fn send(&self, endpoint: &Endpoint, ask: &Ask, attempts: u32) -> Result<Answer, Error> {
         let mut attempt = 0;
         loop {
             match self.send_once(endpoint, ask).await {
                 Ok(answer) => return Ok(answer),
                 Err(fault) => self
-                    .pause(&mut attempt, fault)
+                    .pause(&mut attempt, attempts, fault)
                     .await
                     .map_err(|fault| fault.at(&endpoint.name, &ask.asked))?,
             }
@@ -89,9 +82,9 @@ impl Client {
     }
 
     /// Waits before the next attempt, or gives the fault back if there is none.
-    pub(crate) async fn pause(&self, attempt: &mut u32, fault: Fault) -> Result<(), Fault> {
+    pub(crate) async fn pause(&self, attempt: &mut u32, attempts: u32, fault: Fault) -> Result<(), Fault> {
         let policy = self.retry();
-        if !fault.is_transient() || *attempt + 1 >= policy.attempts {
+        if !fault.is_transient() || *attempt + 1 >= attempts {
             return Err(fault);
         }
         let wait = policy.wait(*attempt, fault.retry_after());
@@ -103,12 +96,11 @@ impl Client {
 
     /// Sends once, authenticating as the registry wants it; any status but success is a fault.
     pub(crate) async fn send_once(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Answer, Fault> {
-        if !same_origin(&ask.url, &endpoint.origin) {
+        if !endpoint.is_own(&ask.url) {
             // The final address of a redirected blob, or an upload address elsewhere: no credentials go there.
             return self.judge(self.follow(endpoint, ask, None).await?).await;
         }
-        let origin = endpoint.origin.as_str();
-        let slot = self.tokens().slot(origin, &ask.scope);
+        let slot = self.tokens().slot(endpoint.key(), &ask.scope);
         let known = self.known_grant(endpoint, &ask.scope, &slot).await?;
         let answer = self
             .follow(endpoint, ask, known.as_ref().map(|grant| &grant.authorization))
@@ -121,13 +113,13 @@ impl Client {
         let challenge = match Challenge::from_headers(answer.response.headers()) {
             Ok(challenge) => challenge,
             Err(fault) if status == StatusCode::UNAUTHORIZED => return Err(fault),
-            Err(_) => match self.tokens().challenge(origin) {
+            Err(_) => match self.tokens().challenge(endpoint.key()) {
                 Some(challenge) => challenge,
                 None => return self.judge(answer).await,
             },
         };
         drop(answer);
-        self.tokens().note_challenge(origin, &challenge);
+        self.tokens().note_challenge(endpoint.key(), &challenge);
         self.send_with_others(endpoint, ask, &slot, &challenge, known).await
     }
 
@@ -141,11 +133,13 @@ impl Client {
         mut used: Option<Grant>,
     ) -> Result<Answer, Fault> {
         // A configured login is read again, and may be another one then.
-        let own = used.iter().filter(|grant| grant.is_login() && grant.giver.is_some());
+        let own = used
+            .iter()
+            .filter(|grant| grant.is_login() && matches!(grant.giver, Giver::HandedOver(_)));
         let mut refused: Vec<Giver> = own.map(|grant| grant.giver).collect();
         let mut first = None;
-        // What is handed over meanwhile must not keep this going; the last is the configured login.
-        for _ in 0..=MAX_LOGINS_TRIED {
+        // What is handed over meanwhile must not keep this going; the last are the configured ones.
+        for _ in 0..=MAX_LOGINS_TRIED + self.credentials().sources() {
             let renewed = self
                 .renew(endpoint, &ask.scope, slot, challenge, used.as_ref(), &refused)
                 .await;
@@ -172,7 +166,7 @@ impl Client {
                 answer => return answer,
             };
             let fault = first.unwrap_or(fault);
-            if grant.giver.is_none() {
+            if grant.giver == Giver::Nobody {
                 return Err(fault);
             }
             first = Some(fault);
@@ -189,8 +183,8 @@ impl Client {
             return Ok(Some(grant.clone()));
         }
         *held = None;
-        if let Some(challenge) = self.tokens().challenge(endpoint.origin.as_str()) {
-            *held = Some(self.authenticate(endpoint, scope, &challenge, &[]).await?);
+        if let Some(challenge) = self.tokens().challenge(endpoint.key()) {
+            *held = Some(self.authenticate(endpoint, scope, &challenge, &[], None).await?);
         }
         Ok(held.clone())
     }
@@ -214,7 +208,8 @@ impl Client {
             return Ok(grant.clone());
         }
         *held = None;
-        let grant = self.authenticate(endpoint, scope, challenge, refused).await?;
+        let since = used.filter(|used| used.is_login()).map(|used| used.issued);
+        let grant = self.authenticate(endpoint, scope, challenge, refused, since).await?;
         *held = Some(grant.clone());
         Ok(grant)
     }
@@ -223,13 +218,11 @@ impl Client {
     async fn follow(&self, endpoint: &Endpoint, ask: &Ask, auth: Option<&Authorization>) -> Result<Answer, Fault> {
         let mut url = ask.url.clone();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self
+            let request = endpoint
                 .http(&url)?
                 .request(ask.method.clone(), url.clone())
                 .headers(ask.headers.clone());
-            if let Some(auth) = auth.filter(|_| same_origin(&url, &endpoint.origin)) {
-                request = auth.apply(request);
-            }
+            let request = endpoint.identify(&url, request, auth);
             let response = match &ask.payload {
                 Payload::None => self.head_of(request).await?,
                 Payload::Bytes(bytes) => self.head_of(request.body(bytes.clone())).await?,
@@ -306,7 +299,7 @@ impl Client {
 /// Whether the registry itself refuses the login, or wants one.
 fn is_refusal(answer: &Answer, endpoint: &Endpoint) -> bool {
     let status = answer.response.status();
-    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && same_origin(&answer.url, &endpoint.origin)
+    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && endpoint.is_own(&answer.url)
 }
 
 /// The `Location` of an answer, resolved against the address that gave it.
@@ -325,15 +318,4 @@ fn location(response: &Response, from: &Url) -> Result<Url, Fault> {
     let cleared = url.set_username("").and_then(|()| url.set_password(None));
     cleared.map_err(|()| bad("not an http address"))?;
     Ok(url)
-}
-
-pub(crate) fn same_origin(a: &Url, b: &Url) -> bool {
-    a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
-}
-
-/// Host and, if it is not the scheme's own, port.
-pub(crate) fn authority(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    url.port()
-        .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }

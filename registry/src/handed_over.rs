@@ -55,6 +55,19 @@ impl Place {
         }
     }
 
+    /// A repository by its registry's name and its own.
+    pub(crate) fn new(host: &str, repository: &str) -> Self {
+        Self {
+            host: host.to_owned(),
+            prefix: repository.to_owned(),
+        }
+    }
+
+    /// How closely it is told: the length of what repositories begin with.
+    pub(crate) fn depth(&self) -> usize {
+        self.prefix.len()
+    }
+
     /// `host[:port]`, or `host[:port]/component…`; nothing is completed.
     pub fn prefix(text: &str) -> Result<Self, PlaceError> {
         // A name and a password before the host are no part of the error.
@@ -95,7 +108,8 @@ impl Place {
         }
     }
 
-    fn contains(&self, other: &Self) -> bool {
+    /// Whether it has all that `other` has.
+    pub(crate) fn contains(&self, other: &Self) -> bool {
         let inside = other.prefix.strip_prefix(self.prefix.as_str());
         self.host == other.host
             && (self.prefix.is_empty() || inside.is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
@@ -141,19 +155,23 @@ impl Login {
     }
 
     fn check(&self) -> Result<(), PlaceError> {
+        self.problem().map_or(Ok(()), |problem| Err(PlaceError::Login(problem)))
+    }
+
+    /// Why it cannot be used, if so.
+    pub(crate) fn problem(&self) -> Option<&'static str> {
         let parts = self.parts();
-        let problem = if parts.iter().any(|part| part.len() > MAX_SECRET_BYTES) {
-            "it is too long"
+        if parts.iter().any(|part| part.len() > MAX_SECRET_BYTES) {
+            Some("it is too long")
         } else if parts[0].is_empty() {
-            "it is empty"
+            Some("it is empty")
         } else if matches!(self, Self::Basic { username, .. } if username.contains(':')) {
-            "a user name has no colon"
+            Some("a user name has no colon")
         } else if matches!(self, Self::RegistryToken(token) if !token.bytes().all(|byte| byte.is_ascii_graphic())) {
-            "a token has printable characters only"
+            Some("a token has printable characters only")
         } else {
-            return Ok(());
-        };
-        Err(PlaceError::Login(problem))
+            None
+        }
     }
 }
 
@@ -210,13 +228,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        match &mut self.login {
-            Login::Basic { username, password } => {
-                username.zeroize();
-                password.zeroize();
-            }
-            Login::IdentityToken(token) | Login::RegistryToken(token) => token.zeroize(),
-        }
+        self.login.wipe();
     }
 }
 

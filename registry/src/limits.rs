@@ -48,3 +48,33 @@ pub const MAX_LOGINS_TRIED: usize = 8;
 pub const MAX_SECRET_BYTES: usize = 64 << 10;
 /// Longest time that a login handed over is kept.
 pub const MAX_HELD: Duration = Duration::from_secs(24 * 3600);
+/// Largest `hosts.toml`.
+pub const MAX_HOSTS_FILE_BYTES: u64 = 1 << 20;
+/// Hosts that one `hosts.toml` may list.
+pub const MAX_HOSTS: usize = 32;
+/// Files of authorities, or of client certificates, that one host may have.
+pub const MAX_HOST_FILES: usize = 32;
+/// Headers that one host may have.
+pub const MAX_HOST_HEADERS: usize = 32;
+/// Registries whose hosts are kept; beyond it the one that was not asked for the longest is read again when it is.
+pub const MAX_REGISTRIES: usize = 512;
+/// How long what is known of a registry's hosts is used before its files are looked at again.
+pub const HOSTS_CHECKED: Duration = Duration::from_secs(1);
+/// How long a host that failed is asked after the others, at first; it doubles with each failure.
+pub const HOST_AVOIDED: Duration = Duration::from_secs(1);
+/// Longest time that a host that failed is asked after the others.
+pub const HOST_AVOIDED_MOST: Duration = Duration::from_secs(60);
+/// Largest file of logins.
+pub const MAX_LOGINS_BYTES: u64 = 1 << 20;
+/// Largest configuration of the kubelet's credential providers.
+pub const MAX_PROVIDERS_BYTES: u64 = 1 << 20;
+/// Credential providers that are used; the kubelet's own configurations have a few.
+pub const MAX_PROVIDERS: usize = 64;
+/// Largest answer of a credential provider.
+pub const MAX_PROVIDER_ANSWER: u64 = 1 << 20;
+/// Time that a credential provider has; the kubelet's value.
+pub const PROVIDER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Answers of credential providers kept.
+pub const MAX_PROVIDER_ANSWERS: usize = 256;
+/// A login of a credential provider that a registry refused is asked for again unless it is younger than this.
+pub const PROVIDER_ASKED_AGAIN: Duration = Duration::from_secs(10);

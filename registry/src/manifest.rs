@@ -8,10 +8,12 @@ use crate::auth::Scope;
 use crate::body;
 use crate::client::Client;
 use crate::digest::Digest;
+use crate::endpoint::Endpoint;
 use crate::error::{Error, Fault};
-use crate::exchange::{Ask, Endpoint, Payload};
+use crate::exchange::{Ask, Payload};
 use crate::limits::MAX_MANIFEST_BYTES;
 use crate::reference::{Reference, Version};
+use crate::turns::Need;
 
 /// The manifest types that this project reads.
 pub const MANIFEST_ACCEPT: &[&str] = &[
@@ -35,25 +37,40 @@ pub struct Manifest {
 }
 
 impl Client {
-    /// Pulls the manifest that `version` names in `image`'s repository.
+    /// Pulls the manifest that `version` names in `image`'s repository, from the first of its hosts that has it.
     pub async fn manifest(&self, image: &Reference, version: &Version, accept: &[&str]) -> Result<Manifest, Error> {
-        let endpoint = self.endpoint(image)?;
         let asked = format!("pull of manifest {version} of {}", image.repository());
-        let mut ask = manifest_ask(
-            Method::GET,
-            &endpoint,
-            image,
-            version,
-            Scope::pull(image.repository()),
-            asked,
-        )?;
-        for kind in accept {
-            let value = HeaderValue::from_str(kind).map_err(|_| bad_type(kind).at(&endpoint.name, &ask.asked))?;
-            ask.headers.append(ACCEPT, value);
+        let need = match version {
+            Version::Digest(_) => Need::Pull,
+            Version::Tag(_) => Need::Resolve,
+        };
+        let mut turns = self.turns(image, need, &asked)?;
+        loop {
+            let mut ask = manifest_ask(Method::GET, turns.host(), image, version, Scope::pull, asked.clone())?;
+            for kind in accept {
+                let value = HeaderValue::from_str(kind).map_err(|_| bad_type(kind).at(image.host(), &asked))?;
+                ask.headers.append(ACCEPT, value);
+            }
+            match self.manifest_at(turns.host(), &ask, version, turns.attempts()).await {
+                Ok(manifest) => {
+                    turns.succeeded();
+                    return Ok(manifest);
+                }
+                Err(error) => turns.failed(error)?,
+            }
         }
+    }
+
+    async fn manifest_at(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask,
+        version: &Version,
+        attempts: u32,
+    ) -> Result<Manifest, Error> {
         let mut attempt = 0;
         loop {
-            let answer = self.send(&endpoint, &ask).await?;
+            let answer = self.send(endpoint, ask, attempts).await?;
             let headers = answer.response.headers().clone();
             let fault = match body::collect(answer.response, MAX_MANIFEST_BYTES, self.idle()).await {
                 Ok(bytes) => match checked(bytes, &headers, version) {
@@ -62,7 +79,7 @@ impl Client {
                 },
                 Err(fault) => fault,
             };
-            self.pause(&mut attempt, fault)
+            self.pause(&mut attempt, attempts, fault)
                 .await
                 .map_err(|fault| fault.at(&endpoint.name, &ask.asked))?;
         }
@@ -78,20 +95,13 @@ impl Client {
     ) -> Result<Digest, Error> {
         let endpoint = self.endpoint(image)?;
         let asked = format!("push of manifest {version} of {}", image.repository());
-        let mut ask = manifest_ask(
-            Method::PUT,
-            &endpoint,
-            image,
-            version,
-            Scope::push(image.repository()),
-            asked,
-        )?;
+        let mut ask = manifest_ask(Method::PUT, &endpoint, image, version, Scope::push, asked)?;
         let value =
             HeaderValue::from_str(media_type).map_err(|_| bad_type(media_type).at(&endpoint.name, &ask.asked))?;
         ask.headers.insert(CONTENT_TYPE, value);
         let digest = Digest::of(&bytes);
         ask.payload = Payload::Bytes(bytes);
-        let answer = self.send(&endpoint, &ask).await?;
+        let answer = self.send(&endpoint, &ask, self.retry().attempts).await?;
         if let Some(actual) = digest_header(answer.response.headers()).filter(|actual| *actual != digest) {
             return Err(Fault::Digest {
                 expected: digest,
@@ -108,13 +118,12 @@ fn manifest_ask(
     endpoint: &Endpoint,
     image: &Reference,
     version: &Version,
-    scope: Scope,
+    scope: fn(&str) -> Scope,
     asked: String,
 ) -> Result<Ask, Error> {
-    let path = format!("v2/{}/manifests/{version}", image.repository());
-    match endpoint.origin.join(&path) {
-        Ok(url) => Ok(Ask::new(method, url, scope, asked)),
-        Err(error) => Err(Fault::Setup(error.to_string()).at(&endpoint.name, asked)),
+    match endpoint.url(image, &format!("manifests/{version}")) {
+        Ok(url) => Ok(Ask::new(method, url, scope(&endpoint.repository(image)), asked)),
+        Err(fault) => Err(fault.at(&endpoint.name, asked)),
     }
 }
 

@@ -13,9 +13,11 @@ use crate::auth::Scope;
 use crate::body;
 use crate::client::Client;
 use crate::digest::Digest;
+use crate::endpoint::Endpoint;
 use crate::error::{Error, Fault};
-use crate::exchange::{Answer, Ask, Endpoint, same_origin};
+use crate::exchange::{Answer, Ask};
 use crate::reference::Reference;
+use crate::turns::Need;
 
 /// Which part of a blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,7 +58,8 @@ pub struct RangeResponse {
 }
 
 impl Client {
-    /// Asks for a part of a blob. The bytes are unverified: the caller checks them against the layer's TOC.
+    /// Asks for a part of a blob, one host of the image after the other. The bytes are unverified: the caller checks them against the
+    /// layer's TOC.
     ///
     /// Retries until the head of an answer is there; what the body then does is the caller's to handle, because only
     /// the caller knows which part is already good.
@@ -66,13 +69,35 @@ impl Client {
         digest: &Digest,
         range: RangeSpec,
     ) -> Result<RangeResponse, Error> {
-        let endpoint = self.endpoint(image)?;
+        let asked = format!("read of {range} of blob {digest} of {}", image.repository());
+        let mut turns = self.turns(image, Need::Pull, &asked)?;
+        loop {
+            let (endpoint, attempts) = (turns.host(), turns.attempts());
+            match self.range_at(endpoint, image, digest, range.clone(), attempts).await {
+                Ok(response) => {
+                    turns.succeeded();
+                    return Ok(response);
+                }
+                Err(error) => turns.failed(error)?,
+            }
+        }
+    }
+
+    /// Asks one host for a part of a blob.
+    pub(crate) async fn range_at(
+        &self,
+        endpoint: &Endpoint,
+        image: &Reference,
+        digest: &Digest,
+        range: RangeSpec,
+        attempts: u32,
+    ) -> Result<RangeResponse, Error> {
         let asked = format!("read of {range} of blob {digest} of {}", image.repository());
         if matches!(&range, RangeSpec::From(range) if range.is_empty()) || range == RangeSpec::Suffix(0) {
             return Err(bad_range(&range, "it is empty").at(&endpoint.name, asked));
         }
-        let blob = format!("{}/{}@{digest}", endpoint.name, image.repository());
-        let origin_ask = blob_ask(&endpoint, image, digest, asked)?;
+        let blob = format!("{} {}@{digest}", endpoint.key(), image.repository());
+        let origin_ask = blob_ask(endpoint, image, digest, asked)?;
         let value = HeaderValue::from_str(&range.to_string());
         let value = value.map_err(|_| bad_range(&range, "not a header").at(&endpoint.name, &origin_ask.asked))?;
         let mut ask = origin_ask.header(RANGE, value);
@@ -81,12 +106,12 @@ impl Client {
         loop {
             let kept = self.urls().find(&blob);
             ask.url = kept.clone().unwrap_or_else(|| origin_url.clone());
-            let fault = match self.send_once(&endpoint, &ask).await {
+            let fault = match self.send_once(endpoint, &ask).await {
                 Ok(answer) => {
-                    if !same_origin(&answer.url, &endpoint.origin) && kept.as_ref() != Some(&answer.url) {
+                    if !endpoint.is_own(&answer.url) && kept.as_ref() != Some(&answer.url) {
                         self.urls().keep(blob.clone(), answer.url.clone());
                     }
-                    match self.fit(&endpoint, &ask, &range, answer) {
+                    match self.fit(endpoint, &ask, &range, answer) {
                         Ok(response) => return Ok(response),
                         Err(fault) => fault,
                     }
@@ -102,7 +127,7 @@ impl Client {
                     continue;
                 }
             }
-            self.pause(&mut attempt, fault)
+            self.pause(&mut attempt, attempts, fault)
                 .await
                 .map_err(|fault| fault.at(&endpoint.name, &ask.asked))?;
         }
@@ -135,10 +160,14 @@ impl Client {
 }
 
 pub(crate) fn blob_ask(endpoint: &Endpoint, image: &Reference, digest: &Digest, asked: String) -> Result<Ask, Error> {
-    let path = format!("v2/{}/blobs/{digest}", image.repository());
-    match endpoint.origin.join(&path) {
-        Ok(url) => Ok(Ask::new(Method::GET, url, Scope::pull(image.repository()), asked)),
-        Err(error) => Err(Fault::Setup(error.to_string()).at(&endpoint.name, asked)),
+    match endpoint.url(image, &format!("blobs/{digest}")) {
+        Ok(url) => Ok(Ask::new(
+            Method::GET,
+            url,
+            Scope::pull(&endpoint.repository(image)),
+            asked,
+        )),
+        Err(fault) => Err(fault.at(&endpoint.name, asked)),
     }
 }
 

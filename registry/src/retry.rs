@@ -33,11 +33,14 @@ impl RetryPolicy {
             .first
             .saturating_mul(1_u32.checked_shl(attempt).unwrap_or(u32::MAX))
             .min(self.longest);
-        // Half of the wait is random: clients that failed together do not come back together.
-        let random = RandomState::new().hash_one(attempt) % 1024;
-        let jittered = ceiling / 2 + (ceiling / 2).mul_f64(random as f64 / 1024.0);
-        jittered.max(retry_after.unwrap_or_default().min(MAX_RETRY_AFTER))
+        jittered(ceiling).max(retry_after.unwrap_or_default().min(MAX_RETRY_AFTER))
     }
+}
+
+/// Half of a wait and a random part of the other: clients that failed together do not come back together.
+pub(crate) fn jittered(ceiling: Duration) -> Duration {
+    let random = RandomState::new().hash_one(ceiling) % 1024;
+    ceiling / 2 + (ceiling / 2).mul_f64(random as f64 / 1024.0)
 }
 
 #[cfg(test)]

@@ -16,8 +16,9 @@ use url::Url;
 use crate::auth::Scope;
 use crate::client::Client;
 use crate::digest::Digest;
+use crate::endpoint::Endpoint;
 use crate::error::{Error, Fault};
-use crate::exchange::{Ask, Endpoint, Payload};
+use crate::exchange::{Ask, Payload};
 use crate::limits::{COMMIT_TIMEOUT, UPLOAD_CHUNK_BYTES};
 use crate::reference::Reference;
 
@@ -68,7 +69,7 @@ impl Client {
                 Ok(uploaded) => return Ok(uploaded),
                 Err(fault) => fault,
             };
-            self.pause(&mut attempt, fault)
+            self.pause(&mut attempt, self.retry().attempts, fault)
                 .await
                 .map_err(|fault| fault.at(&endpoint.name, &asked))?;
         }
@@ -111,9 +112,14 @@ impl Client {
             return Ok(Uploaded::Existed);
         };
         url.query_pairs_mut().append_pair("digest", digest.as_str());
-        let mut ask = Ask::new(Method::PUT, url, Scope::push(image.repository()), asked.to_owned())
-            .header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))
-            .header(CONTENT_LENGTH, HeaderValue::from(payload.len()));
+        let mut ask = Ask::new(
+            Method::PUT,
+            url,
+            Scope::push(&endpoint.repository(image)),
+            asked.to_owned(),
+        )
+        .header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))
+        .header(CONTENT_LENGTH, HeaderValue::from(payload.len()));
         ask.payload = payload.clone();
         self.send_once(endpoint, &ask).await.map(|_| Uploaded::Sent)
     }
@@ -127,20 +133,16 @@ impl Client {
         mount_from: Option<&Reference>,
         asked: &str,
     ) -> Result<Option<Url>, Fault> {
-        let path = format!("v2/{}/blobs/uploads/", image.repository());
-        let mut url = endpoint
-            .origin
-            .join(&path)
-            .map_err(|error| Fault::Setup(error.to_string()))?;
+        let mut url = endpoint.url(image, "blobs/uploads/")?;
         if let Some(from) = mount_from {
             url.query_pairs_mut()
                 .append_pair("mount", digest.as_str())
                 .append_pair("from", from.repository());
         }
-        let scope = Scope::push(image.repository());
+        let scope = Scope::push(&endpoint.repository(image));
         let scope = mount_from
             .iter()
-            .fold(scope, |scope, from| scope.and_pull(from.repository()));
+            .fold(scope, |scope, from| scope.and_pull(&endpoint.repository(from)));
         let ask =
             Ask::new(Method::POST, url, scope, asked.to_owned()).header(CONTENT_LENGTH, HeaderValue::from_static("0"));
         let answer = self.send_once(endpoint, &ask).await?;

@@ -61,10 +61,20 @@ pub struct LayersConfig {
 /// `[registry]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistryConfig {
+    /// containerd's `certs.d`; it need not exist.
+    pub hosts_directory: Option<PathBuf>,
     /// Hosts (`host` or `host:port`) spoken to by http; loopback hosts are without being listed.
     pub plain_http: Vec<String>,
     /// PEM file with certificates trusted besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// File of logins, which only its owner may read.
+    pub credentials_file: Option<PathBuf>,
+    /// Docker's `config.json`; without it the places that the environment names.
+    pub docker_config: Option<PathBuf>,
+    /// The kubelet's `CredentialProviderConfig`: a file, or a directory of files.
+    pub credential_provider_config: Option<PathBuf>,
+    /// The directory of the programs that it names.
+    pub credential_provider_bin_dir: Option<PathBuf>,
     /// Limit on connecting, including TLS.
     pub connect_timeout: Duration,
     /// Limit on the time in which no byte of an answer arrives.
@@ -130,8 +140,13 @@ impl Default for Config {
                 restore_parallelism: 8,
             },
             registry: RegistryConfig {
+                hosts_directory: Some(PathBuf::from("/etc/containerd/certs.d")),
                 plain_http: Vec::new(),
                 ca_file: None,
+                credentials_file: None,
+                docker_config: None,
+                credential_provider_config: None,
+                credential_provider_bin_dir: None,
                 connect_timeout: Duration::from_secs(10),
                 stall_timeout: Duration::from_secs(20),
             },
@@ -186,8 +201,13 @@ impl Config {
             restore_parallelism,
         } = layers;
         let RegistryConfig {
+            hosts_directory,
             plain_http,
             ca_file,
+            credentials_file,
+            docker_config,
+            credential_provider_config,
+            credential_provider_bin_dir,
             connect_timeout,
             stall_timeout,
         } = registry;
@@ -212,6 +232,7 @@ impl Config {
             max_background,
             read_ahead,
         } = fuse;
+        let maybe = |file: &Option<PathBuf>| path(file.as_deref().unwrap_or(Path::new("")));
         let lines = [
             format!("root = {}", path(root)),
             format!("socket = {}", path(socket)),
@@ -223,8 +244,13 @@ impl Config {
             format!("mount_timeout = {}", time(*mount_timeout)),
             format!("restore_parallelism = {restore_parallelism}"),
             "\n[registry]".to_owned(),
+            format!("hosts_directory = {}", maybe(hosts_directory)),
             format!("plain_http = {}", list(plain_http)),
-            format!("ca_file = {}", path(ca_file.as_deref().unwrap_or(Path::new("")))),
+            format!("ca_file = {}", maybe(ca_file)),
+            format!("credentials_file = {}", maybe(credentials_file)),
+            format!("docker_config = {}", maybe(docker_config)),
+            format!("credential_provider_config = {}", maybe(credential_provider_config)),
+            format!("credential_provider_bin_dir = {}", maybe(credential_provider_bin_dir)),
             format!("connect_timeout = {}", time(*connect_timeout)),
             format!("stall_timeout = {}", time(*stall_timeout)),
             "\n[fetch]".to_owned(),

@@ -93,7 +93,7 @@ pub enum NotLazy {
         #[source]
         cause: Cause,
     },
-    /// A format that is recognised and not supported, as zstd:chunked.
+    /// A format that is recognised and not supported, as a future form of zstd:chunked.
     #[error("layer {layer} is {what}, which is not supported")]
     Unsupported {
         /// Digest of the layer's blob.
@@ -128,6 +128,17 @@ pub enum NotLazy {
         /// Digest of the layer's blob.
         layer: Digest,
         /// The registry client's error.
+        #[source]
+        cause: Cause,
+    },
+    /// The TOC is in another image, which did not deliver it.
+    #[error("the TOC of layer {layer} of {image} is in another image, which did not deliver it")]
+    TocImage {
+        /// Reference of the image.
+        image: String,
+        /// Digest of the layer's blob.
+        layer: Digest,
+        /// Which image it should be in, and what was wrong with it.
         #[source]
         cause: Cause,
     },
@@ -186,6 +197,7 @@ impl NotLazy {
             Self::TocMismatch { .. } => "toc_mismatch",
             Self::TocInvalid { .. } => "toc_invalid",
             Self::Registry { .. } => "registry",
+            Self::TocImage { .. } => "toc_image",
             Self::Timeout { .. } => "timeout",
             Self::CacheIo { .. } => "cache_io",
             Self::NotCached { .. } => "not_cached",
@@ -204,6 +216,7 @@ impl NotLazy {
             | Self::TocMismatch { .. }
             | Self::TocInvalid { .. } => true,
             Self::Registry { .. }
+            | Self::TocImage { .. }
             | Self::Timeout { .. }
             | Self::CacheIo { .. }
             | Self::NotCached { .. }

@@ -3,7 +3,9 @@
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableStyle};
 use estargz::footer::FooterKind;
 use estargz::reader::{LayerBlob, ReadError};
-use estargz::toc::{EntryType, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_DIGEST_ANNOTATION, Toc};
+use estargz::toc::{
+    BINDING_ANNOTATIONS, EntryType, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_DIGEST_ANNOTATION, Toc,
+};
 use serde::Serialize;
 
 use super::failure::{Code, Failure, chain};
@@ -53,6 +55,8 @@ struct LayerView {
     size: u64,
     /// A snapshotter can mount it lazily.
     estargz: bool,
+    /// Which form of the format it has.
+    form: Option<&'static str>,
     /// Why not.
     reason: Option<String>,
     toc_digest: Option<String>,
@@ -128,22 +132,30 @@ async fn view(source: &Source, layer: &Layer) -> Result<LayerView, Failure> {
     let blob = source.random(&layer.blob)?;
     // Reading blocks, over the network too.
     let opened = tokio::task::spawn_blocking(move || {
-        LayerBlob::open(&*blob).map(|layer| (layer.footer, layer.toc_document.digest, layer.toc))
+        LayerBlob::open(&*blob).map(|layer| {
+            let digests = [layer.toc_document.digest, layer.compressed_toc_digest];
+            (layer.footer.kind, digests, layer.toc)
+        })
     });
     let opened = opened
         .await
         .map_err(|error| Failure::new(Code::Runtime, error.to_string()))?;
     match opened {
-        Ok((footer, toc_digest, toc)) => {
-            let toc_digest = toc_digest.to_string();
-            let bound = layer.descriptor.annotation(TOC_DIGEST_ANNOTATION);
+        Ok((kind, digests, toc)) => {
+            let [toc_digest, compressed] = digests.map(|digest| digest.to_string());
+            let bound = BINDING_ANNOTATIONS
+                .iter()
+                .find_map(|key| layer.descriptor.annotation(key));
             view.reason = match bound {
-                _ if footer.kind == FooterKind::LegacyGzip => Some("legacy form without digests".to_owned()),
+                _ if kind == FooterKind::LegacyGzip => Some("legacy form without digests".to_owned()),
                 None => Some(format!("annotation {TOC_DIGEST_ANNOTATION} is missing")),
-                Some(bound) if bound != toc_digest => Some(format!("the annotation names another TOC, {bound}")),
+                Some(bound) if ![&toc_digest, &compressed].contains(&&bound) => {
+                    Some(format!("the annotation names another TOC, {bound}"))
+                }
                 Some(_) => None,
             };
             view.estargz = view.reason.is_none();
+            view.form = Some(kind.name());
             view.toc_digest = Some(toc_digest);
             view.count(&toc);
         }

@@ -9,8 +9,8 @@ use zerocopy::IntoBytes;
 use super::chunks::Chunks;
 use super::error::{EntryFault, IndexError};
 use super::format::{
-    CHECKED_FROM, DirentRecord, FORMAT, Header, InodeRecord, MAGIC, NONE_U32, NONE_U64, Section, SectionRecord,
-    XattrRecord, sections,
+    CHECKED_FROM, DirentRecord, Header, InodeRecord, MAGIC, NONE_U32, NONE_U64, Section, SectionRecord, XattrRecord,
+    format_id, sections,
 };
 use super::tree::{Origin, Tree, prefetch_end};
 use super::{BlobLayout, FileKind};
@@ -29,7 +29,11 @@ const MAX_MINOR: u64 = (1 << 20) - 1;
 
 /// Makes the index of a layer from its TOC; open it with [`super::LayerIndex::open`].
 pub fn build(toc: &Toc, layout: BlobLayout, toc_digest: Digest) -> Result<Vec<u8>, IndexError> {
-    let BlobLayout { blob_size, toc_offset } = layout;
+    let BlobLayout {
+        blob_size,
+        toc_offset,
+        compression,
+    } = layout;
     if toc_offset >= blob_size {
         return Err(IndexError::Layout { toc_offset, blob_size });
     }
@@ -39,7 +43,7 @@ pub fn build(toc: &Toc, layout: BlobLayout, toc_digest: Digest) -> Result<Vec<u8
         inodes: Vec::with_capacity(numbered.len()),
         ..Tables::default()
     };
-    let mut chunks = Chunks::of(toc, toc_offset)?;
+    let mut chunks = Chunks::of(toc, layout)?;
     for (ino, node) in (1..).zip(&numbered) {
         tables.add_inode(toc, &tree, *node, ino, &mut chunks)?;
     }
@@ -58,7 +62,7 @@ pub fn build(toc: &Toc, layout: BlobLayout, toc_digest: Digest) -> Result<Vec<u8
     ];
     let header = Header {
         magic: MAGIC,
-        format: FORMAT.into(),
+        format: format_id(compression).into(),
         checksum: 0.into(),
         file_size: 0.into(),
         toc_digest: *toc_digest.as_bytes(),

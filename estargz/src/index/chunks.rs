@@ -6,19 +6,17 @@
 
 use std::ops::Range;
 
+use super::BlobLayout;
 use super::error::{EntryFault, IndexError};
 use super::format::{ChunkRecord, DATA_ALIGN, MemberRecord};
 use crate::digest::Digest;
-use crate::gzip::MAX_MEMBER_SPAN;
+use crate::member::MAX_MEMBER_SPAN;
 use crate::toc::{EntryType, MAX_CHUNK_BYTES, Toc, TocEntry};
-
-/// Deflate says at most 258 bytes in 2 bits.
-const MAX_EXPANSION: u64 = 1032;
 
 /// Collects chunks, file by file in inode order.
 pub(super) struct Chunks<'a> {
     toc: &'a Toc,
-    toc_offset: u64,
+    layout: BlobLayout,
     /// Where members begin, sorted; the TOC last.
     starts: Vec<u64>,
     chunks: Vec<ChunkRecord>,
@@ -28,7 +26,7 @@ pub(super) struct Chunks<'a> {
 }
 
 impl<'a> Chunks<'a> {
-    pub(super) fn of(toc: &'a Toc, toc_offset: u64) -> Result<Self, IndexError> {
+    pub(super) fn of(toc: &'a Toc, layout: BlobLayout) -> Result<Self, IndexError> {
         let mut last = EntryType::Dir;
         for (at, entry) in toc.entries.iter().enumerate() {
             if entry.kind != EntryType::Chunk {
@@ -42,14 +40,14 @@ impl<'a> Chunks<'a> {
             .entries
             .iter()
             .map(|entry| entry.offset)
-            .filter(|at| *at < toc_offset)
+            .filter(|at| *at < layout.toc_offset)
             .collect();
-        starts.push(toc_offset);
+        starts.push(layout.toc_offset);
         starts.sort_unstable();
         starts.dedup();
         Ok(Self {
             toc,
-            toc_offset,
+            layout,
             starts,
             chunks: Vec::new(),
             entries: Vec::new(),
@@ -164,20 +162,20 @@ impl<'a> Chunks<'a> {
         } = self.toc.entries[at];
         let outside = EntryFault::Offset {
             offset,
-            toc_offset: self.toc_offset,
+            toc_offset: self.layout.toc_offset,
         };
         let start = self
             .starts
             .binary_search(&offset)
             .ok()
-            .filter(|_| offset < self.toc_offset);
+            .filter(|_| offset < self.layout.toc_offset);
         let start = start.ok_or_else(|| self.fault(at, outside))?;
         let end = inner_offset.saturating_add(size);
         if end > MAX_MEMBER_SPAN as u64 {
             return Err(self.fault(at, EntryFault::MemberSpan { end }));
         }
         let compressed = self.starts[start + 1] - offset;
-        if end > compressed.saturating_mul(MAX_EXPANSION) {
+        if end > compressed.saturating_mul(self.layout.compression.max_expansion()) {
             return Err(self.fault(at, EntryFault::Expansion { end, compressed }));
         }
         let small = |n: u64| u32::try_from(n).expect("within MAX_MEMBER_SPAN");

@@ -1,7 +1,7 @@
 //! What can be wrong with a TOC as a whole, or with an index file.
 
 use super::tree::MAX_INODES;
-use crate::gzip::MAX_MEMBER_SPAN;
+use crate::member::MAX_MEMBER_SPAN;
 use crate::toc::{MAX_CHUNK_BYTES, MAX_DEPTH, MAX_LINK_BYTES, MAX_NAME_BYTES, MAX_XATTR_VALUE_BYTES};
 
 /// Why there is no index.
@@ -41,12 +41,10 @@ pub enum IndexError {
         found: &'static str,
     },
     /// The index file is of another version of this software.
-    #[error("the index file has format id {found}, this version reads {known}")]
+    #[error("the index file has format id {found}, this version reads 1 and 2")]
     Format {
         /// Id in the file.
         found: u32,
-        /// Id that is known.
-        known: u32,
     },
     /// The index file is not what was written.
     #[error("the index file of {size} bytes is damaged: {what} at {table} {record}")]
@@ -181,7 +179,7 @@ pub enum EntryFault {
         /// Where the chunk ends in the uncompressed member.
         end: u64,
     },
-    /// A member that would have to hold more than deflate can say in so few bytes.
+    /// A member that would have to hold more than its compression can say in so few bytes.
     #[error("the chunk ends {end} bytes into a member of {compressed} compressed bytes, which cannot hold that much")]
     Expansion {
         /// Where the chunk ends in the uncompressed member.

@@ -1,7 +1,7 @@
 //! The bytes of an index file: a header, six tables of fixed-size little-endian records, and an arena of names.
 //!
 //! Everything is unaligned plain data, so the file can be used where it is mapped. docs/format.md describes it; a
-//! change of any record, of the numbering, of the data layout or of what entries mean needs a new [`FORMAT`].
+//! change of any record, of the numbering, of the data layout or of what entries mean needs new [`FORMATS`].
 
 use std::mem::size_of;
 use std::ops::Range;
@@ -9,11 +9,14 @@ use std::ops::Range;
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::member::Compression;
+
 /// First bytes of an index file.
 pub(super) const MAGIC: [u8; 8] = *b"HULLIDX\n";
-/// Id of this form of the file, including inode numbering, data layout and what was made of the entries. An index of format 1
-/// may hold `trusted.` attributes of the image.
-pub(super) const FORMAT: u32 = 1;
+/// Ids of this form of the file, including inode numbering, data layout and what was made of the entries. The id also says how
+/// the members are compressed: 1 is gzip, which is all there was at first, 2 is zstd. Nothing else differs between them. An index
+/// of format 1 may hold `trusted.` attributes of the image.
+pub(super) const FORMATS: [(u32, Compression); 2] = [(1, Compression::Gzip), (2, Compression::Zstd)];
 /// What `prefetch_end` and `dirent` hold when there is none.
 pub(super) const NONE_U64: u64 = u64::MAX;
 pub(super) const NONE_U32: u32 = u32::MAX;
@@ -176,4 +179,10 @@ pub(super) fn sections(counts: [usize; Section::COUNT]) -> Option<([Range<usize>
         *range = start..end;
     }
     Some((ranges, end))
+}
+
+/// The format id of an index whose members are compressed so.
+pub(super) fn format_id(compression: Compression) -> u32 {
+    let known = FORMATS.iter().find(|(_, known)| *known == compression);
+    known.map_or(FORMATS[0].0, |(id, _)| *id)
 }

@@ -6,6 +6,7 @@ use crate::toc::{EntryType, Toc, TocEntry};
 const LAYOUT: BlobLayout = BlobLayout {
     blob_size: 1 << 30,
     toc_offset: 1 << 29,
+    compression: Compression::Gzip,
 };
 
 fn entry(name: &str, kind: EntryType) -> TocEntry {
@@ -657,6 +658,7 @@ fn chunks_that_cannot_be() {
         assert_eq!(fault_of(entries), want);
     }
     let outside = BlobLayout {
+        compression: Compression::Gzip,
         blob_size: 10,
         toc_offset: 10,
     };
@@ -700,8 +702,11 @@ fn other_files_and_damage_are_told_apart() {
     assert_eq!(fault(b""), "not an index file: fewer bytes than a header has");
     assert_eq!(fault(&[0; 400]), "not an index file: another file's first bytes");
     let mut other = bytes.clone();
-    other[8] = 2;
-    assert_eq!(fault(&other), "the index file has format id 2, this version reads 1");
+    other[8] = 3;
+    assert_eq!(
+        fault(&other),
+        "the index file has format id 3, this version reads 1 and 2"
+    );
     let size = bytes.len();
     assert_eq!(
         fault(&bytes[..size - 1]),

@@ -10,14 +10,14 @@ use zerocopy::FromBytes;
 
 use super::error::IndexError;
 use super::format::{
-    CHECKED_FROM, DATA_ALIGN, FORMAT, Header, InodeRecord, MAGIC, NONE_U32, NONE_U64, Section, XattrRecord, sections,
+    CHECKED_FROM, DATA_ALIGN, FORMATS, Header, InodeRecord, MAGIC, NONE_U32, NONE_U64, Section, XattrRecord, sections,
 };
 use super::{FileKind, LayerIndex};
-use crate::gzip::MAX_MEMBER_SPAN;
+use crate::member::{Compression, MAX_MEMBER_SPAN};
 use crate::toc::{MAX_CHUNK_BYTES, MAX_NAME_BYTES, MAX_XATTR_NAME_BYTES, MAX_XATTR_VALUE_BYTES};
 
 /// Checks magic, format, size, checksum and section table.
-pub(super) fn header(bytes: &[u8]) -> Result<(Header, [Range<usize>; Section::COUNT]), IndexError> {
+pub(super) fn header(bytes: &[u8]) -> Result<(Header, Compression, [Range<usize>; Section::COUNT]), IndexError> {
     let (header, _) = Header::read_from_prefix(bytes).map_err(|_| IndexError::NotAnIndex {
         found: "fewer bytes than a header has",
     })?;
@@ -26,12 +26,9 @@ pub(super) fn header(bytes: &[u8]) -> Result<(Header, [Range<usize>; Section::CO
             found: "another file's first bytes",
         });
     }
-    if header.format.get() != FORMAT {
-        return Err(IndexError::Format {
-            found: header.format.get(),
-            known: FORMAT,
-        });
-    }
+    let found = header.format.get();
+    let known = FORMATS.iter().find(|(id, _)| *id == found);
+    let (_, compression) = *known.ok_or(IndexError::Format { found })?;
     let damaged = |what, record| IndexError::Damaged {
         size: bytes.len(),
         what,
@@ -61,7 +58,7 @@ pub(super) fn header(bytes: &[u8]) -> Result<(Header, [Range<usize>; Section::CO
     if toc_offset >= blob_size || (prefetch_end != NONE_U64 && prefetch_end >= toc_offset) {
         return Err(damaged("a blob offset outside the blob", 5));
     }
-    Ok((header, ranges))
+    Ok((header, compression, ranges))
 }
 
 /// Checks every record.

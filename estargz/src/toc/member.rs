@@ -19,7 +19,7 @@ pub struct TocDocument {
     pub digest: Digest,
 }
 
-/// Unfolds the TOC member, the bytes at [`crate::footer::Footer::toc_range`].
+/// Unfolds the TOC member, the bytes at [`crate::footer::Footer::toc`], or a layer of a TOC image.
 ///
 /// Memory is bounded by [`MAX_TOC_BYTES`] whatever the member holds.
 pub fn parse_member(member: &[u8]) -> Result<TocDocument, TocError> {

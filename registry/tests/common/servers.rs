@@ -91,6 +91,8 @@ pub struct Seen {
     pub path: String,
     pub authorization: Option<String>,
     pub range: Option<String>,
+    /// A header of the tests' own.
+    pub extra: Option<String>,
     pub body: Bytes,
 }
 
@@ -116,6 +118,7 @@ impl Scripted {
                     path: parts.uri.path().to_owned(),
                     authorization: header("authorization"),
                     range: header("range"),
+                    extra: header("x-extra"),
                     body: axum::body::to_bytes(body, 64 << 20).await.unwrap_or_default(),
                 };
                 log.lock().unwrap().push(record.clone());

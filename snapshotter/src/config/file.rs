@@ -31,8 +31,13 @@ section!(pub(super) LayersFile {
     restore_parallelism
 });
 section!(pub(super) RegistryFile {
+    hosts_directory,
     plain_http,
     ca_file,
+    credentials_file,
+    docker_config,
+    credential_provider_config,
+    credential_provider_bin_dir,
     connect_timeout,
     stall_timeout
 });

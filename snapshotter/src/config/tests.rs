@@ -47,6 +47,18 @@ fn the_written_form_gives_the_same_configuration() {
     assert_eq!(parsed("").unwrap().config, Config::default());
 }
 
+/// Files that can be `registry.credentials_file` and `registry.credential_provider_config`, and the program that the latter names.
+fn files_of_logins(place: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    let logins = place.join("logins.toml");
+    std::fs::write(&logins, "[login.'r.io']\nusername = 'u'\npassword = 'p'\n").unwrap();
+    std::fs::set_permissions(&logins, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let providers = "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- name: helper\n  \
+                     matchImages: ['*.io']\n  defaultCacheDuration: 1h\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n";
+    std::fs::write(place.join("providers.yaml"), providers).unwrap();
+    std::fs::write(place.join("helper"), "").unwrap();
+}
+
 #[test]
 fn every_value_is_taken_over() {
     let text = r#"
@@ -63,8 +75,13 @@ fn every_value_is_taken_over() {
         mount_timeout = "1m"
         restore_parallelism = 2
         [registry]
+        hosts_directory = "/certs.d"
         plain_http = ["registry.local:5000"]
         ca_file = "CA_FILE"
+        credentials_file = "PLACE/logins.toml"
+        docker_config = "/config.json"
+        credential_provider_config = "PLACE/providers.yaml"
+        credential_provider_bin_dir = "PLACE"
         connect_timeout = "4s"
         stall_timeout = "5s"
         [fetch]
@@ -87,6 +104,9 @@ fn every_value_is_taken_over() {
         read_ahead = "128KiB"
     "#
     .replace("CA_FILE", CA_FILE);
+    let place = tempfile::tempdir().unwrap();
+    files_of_logins(place.path());
+    let text = text.replace("PLACE", place.path().to_str().unwrap());
     let config = parsed(&text).unwrap().config;
     let Config {
         root,
@@ -114,6 +134,18 @@ fn every_value_is_taken_over() {
     assert_eq!(
         (registry.plain_http, registry.ca_file),
         (vec!["registry.local:5000".to_owned()], Some(CA_FILE.into()))
+    );
+    assert_eq!(
+        (registry.hosts_directory, registry.docker_config),
+        (Some("/certs.d".into()), Some("/config.json".into()))
+    );
+    assert_eq!(registry.credentials_file, Some(place.path().join("logins.toml")));
+    assert_eq!(
+        (
+            registry.credential_provider_config,
+            registry.credential_provider_bin_dir
+        ),
+        (Some(place.path().join("providers.yaml")), Some(place.path().to_owned()))
     );
     assert_eq!(
         (registry.connect_timeout, registry.stall_timeout),
@@ -227,6 +259,37 @@ fn a_file_of_authorities_that_cannot_be_used_is_a_fault_among_the_others() {
         assert!(lines[1].starts_with("test.toml: registry.ca_file = "), "{said}");
         assert!(lines[1].contains(place) && lines[1].contains(why), "{said}");
     }
+}
+
+#[test]
+fn files_of_logins_that_cannot_be_used_are_faults() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let place = tempfile::tempdir().unwrap();
+    files_of_logins(place.path());
+    let path = |name: &str| place.path().join(name).display().to_string();
+    let said = |key: &str, value: &str, more: &str| {
+        let text = format!("[registry]\n{key} = \"{value}\"\n{more}");
+        let said = parsed(&text).unwrap_err().to_string();
+        assert!(
+            said.lines().count() == 1 && said.contains(&format!("registry.{key} = ")),
+            "{said}"
+        );
+        said
+    };
+    let open = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(path("logins.toml"), open).unwrap();
+    assert!(said("credentials_file", &path("logins.toml"), "").contains("0600"));
+    assert!(said("credentials_file", &path("absent"), "").contains("No such file"));
+    said("credentials_file", "relative", "");
+    said("docker_config", "relative", "");
+    assert!(said("hosts_directory", &path("helper"), "").contains("not a directory"));
+    let config = path("providers.yaml");
+    assert!(said("credential_provider_config", &config, "").contains("registry.credential_provider_bin_dir"));
+    assert!(said("credential_provider_bin_dir", "/bin", "").contains("registry.credential_provider_config"));
+    let elsewhere = "credential_provider_bin_dir = \"/nonexistent\"\n";
+    assert!(said("credential_provider_config", &config, elsewhere).contains("helper is not in /nonexistent"));
+    let elsewhere = format!("credential_provider_bin_dir = \"{}\"\n", place.path().display());
+    assert!(said("credential_provider_config", &path("logins.toml"), &elsewhere).contains("CredentialProviderConfig"));
 }
 
 #[test]

@@ -76,19 +76,108 @@ fn checked_layers(check: &mut Check, section: Section<LayersFile>, default: Laye
 
 fn checked_registry(check: &mut Check, section: Section<RegistryFile>, default: RegistryConfig) -> RegistryConfig {
     let RegistryFile {
+        hosts_directory,
         plain_http,
         ca_file,
+        credentials_file,
+        docker_config,
+        credential_provider_config,
+        credential_provider_bin_dir,
         connect_timeout,
         stall_timeout,
         unknown,
     } = check.enter("registry", section);
     check.note_unknown(unknown);
-    RegistryConfig {
+    let registry = RegistryConfig {
+        hosts_directory: checked_hosts_directory(check, hosts_directory, default.hosts_directory),
         plain_http: check.texts("plain_http", plain_http, HOSTS, default.plain_http, is_host),
         ca_file: checked_ca_file(check, ca_file, default.ca_file),
+        credentials_file: checked_credentials_file(check, credentials_file, default.credentials_file),
+        docker_config: optional_path(check, "docker_config", docker_config, FILE, default.docker_config),
+        credential_provider_config: optional_path(
+            check,
+            "credential_provider_config",
+            credential_provider_config,
+            FILE,
+            default.credential_provider_config,
+        ),
+        credential_provider_bin_dir: optional_path(
+            check,
+            "credential_provider_bin_dir",
+            credential_provider_bin_dir,
+            DIRECTORY,
+            default.credential_provider_bin_dir,
+        ),
         connect_timeout: check.duration("connect_timeout", connect_timeout, default.connect_timeout, SECONDS),
         stall_timeout: check.duration("stall_timeout", stall_timeout, default.stall_timeout, SECONDS),
+    };
+    check_providers(check, &registry);
+    registry
+}
+
+/// Either both or none, and the configuration must be one: it shows at the start and not at the first pull.
+fn check_providers(check: &mut Check, registry: &RegistryConfig) {
+    let (key, shown, allowed) = match (
+        &registry.credential_provider_config,
+        &registry.credential_provider_bin_dir,
+    ) {
+        (None, None) => return,
+        (Some(config), Some(programs)) => {
+            let Err(error) = hullspeed_registry::Providers::new(config, programs).check() else {
+                return;
+            };
+            let allowed = format!("a CredentialProviderConfig of the kubelet's ({})", chain(&error));
+            ("credential_provider_config", quoted(config), allowed)
+        }
+        (Some(config), None) => (
+            "credential_provider_config",
+            quoted(config),
+            "set together with registry.credential_provider_bin_dir".to_owned(),
+        ),
+        (None, Some(programs)) => (
+            "credential_provider_bin_dir",
+            quoted(programs),
+            "set together with registry.credential_provider_config".to_owned(),
+        ),
+    };
+    check.fault(key, shown, allowed);
+}
+
+fn checked_hosts_directory(check: &mut Check, value: Option<Value>, default: Option<PathBuf>) -> Option<PathBuf> {
+    let path = optional_path(check, "hosts_directory", value, DIRECTORY, default)?;
+    if path.exists() && !path.is_dir() {
+        check.fault(
+            "hosts_directory",
+            quoted(&path),
+            format!("{DIRECTORY} (not a directory)"),
+        );
     }
+    Some(path)
+}
+
+fn checked_credentials_file(check: &mut Check, value: Option<Value>, default: Option<PathBuf>) -> Option<PathBuf> {
+    let path = optional_path(check, "credentials_file", value, FILE, default)?;
+    if let Err(error) = hullspeed_registry::check_credentials_file(&path) {
+        check.fault("credentials_file", quoted(&path), format!("{FILE} ({})", chain(&error)));
+    }
+    Some(path)
+}
+
+fn optional_path(
+    check: &mut Check,
+    key: &'static str,
+    value: Option<Value>,
+    allowed: &str,
+    default: Option<PathBuf>,
+) -> Option<PathBuf> {
+    check.text(key, value, allowed, default, |text| match text {
+        "" => Some(None),
+        text => Path::new(text).is_absolute().then(|| Some(PathBuf::from(text))),
+    })
+}
+
+fn quoted(path: &Path) -> String {
+    Value::String(path.display().to_string()).to_string()
 }
 
 fn is_host(text: &str) -> bool {
@@ -200,20 +289,18 @@ fn checked_root(check: &mut Check, value: Option<Value>, default: PathBuf) -> Pa
 /// The file is read here, so that one that is missing or no PEM shows at the start and not at the first pull.
 fn checked_ca_file(check: &mut Check, value: Option<Value>, default: Option<PathBuf>) -> Option<PathBuf> {
     let allowed = "the absolute path of a PEM file of certificates, or \"\" for none";
-    let path = check.text("ca_file", value, allowed, default, |text| match text {
-        "" => Some(None),
-        text => Path::new(text).is_absolute().then(|| Some(PathBuf::from(text))),
-    })?;
+    let path = optional_path(check, "ca_file", value, allowed, default)?;
     if let Err(error) = hullspeed_registry::check_ca_file(&path) {
         // The error's own text says only that setting up a client failed.
         let reason = chain(error.fault());
-        let shown = Value::String(path.display().to_string()).to_string();
-        check.fault("ca_file", shown, format!("{allowed} ({reason})"));
+        check.fault("ca_file", quoted(&path), format!("{allowed} ({reason})"));
     }
     Some(path)
 }
 
 const AMOUNTS: &str = "a size such as \"20GiB\", or a share of the filesystem such as \"40%\"";
+const FILE: &str = "the absolute path of a file, or \"\" for none";
+const DIRECTORY: &str = "the absolute path of a directory, or \"\" for none";
 const HOSTS: &str = "a list of hosts such as [\"registry.local:5000\"]";
 const SECONDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 const DELAY: (Duration, Duration) = (Duration::ZERO, Duration::from_secs(24 * 3600));

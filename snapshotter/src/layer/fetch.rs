@@ -5,9 +5,10 @@
 //!
 //! 1. [`flight`] tells which members are being fetched already; the reader waits for those and claims the rest;
 //! 2. [`plan`] groups the claimed members with their neighbours into ranges, sized by [`readahead`];
-//! 3. each group runs as a task of its own ([`group`]), so a reader that goes away wastes nothing: one request, its body cut into
+//! 3. what of a group another layer of the node has is taken from there ([`reuse`]);
+//! 4. each group runs as a task of its own ([`group`]), so a reader that goes away wastes nothing: one request, its body cut into
 //!    members as it arrives, each decompressed, verified and stored by [`decode`], its waiters woken at once;
-//! 4. [`gate`] lets demand pass before what nobody waits for yet.
+//! 5. [`gate`] lets demand pass before what nobody waits for yet.
 //!
 //! What readers will want is fetched before they ask: [`ahead`] of a sequence, the maker's choice ([`prefetch`]), and in the end all of a
 //! mounted layer ([`background`]).
@@ -32,6 +33,7 @@ mod prefetch;
 mod readahead;
 mod remotes;
 mod report;
+mod reuse;
 mod tally;
 
 #[cfg(test)]

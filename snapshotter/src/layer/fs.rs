@@ -281,6 +281,7 @@ impl LayerFs {
         if place.is_empty() {
             return Ok(Bytes::new());
         }
+        self.fetch.note_read(&chunks);
         let resident = self.layer().read_resident(place.clone(), chunks.clone());
         if let Some(bytes) = resident.map_err(FsError::Cache)? {
             self.fetch.count_read(true, bytes.len());

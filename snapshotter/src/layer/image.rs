@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use estargz::digest::Digest;
-use estargz::toc::TOC_DIGEST_ANNOTATION;
+use estargz::footer::zstd::{POSITION_ANNOTATION, Position, STARGZ_POSITION_ANNOTATION};
+use estargz::toc::{BINDING_ANNOTATIONS, TOC_OF_LAYER_ANNOTATION};
 use hullspeed_registry::{Client, MANIFEST_ACCEPT, Reference, Version};
 use serde::Deserialize;
 
@@ -32,7 +33,12 @@ const ACCEPT: &[&str] = &[
 pub(super) struct LayerDescriptor {
     pub(super) digest: Digest,
     pub(super) size: u64,
+    /// What the manifest calls the layer's TOC.
     pub(super) toc_digest: Option<Digest>,
+    /// Where the TOC of a zstd:chunked layer is.
+    pub(super) position: Option<Position>,
+    /// In a TOC image: the layer whose TOC this is.
+    pub(super) toc_of: Option<Digest>,
 }
 
 /// Manifests by digest.
@@ -149,14 +155,15 @@ fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
     let document = document(bytes)?;
     // A layer named by another algorithm is never asked for, as the labels could not name it either.
     let describe = |layer: Descriptor| {
-        let toc_digest = layer
-            .annotations
-            .get(TOC_DIGEST_ANNOTATION)
-            .and_then(|digest| digest.parse().ok());
+        let annotation = |keys: &[&str]| keys.iter().find_map(|key| layer.annotations.get(*key));
+        let digest = |keys: &[&str]| annotation(keys).and_then(|digest| digest.parse().ok());
         Some(LayerDescriptor {
             digest: layer.digest.parse().ok()?,
             size: layer.size,
-            toc_digest,
+            toc_digest: digest(&BINDING_ANNOTATIONS),
+            position: annotation(&[POSITION_ANNOTATION, STARGZ_POSITION_ANNOTATION])
+                .and_then(|position| Position::parse(position).ok()),
+            toc_of: digest(&[TOC_OF_LAYER_ANNOTATION]),
         })
     };
     Ok(document
@@ -169,6 +176,9 @@ fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
 
 #[cfg(test)]
 mod tests {
+    use estargz::footer::zstd::CHECKSUM_ANNOTATION;
+    use estargz::toc::TOC_DIGEST_ANNOTATION;
+
     use super::*;
 
     #[test]
@@ -179,22 +189,28 @@ mod tests {
             r#"{{"schemaVersion":2,"layers":[
                 {{"digest":"{digest}","size":7,"annotations":{{"{TOC_DIGEST_ANNOTATION}":"{toc}"}}}},
                 {{"digest":"{digest}","size":8,"annotations":{{"{TOC_DIGEST_ANNOTATION}":"nonsense"}}}},
+                {{"digest":"{digest}","size":9,"annotations":{{
+                    "{CHECKSUM_ANNOTATION}":"{toc}","{POSITION_ANNOTATION}":"9:8:7:1","{TOC_OF_LAYER_ANNOTATION}":"{digest}"}}}},
                 {{"digest":"sha512:00","size":9}}]}}"#
         );
+        let plain = |size, toc_digest| LayerDescriptor {
+            digest,
+            size,
+            toc_digest,
+            position: None,
+            toc_of: None,
+        };
         let layers = parse(text.as_bytes()).unwrap();
         assert_eq!(
             &layers[..],
             [
+                plain(7, Some(toc)),
+                plain(8, None),
                 LayerDescriptor {
-                    digest,
-                    size: 7,
-                    toc_digest: Some(toc)
+                    position: Some(Position::parse("9:8:7:1").unwrap()),
+                    toc_of: Some(digest),
+                    ..plain(9, Some(toc))
                 },
-                LayerDescriptor {
-                    digest,
-                    size: 8,
-                    toc_digest: None
-                }
             ]
         );
         for bad in [

@@ -5,6 +5,7 @@
 //! caller that gives up leaves a layer mounted or not, and never half.
 
 pub mod inspector;
+mod manifest;
 #[cfg(test)]
 mod memory;
 mod mounted;
@@ -22,7 +23,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
-use hullspeed_registry::{ClientOptions, Credentials, HandedOver, RetryPolicy};
+use hullspeed_registry::{ClientOptions, Credentials, HandedOver, Providers, RetryPolicy};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,7 @@ use super::cache::limits::Limits;
 use super::cache::{CacheError, LayerStore};
 use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
+use super::open::elsewhere::{KnownTocImages, known_toc_images};
 use super::source::registry::Registries;
 use super::{Cause, LayerMount, LayerMounts, LayerOrigin, LayerRequest, NotLazy, Usage};
 use crate::config::{Config, RegistryConfig};
@@ -69,6 +71,9 @@ struct Shared {
     manifests: Manifests,
     /// Manifests whose layers were opened ahead lately.
     opened_ahead: moka::future::Cache<Digest, ()>,
+    /// Manifests that did not come lately.
+    missing: manifest::Missing,
+    toc_images: KnownTocImages,
     opening: Semaphore,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     warms: Turns,
@@ -111,6 +116,8 @@ impl Layers {
             registries: Arc::new(Registries::new(client_options(config, handed_over.clone()))),
             manifests: Manifests::new(),
             opened_ahead: opening::recently_opened(),
+            missing: manifest::missing(),
+            toc_images: known_toc_images(),
             opening: Semaphore::new(MAX_OPENING),
             slots: Mutex::new(HashMap::new()),
             warms: Turns::new(),
@@ -253,14 +260,30 @@ impl Slot {
 /// The registry client that the configuration asks for; taken apart completely, so that no key is forgotten.
 fn client_options(config: &Config, handed_over: HandedOver) -> ClientOptions {
     let RegistryConfig {
+        hosts_directory,
         plain_http,
         ca_file,
+        credentials_file,
+        docker_config,
+        credential_provider_config,
+        credential_provider_bin_dir,
         connect_timeout,
         stall_timeout,
     } = config.registry.clone();
+    let mut credentials = match docker_config {
+        Some(path) => Credentials::anonymous().with_file(path),
+        None => Credentials::from_environment(),
+    };
+    if let Some(path) = credentials_file {
+        credentials = credentials.with_logins(path);
+    }
+    if let (Some(config), Some(programs)) = (credential_provider_config, credential_provider_bin_dir) {
+        credentials = credentials.with_providers(Providers::new(config, programs));
+    }
     ClientOptions {
         plain_http,
-        credentials: Credentials::from_environment().with_handed_over(handed_over),
+        hosts_directory,
+        credentials: credentials.with_handed_over(handed_over),
         ca_file,
         connect_timeout,
         idle_timeout: stall_timeout,
@@ -290,13 +313,9 @@ fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
 #[async_trait]
 impl LayerMounts for Layers {
     async fn mount(&self, request: LayerRequest) -> Result<LayerMount, NotLazy> {
-        let Some(toc_digest) = request.toc_digest else {
-            return Err(NotLazy::NoTocDigest {
-                layer: request.layer_digest,
-            });
-        };
         let (shared, began) = (self.shared.clone(), Instant::now());
         self.detached(async move {
+            let toc_digest = shared.identity(&request).await?;
             let _pin = shared.store.pin(&toc_digest);
             let slot = shared.slot(&toc_digest);
             let result = shared.mount(&slot, toc_digest, &request).await;

@@ -1,23 +1,28 @@
-//! Opening a layer that is not in the cache: one request for the end of its blob, which holds footer and TOC.
+//! Opening a layer that is not in the cache: one request for the end of its blob, which holds footer and TOC, or for the TOC
+//! alone where the manifest tells its place. Only a layer whose TOC is in another image costs more.
 //!
 //! The TOC's digest is compared before the TOC is parsed; everything taken from it afterwards is what the image's manifest
 //! promised. What else the request brought is handed back, so that it need not be fetched again. [`reader`] asks the layer's
 //! sources; one whose bytes are not the promised ones is not asked again as long as there are others.
 
+pub(super) mod elsewhere;
+mod form;
 mod reader;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use estargz::digest::Digest;
-use estargz::footer::{FOOTER_SIZE, Footer, FooterError};
-use estargz::toc::{MAX_TOC_MEMBER_BYTES, parse_member};
+use estargz::footer::MAX_FOOTER_SIZE;
+use estargz::footer::zstd::Position;
+use estargz::member::Compression;
 use tokio::sync::OwnedSemaphorePermit;
 
+use self::elsewhere::TocImages;
 use self::reader::{Received, Sources};
+use super::NotLazy;
 use super::fetch::Engine;
 use super::source::{BlobSource, SourceError};
-use super::{Cause, NotLazy};
 
 /// Share of the blob that the tail request covers, if nothing tells where the TOC begins: one in [`TAIL_SHARE`] bytes. A TOC costs
 /// 60 to 100 compressed bytes per file; layers of Debian packages have about 5 KiB compressed per file.
@@ -36,14 +41,18 @@ pub(super) struct Expected {
     pub(super) layer: Digest,
     /// Digest of the TOC in the manifest.
     pub(super) toc: Digest,
+    /// Where the manifest says that the TOC is.
+    pub(super) position: Option<Position>,
 }
 
 /// A verified TOC and what came with it.
 pub(super) struct OpenedBlob {
-    /// The exact TOC document; its digest is the expected one.
+    /// The TOC in the form whose digest is the expected one.
     pub(super) toc: Vec<u8>,
-    /// Where the TOC member begins.
+    /// Where the part of the blob that holds files ends.
     pub(super) toc_offset: u64,
+    /// How the blob's members are compressed.
+    pub(super) compression: Compression,
     /// Size of the whole blob.
     pub(super) blob_size: u64,
     /// Bytes of the blob before the TOC that were received too, and where they begin.
@@ -58,16 +67,18 @@ pub(super) fn tail_length(size: Option<u64>) -> u64 {
     size.map_or(guess, |size| guess.min(size))
 }
 
-/// Reads footer and TOC from whichever of `sources` has the promised ones, and verifies the TOC.
+/// Reads footer and TOC from whichever of `sources` has the promised ones, and verifies the TOC; asks `elsewhere` for a TOC that is
+/// not in the blob.
 pub(super) async fn open(
     engine: &Engine,
     sources: Vec<Arc<dyn BlobSource>>,
     image: &str,
     expected: Expected,
+    elsewhere: &dyn TocImages,
 ) -> Result<OpenedBlob, NotLazy> {
     let mut sources = Sources::new(engine, sources);
     let result = loop {
-        match open_once(engine, &mut sources, image, expected).await {
+        match open_once(engine, &mut sources, image, expected, elsewhere).await {
             Err(error) if is_content(&error) && sources.rule_out_deliverers() => {
                 tracing::warn!(image, layer = %expected.layer, error = &error as &dyn std::error::Error, "a source of the layer has wrong bytes; asking another");
             }
@@ -94,75 +105,90 @@ async fn open_once(
     sources: &mut Sources<'_>,
     image: &str,
     expected: Expected,
+    elsewhere: &dyn TocImages,
 ) -> Result<OpenedBlob, NotLazy> {
     let unreachable = |cause: SourceError| NotLazy::Registry {
         image: image.to_owned(),
         layer: expected.layer,
         cause: Box::new(cause),
     };
-    let not_estargz = |cause: Cause| NotLazy::NotEstargz {
-        layer: expected.layer,
-        cause,
+    let (footer, received) = match form::told(expected, sources.size()) {
+        Some((footer, toc, size)) => {
+            // The TOC, and as much before it as would come with a tail.
+            let start = toc.start.min(size.saturating_sub(tail_length(Some(size))));
+            let part = sources.receive(start..toc.end, None).await.map_err(unreachable)?;
+            let blob_size = size;
+            (footer, Received { blob_size, ..part })
+        }
+        None => {
+            let tail = sources.tail(tail_length).await.map_err(unreachable)?;
+            let footer = form::footer(&tail.bytes, tail.blob_size, expected.layer)?;
+            (footer, tail)
+        }
     };
     let Received {
         start,
         blob_size,
-        bytes: tail,
-    } = sources.tail(tail_length).await.map_err(unreachable)?;
-    let footer = Footer::parse(&tail, blob_size).map_err(|error| match error {
-        FooterError::Unsupported { variant } => NotLazy::Unsupported {
-            layer: expected.layer,
-            what: variant.to_owned(),
-        },
-        error => not_estargz(Box::new(error)),
-    })?;
-    let range = footer.toc_range(blob_size);
-    let length = range.end - range.start;
-    if length > MAX_TOC_MEMBER_BYTES {
-        return Err(not_estargz(
-            format!("its footer leaves {length} bytes for the TOC, more than {MAX_TOC_MEMBER_BYTES}").into(),
-        ));
-    }
+        bytes,
+    } = received;
     // What waits here holds a tail and no more.
-    let memory = engine.reserve_opening(length.saturating_mul(UNFOLDED)).await;
-    let member = sources.rest(range.clone(), start, tail).await;
-    let (member, leftover) = member.map_err(unreachable)?;
-    let toc = verify(member, expected).await?;
+    let length = footer.toc.as_ref().map_or(0, |toc| toc.end.saturating_sub(toc.start));
+    let mut memory = engine.reserve_opening(length.saturating_mul(UNFOLDED)).await;
+    let (compressed, leftover) = match footer.toc.clone() {
+        Some(toc) => sources.rest(toc, start, bytes).await.map_err(unreachable)?,
+        None => {
+            drop(memory);
+            let toc;
+            (toc, memory) = toc_elsewhere(engine, elsewhere, image, expected).await?;
+            (toc, (start, before(bytes, start, footer.toc_offset)))
+        }
+    };
+    let compression = footer.kind.compression();
     Ok(OpenedBlob {
-        toc,
-        toc_offset: range.start,
+        toc: form::verified(compression, compressed, expected).await?,
+        toc_offset: footer.toc_offset,
+        compression,
         blob_size,
         leftover,
         _memory: memory,
     })
 }
 
-/// Unfolds the TOC member and compares the document's digest, before anything looks into it.
-async fn verify(member: Bytes, expected: Expected) -> Result<Vec<u8>, NotLazy> {
-    let invalid = |cause: Cause| NotLazy::TocInvalid {
+/// The TOC that another image has, and the share of the memory for it.
+async fn toc_elsewhere(
+    engine: &Engine,
+    images: &dyn TocImages,
+    image: &str,
+    expected: Expected,
+) -> Result<(Bytes, Option<OwnedSemaphorePermit>), NotLazy> {
+    let failed = |cause: SourceError| NotLazy::TocImage {
+        image: image.to_owned(),
         layer: expected.layer,
-        cause,
+        cause: Box::new(cause),
     };
-    let document = tokio::task::spawn_blocking(move || parse_member(&member)).await;
-    let document = document
-        .map_err(|error| invalid(Box::new(error)))?
-        .map_err(|error| invalid(Box::new(error)))?;
-    if document.digest != expected.toc {
-        return Err(NotLazy::TocMismatch {
-            layer: expected.layer,
-            expected: expected.toc,
-            found: document.digest,
-        });
-    }
-    Ok(document.json)
+    let sources = images.find(image, &expected.layer).await.map_err(failed)?;
+    let mut sources = Sources::new(engine, sources);
+    let size = sources.size().unwrap_or(0);
+    form::bounded(&(0..size), expected.layer)?;
+    let memory = engine.reserve_opening(size.saturating_mul(UNFOLDED)).await;
+    let received = sources.receive(0..size, None).await;
+    Ok((received.map_err(failed)?.bytes, memory))
 }
 
-const _: () = assert!(MIN_TAIL > FOOTER_SIZE as u64, "the first request holds the footer");
+/// What of `bytes`, which begin at `start` of the blob, lies before `end`.
+fn before(mut bytes: Bytes, start: u64, end: u64) -> Bytes {
+    bytes.truncate(usize::try_from(end.saturating_sub(start)).unwrap_or(usize::MAX));
+    bytes
+}
+
+const _: () = assert!(MIN_TAIL > MAX_FOOTER_SIZE as u64, "the first request holds the footer");
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
+    use async_trait::async_trait;
+    use estargz::footer::FooterKind;
     use proptest::prelude::*;
     use tokio::runtime::Handle;
 
@@ -199,18 +225,126 @@ mod tests {
         }
     }
 
-    async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
-        opened_from(&[source], sample).await
+    /// TOC images that have one TOC, or none.
+    struct Elsewhere(Option<Arc<Scripted>>);
+
+    #[async_trait]
+    impl TocImages for Elsewhere {
+        async fn find(&self, image: &str, _layer: &Digest) -> Result<Vec<Arc<dyn BlobSource>>, SourceError> {
+            assert_eq!(image, "registry.test/image:1");
+            match &self.0 {
+                Some(source) => Ok(vec![Arc::new(source.clone())]),
+                None => Err(SourceError::transient("there is none")),
+            }
+        }
     }
 
-    async fn opened_from(sources: &[&Arc<Scripted>], sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+    async fn opened(source: &Arc<Scripted>, sample: &Sample) -> Result<OpenedBlob, NotLazy> {
+        opened_with(source, sample, None, &Elsewhere(None)).await
+    }
+
+    async fn opened_with(
+        source: &Arc<Scripted>,
+        sample: &Sample,
+        position: Option<Position>,
+        elsewhere: &Elsewhere,
+    ) -> Result<OpenedBlob, NotLazy> {
+        opened_from(&[source], sample, position, elsewhere).await
+    }
+
+    async fn opened_from(
+        sources: &[&Arc<Scripted>],
+        sample: &Sample,
+        position: Option<Position>,
+        elsewhere: &Elsewhere,
+    ) -> Result<OpenedBlob, NotLazy> {
         let expected = Expected {
             layer: Digest::of(&sample.blob),
             toc: sample.toc_digest,
+            position,
         };
         let source = |source: &&Arc<Scripted>| Arc::new(Arc::clone(source)) as Arc<dyn BlobSource>;
         let sources = sources.iter().map(source).collect();
-        open(&engine(), sources, "registry.test/image:1", expected).await
+        open(&engine(), sources, "registry.test/image:1", expected, elsewhere).await
+    }
+
+    fn zstd(count: usize, length: usize) -> Sample {
+        Sample::of_form(FooterKind::ZstdChunked, count, length, Packing::default())
+    }
+
+    /// What the manifest of a zstd:chunked sample says about its TOC.
+    fn position(sample: &Sample) -> Position {
+        let (offset, length) = (sample.toc_offset + 8, sample.compressed_toc.len());
+        Position::parse(&format!("{offset}:{length}:0:1")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_toc_in_a_zstd_frame_is_known_by_its_document_or_by_its_frame() {
+        for sample in [zstd(60, 30_000), zstd(60, 30_000).named_by_frame()] {
+            let source = Arc::new(Scripted::new(sample.blob.clone()));
+            let opened = opened(&source, &sample).await.unwrap();
+            assert!(opened.toc == sample.toc_json);
+            assert_eq!(
+                (opened.toc_offset, opened.blob_size, opened.compression),
+                (sample.toc_offset, sample.blob.len() as u64, Compression::Zstd)
+            );
+            assert_eq!(source.requests().len(), 1);
+            let (start, bytes) = opened.leftover;
+            assert!(bytes == sample.blob[usize::try_from(start).unwrap()..][..bytes.len()]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_toc_whose_place_the_manifest_tells_costs_one_request_however_long_it_is() {
+        let sample = zstd(6_000, 1);
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        let told = Some(position(&sample));
+        let opened = opened_with(&source, &sample, told, &Elsewhere(None)).await.unwrap();
+        assert!(opened.toc == sample.toc_json && opened.toc_offset == sample.toc_offset);
+        let toc = sample.toc_offset + 8..sample.toc_offset + 8 + sample.compressed_toc.len() as u64;
+        assert!(toc.end - toc.start > tail_length(Some(sample.blob.len() as u64)));
+        assert_eq!(
+            source
+                .requests()
+                .iter()
+                .map(|request| request.0.clone())
+                .collect::<Vec<_>>(),
+            [toc]
+        );
+        // A place outside the blob tells nothing; a wrong one in it gives another TOC.
+        let beyond = Position::parse("99999999999:5:5:1").ok();
+        let opened = opened_with(&source, &sample, beyond, &Elsewhere(None)).await.unwrap();
+        assert!(opened.toc == sample.toc_json);
+        let wrong = Position::parse("8:100:100:1").ok();
+        let error = opened_with(&source, &sample, wrong, &Elsewhere(None))
+            .await
+            .err()
+            .unwrap();
+        assert_eq!(error.reason(), "toc_invalid");
+    }
+
+    #[tokio::test]
+    async fn a_toc_in_another_image_is_taken_if_it_is_the_promised_one() {
+        let sample = Sample::of_form(FooterKind::ExternalToc, 60, 30_000, Packing::default());
+        let source = Arc::new(Scripted::new(sample.blob.clone()));
+        let other = Sample::uniform(2, 10, Packing::default());
+        let toc = |bytes: &Bytes| Elsewhere(Some(Arc::new(Scripted::new(bytes.clone()))));
+        let opened = opened_with(&source, &sample, None, &toc(&sample.compressed_toc))
+            .await
+            .unwrap();
+        assert!(opened.toc == sample.toc_json && opened.compression == Compression::Gzip);
+        assert_eq!(opened.toc_offset, sample.blob.len() as u64 - 46);
+        let (start, bytes) = opened.leftover;
+        assert_eq!(start + bytes.len() as u64, sample.toc_offset);
+        assert_eq!(source.requests().len(), 1);
+        for (elsewhere, reason) in [
+            (toc(&other.compressed_toc), "toc_mismatch"),
+            (toc(&other.blob.slice(10..60)), "toc_invalid"),
+            (Elsewhere(None), "toc_image"),
+        ] {
+            let error = opened_with(&source, &sample, None, &elsewhere).await.err().unwrap();
+            assert_eq!(error.reason(), reason, "{error}");
+        }
     }
 
     #[tokio::test]
@@ -251,7 +385,11 @@ mod tests {
         opened(&source, &sample).await.unwrap();
         assert_eq!(source.requests().len(), 3);
         let asked: Vec<_> = source.requests().into_iter().map(|(range, _)| range.start).collect();
-        assert_eq!([asked[1] - asked[0], asked[2] - asked[0]], [100, 110], "what came is kept");
+        assert_eq!(
+            [asked[1] - asked[0], asked[2] - asked[0]],
+            [100, 110],
+            "what came is kept"
+        );
         source.script([Fault::Permanent]);
         assert!(matches!(opened(&source, &sample).await, Err(NotLazy::Registry { .. })));
         source.script([Fault::EndAfter(10); 9]);
@@ -270,10 +408,17 @@ mod tests {
         let sample = Sample::uniform(60, 3_000, Packing::default());
         let source = |host: &str| Arc::new(Scripted::new(sample.blob.clone()).at(host));
         let (mirror, registry) = (source("mirror.test"), source("registry.test"));
-        for fault in [Fault::Permanent, Fault::Transient, Fault::Busy(60_000), Fault::StallAfter(1_000)] {
+        for fault in [
+            Fault::Permanent,
+            Fault::Transient,
+            Fault::Busy(60_000),
+            Fault::StallAfter(1_000),
+        ] {
             mirror.script([fault]);
             let before = registry.requests().len();
-            let opened = opened_from(&[&mirror, &registry], &sample).await.unwrap();
+            let opened = opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None))
+                .await
+                .unwrap();
             assert!(opened.toc == sample.toc_json, "{fault:?}");
             assert_eq!(registry.requests().len(), before + 1, "{fault:?}");
         }
@@ -283,10 +428,17 @@ mod tests {
         let (asked, rest) = (mirror.requests().pop().unwrap().0, registry.requests().pop().unwrap().0);
         assert_eq!(rest, asked.start + 1_000..asked.end);
         mirror.corrupt(sample.toc_offset + 40, u32::MAX);
-        let opened = opened_from(&[&mirror, &registry], &sample).await.unwrap();
+        let opened = opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None))
+            .await
+            .unwrap();
         assert!(opened.toc == sample.toc_json);
         registry.corrupt(sample.toc_offset + 41, u32::MAX);
-        assert!(is_content(&opened_from(&[&mirror, &registry], &sample).await.err().unwrap()));
+        assert!(is_content(
+            &opened_from(&[&mirror, &registry], &sample, None, &Elsewhere(None))
+                .await
+                .err()
+                .unwrap()
+        ));
     }
 
     proptest! {
@@ -296,8 +448,9 @@ mod tests {
             cut in 0usize..2_000,
             flips in prop::collection::vec((0usize..2_500, 1u8..), 0..6),
             known in any::<bool>(),
+            form in prop::sample::select(vec![FooterKind::Gzip, FooterKind::ZstdChunked, FooterKind::ExternalToc]),
         ) {
-            let sample = Sample::uniform(5, 300, Packing::default());
+            let sample = Sample::of_form(form, 5, 300, Packing::default());
             let mut blob = sample.blob.to_vec();
             blob.truncate(blob.len() - cut.min(blob.len()));
             for (back, flip) in flips {
@@ -310,7 +463,10 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             match runtime.block_on(opened(&source, &sample)) {
                 Ok(opened) => prop_assert!(opened.toc == sample.toc_json),
-                Err(error) => prop_assert!(["toc_mismatch", "toc_invalid", "not_estargz", "unsupported"].contains(&error.reason()), "{error}"),
+                Err(error) => {
+                    let reasons = ["toc_mismatch", "toc_invalid", "not_estargz", "unsupported", "toc_image"];
+                    prop_assert!(reasons.contains(&error.reason()), "{error}");
+                }
             }
             prop_assert!(source.requests().len() <= 2);
         }

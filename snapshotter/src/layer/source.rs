@@ -132,6 +132,12 @@ pub trait BlobSource: Send + Sync + 'static {
     /// Size of the blob, where it is known without asking.
     fn size(&self) -> Option<u64>;
 
+    /// Whether the server sends the whole blob whatever range is asked for, as far as is known: each request costs all that lies
+    /// before its range.
+    fn ignores_ranges(&self) -> bool {
+        false
+    }
+
     /// The bytes of `range`, which is neither empty nor beyond the blob's end.
     ///
     /// The stream gives exactly these bytes or ends in an error; a stream that ends early is treated as broken.

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use estargz::digest::Digest;
-use estargz::footer;
+use estargz::footer::{self, FooterKind};
 use estargz::index::ROOT_INO;
+use estargz::member::Compression;
 use estargz::toc::{EntryType, PREFETCH_LANDMARK, Toc, TocEntry, encode_member};
-use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use super::cache::{CachedLayer, LayerStore, Origin};
@@ -21,6 +21,9 @@ pub(super) struct Sample {
     pub(super) toc_json: Vec<u8>,
     pub(super) toc_digest: Digest,
     pub(super) toc_offset: u64,
+    pub(super) compression: Compression,
+    /// The TOC as the blob, or its TOC image, has it.
+    pub(super) compressed_toc: Bytes,
     pub(super) files: BTreeMap<String, Vec<u8>>,
 }
 
@@ -57,8 +60,13 @@ pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
     (0..length).map(|_| next()).collect()
 }
 
+/// The footer that says that the TOC is in another image.
+const EXTERNAL_TOC_FOOTER: &[u8] =
+    b"\x1f\x8b\x08\x04\0\0\0\0\0\xff\x15\0SG\x11\0STARGZEXTERNALTOC\x01\0\0\xff\xff\0\0\0\0\0\0\0\0";
+
 #[derive(Default)]
 struct Packer {
+    compression: Compression,
     blob: Vec<u8>,
     /// Uncompressed bytes of the open member, and its chunks.
     member: Vec<u8>,
@@ -68,10 +76,8 @@ struct Packer {
 impl Packer {
     fn close(&mut self) {
         if !self.member.is_empty() {
-            let mut encoder = GzEncoder::new(&mut self.blob, Compression::fast());
-            encoder.write_all(&self.member).unwrap();
-            encoder.finish().unwrap();
-            self.member.clear();
+            let member = std::mem::take(&mut self.member);
+            self.blob.extend(compressed(self.compression, &member));
         }
         self.chunks = 0;
     }
@@ -90,6 +96,18 @@ impl Packer {
     }
 }
 
+fn compressed(compression: Compression, bytes: &[u8]) -> Vec<u8> {
+    match compression {
+        Compression::Gzip => {
+            let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            encoder.write_all(bytes).unwrap();
+            encoder.finish().unwrap()
+        }
+        // As a stream, which is how writers do it.
+        Compression::Zstd => zstd::encode_all(bytes, 1).unwrap(),
+    }
+}
+
 impl Sample {
     pub(super) fn new(files: Vec<(String, Vec<u8>)>, packing: Packing) -> Self {
         Self::with_entries(files, packing, Vec::new())
@@ -97,7 +115,20 @@ impl Sample {
 
     /// A layer of `files` and of `others`, entries without content.
     pub(super) fn with_entries(files: Vec<(String, Vec<u8>)>, packing: Packing, others: Vec<TocEntry>) -> Self {
-        let mut packer = Packer::default();
+        Self::build(files, packing, others, FooterKind::Gzip)
+    }
+
+    /// Like [`Self::uniform`], in another form of the format.
+    pub(super) fn of_form(form: FooterKind, count: usize, length: usize, packing: Packing) -> Self {
+        Self::build(Self::uniform_files(count, length), packing, Vec::new(), form)
+    }
+
+    fn build(files: Vec<(String, Vec<u8>)>, packing: Packing, others: Vec<TocEntry>, form: FooterKind) -> Self {
+        let compression = form.compression();
+        let mut packer = Packer {
+            compression,
+            ..Packer::default()
+        };
         let mut entries = others;
         // In a real layer the first member holds the first tar header.
         packer.member.extend_from_slice(&[0; 512]);
@@ -114,26 +145,52 @@ impl Sample {
         packer.close();
         let toc_json = Toc { version: 1, entries }.to_json();
         let toc_offset = packer.blob.len() as u64;
-        packer.member = encode_member(&toc_json);
-        packer.close();
-        packer.blob.extend_from_slice(&footer::encode(toc_offset));
+        let compressed_toc = match compression {
+            Compression::Gzip => compressed(compression, &encode_member(&toc_json)),
+            Compression::Zstd => compressed(compression, &toc_json),
+        };
+        match form {
+            FooterKind::ExternalToc => packer.blob.extend_from_slice(EXTERNAL_TOC_FOOTER),
+            FooterKind::ZstdChunked => {
+                let raw_length = toc_json.len() as u64;
+                let end = footer::zstd::encode(toc_offset, &compressed_toc, raw_length);
+                packer.blob.extend(end.unwrap());
+            }
+            FooterKind::Gzip | FooterKind::LegacyGzip => {
+                packer.blob.extend_from_slice(&compressed_toc);
+                packer.blob.extend_from_slice(&footer::encode(toc_offset));
+            }
+        }
         let toc_digest = Digest::of(&toc_json);
         Self {
             blob: packer.blob.into(),
             toc_json,
             toc_digest,
             toc_offset,
+            compression,
+            compressed_toc: compressed_toc.into(),
             files: files.into_iter().collect(),
         }
     }
 
+    /// The same layer as a manifest of containers/storage names it: by its compressed TOC.
+    pub(super) fn named_by_frame(mut self) -> Self {
+        self.toc_json = self.compressed_toc.to_vec();
+        self.toc_digest = Digest::of(&self.toc_json);
+        self
+    }
+
     /// `count` files of `length` bytes of noise, and one of zeros.
     pub(super) fn uniform(count: usize, length: usize, packing: Packing) -> Self {
+        Self::new(Self::uniform_files(count, length), packing)
+    }
+
+    fn uniform_files(count: usize, length: usize) -> Vec<(String, Vec<u8>)> {
         let mut files: Vec<_> = (0..count)
             .map(|n| (format!("dir{}/file{n:04}", n % 7), noise(n as u64 + 1, length)))
             .collect();
         files.push(("zeros".to_owned(), vec![0; length]));
-        Self::new(files, packing)
+        files
     }
 
     pub(super) fn origin(&self) -> Origin {
@@ -142,6 +199,7 @@ impl Sample {
             layer_digest: Digest::of(&self.blob),
             blob_size: self.blob.len() as u64,
             toc_offset: self.toc_offset,
+            compression: self.compression,
         }
     }
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::gzip::inflate_member;
+use crate::member::{Compression, unfold};
 use crate::reader::LayerBlob;
 use crate::toc::{EntryType, clean_path, decode_xattr};
 
@@ -306,10 +306,16 @@ fn chunk(blob: &[u8], entry: &crate::toc::TocEntry, file_size: Option<u64>) -> V
         file_size
     };
     if let Some(size) = known {
-        inflate_member(&blob[start..], usize::try_from(size).unwrap(), &mut out).unwrap();
+        unfold(
+            Compression::Gzip,
+            &blob[start..],
+            usize::try_from(size).unwrap(),
+            &mut out,
+        )
+        .unwrap();
     } else {
         for size in 1.. {
-            inflate_member(&blob[start..], size, &mut out).unwrap();
+            unfold(Compression::Gzip, &blob[start..], size, &mut out).unwrap();
             if Digest::of(&out) == digest {
                 break;
             }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use estargz::digest::Digest;
 use estargz::index::{self, BlobLayout, LayerIndex};
+use estargz::member::Compression;
 use estargz::toc::Toc;
 use serde::{Deserialize, Serialize};
 
@@ -85,8 +86,11 @@ pub struct Origin {
     pub layer_digest: Digest,
     /// Size of the compressed blob.
     pub blob_size: u64,
-    /// Where the TOC begins in the blob.
+    /// Where the part of the blob that holds files ends.
     pub toc_offset: u64,
+    /// How the blob's members are compressed.
+    #[serde(default)]
+    pub compression: Compression,
 }
 
 impl Origin {
@@ -94,6 +98,7 @@ impl Origin {
         BlobLayout {
             blob_size: self.blob_size,
             toc_offset: self.toc_offset,
+            compression: self.compression,
         }
     }
 }
@@ -387,7 +392,7 @@ fn verify(toc_digest: &Digest, toc_json: &[u8]) -> Result<(), CacheError> {
 }
 
 fn build_index(toc_json: &[u8], origin: &Origin, toc_digest: &Digest) -> Result<Vec<u8>, CacheError> {
-    let toc = Toc::parse(toc_json).map_err(|error| CacheError::Toc(Box::new(error)))?;
+    let toc = Toc::parse_verified(toc_json).map_err(|error| CacheError::Toc(Box::new(error)))?;
     index::build(&toc, origin.layout(), *toc_digest).map_err(|error| CacheError::Toc(Box::new(error)))
 }
 

@@ -3,6 +3,8 @@
 use std::fs;
 
 use estargz::digest::Digest;
+use estargz::footer::FooterKind;
+use estargz::member::Compression;
 
 use super::*;
 use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified};
@@ -37,6 +39,32 @@ fn a_layer_appears_whole_and_loads_again_without_its_toc_being_given() {
     // Creating it a second time is the same layer.
     assert_eq!(sample.create(&test.store).dir(), layer.dir());
     assert_eq!(fs::read_dir(test.dir.path().join("layers")).unwrap().count(), 1);
+}
+
+#[test]
+fn layers_of_zstd_frames_keep_their_compression_and_rebuild_their_index_from_either_form_of_the_toc() {
+    let sample = || Sample::of_form(FooterKind::ZstdChunked, 5, 150_000, Packing::default());
+    for sample in [sample(), sample().named_by_frame()] {
+        let test = TestStore::new();
+        let layer = sample.create(&test.store);
+        assert_eq!(layer.index().compression(), Compression::Zstd);
+        assert_eq!(fs::read(layer.dir().join("toc")).unwrap(), sample.toc_json);
+        let index = fs::read(layer.dir().join("index")).unwrap();
+        fs::write(layer.dir().join("index"), b"damaged").unwrap();
+        let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+        assert!(fs::read(layer.dir().join("index")).unwrap() == index);
+    }
+}
+
+#[test]
+fn an_origin_from_before_there_were_zstd_layers_is_one_of_gzip_members() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    let path = layer.dir().join("origin");
+    let mut origin: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    origin.as_object_mut().unwrap().remove("compression").unwrap();
+    fs::write(&path, serde_json::to_vec(&origin).unwrap()).unwrap();
+    assert_eq!(test.store.origin(&sample.toc_digest).unwrap(), sample.origin());
 }
 
 #[test]

@@ -58,7 +58,9 @@ impl Drop for Listed {
     fn drop(&mut self) {
         let end = self.pipe.end.load(Ordering::Acquire);
         self.fetch.went_on(&self.pipe.sequence, end);
-        self.fetch.pipes().change(|list| list.retain(|pipe| !Arc::ptr_eq(pipe, &self.pipe)));
+        self.fetch
+            .pipes()
+            .change(|list| list.retain(|pipe| !Arc::ptr_eq(pipe, &self.pipe)));
     }
 }
 
@@ -167,7 +169,10 @@ impl LayerFetch {
         let most = RANGE.min(self.engine().options.max_range);
         let members = plan::run(self.layer().index(), from, until, free, most)?;
         let urgency = Urgency::default();
-        let claims = members.clone().filter_map(|member| flights.claim(member, &urgency)).collect();
+        let claims = members
+            .clone()
+            .filter_map(|member| flights.claim(member, &urgency))
+            .collect();
         let lane = Lane::Ahead(sequence.clone());
         Some((Group { claims, lane, urgency }, members.end))
     }

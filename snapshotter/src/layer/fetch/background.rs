@@ -23,6 +23,8 @@ const MOST: u64 = 4 << 20;
 const LEAST: u64 = 1 << 20;
 /// Pause before what was on its way for others is looked at again.
 const OTHERS: Duration = Duration::from_millis(200);
+/// Pause before it is looked again whether there is room.
+const NO_ROOM: Duration = Duration::from_secs(5);
 /// Pause after the first failure; it doubles from there.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest pause after failures.
@@ -94,13 +96,23 @@ impl LayerFetch {
             self.counts().background(BackgroundState::Complete);
             return;
         }
-        if !self.engine().options.completion.enabled || !self.claim_background() {
+        if !self.claim_background() {
+            return;
+        }
+        let fetch = self.clone();
+        if !self.engine().options.completion.enabled {
+            // What is on the node costs no network.
+            self.spawn(async move {
+                fetch.reuse_all().await;
+                fetch.end_background();
+            });
             return;
         }
         self.counts().background(BackgroundState::Waiting);
-        let (fetch, counted) = (self.clone(), Counted::new(&self.engine().metrics));
+        let counted = Counted::new(&self.engine().metrics);
         self.spawn(async move {
             let _counted = counted;
+            fetch.reuse_all().await;
             tokio::time::sleep(fetch.engine().options.completion.delay).await;
             let state = fetch.complete().await;
             fetch.counts().background(state);
@@ -119,6 +131,10 @@ impl LayerFetch {
         let mut left = self.missing().count();
         loop {
             self.engine().pace.free().await;
+            while !self.layer().has_room() {
+                self.counts().background(BackgroundState::Paused);
+                tokio::time::sleep(NO_ROOM).await;
+            }
             let is_patient = Instant::now() < patient_until;
             match self.fetch_hole(next, is_patient).await {
                 Ok(Outcome::Went(end)) => {
@@ -173,7 +189,11 @@ impl LayerFetch {
     fn claim_hole(&self, from: u32, is_patient: bool) -> Option<(Group, u32)> {
         let mut flights = self.flights().hold();
         let free = |member: u32| !flights.contains(member) && self.is_missing(member);
-        let most = self.engine().options.completion.range();
+        let most = if self.remotes().ignore_ranges() {
+            u64::MAX
+        } else {
+            self.engine().options.completion.range()
+        };
         let members = plan::holes(self.layer().index(), from, free, most)?;
         let (first, end) = (*members.first()?, members.last()? + 1);
         let bytes = plan::blob_range(self.layer().index(), &(first..end));

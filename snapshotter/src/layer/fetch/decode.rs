@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use estargz::gzip::{GzipError, inflate_member};
+use estargz::member::{Compression, MemberError, unfold};
 
 use super::error::{Corruption, FetchError};
 use super::plan;
@@ -29,19 +29,24 @@ pub(super) fn store_member(
         return Ok(());
     }
     let want = usize::try_from(plan::unfolded_size(layer.index(), member)).unwrap_or(usize::MAX);
-    let mut unfolded = Vec::new();
-    let inflated = match inflate_member(compressed, want, &mut unfolded) {
+    let mut bytes = Vec::new();
+    // The index says what the layer was when it was opened first. Another image can name the same TOC for a blob that is
+    // compressed otherwise; the digests decide which bytes are right, and a wrong one must not spoil the layer for the other.
+    let compression = Compression::of(compressed).unwrap_or(layer.index().compression());
+    let unfolded = match unfold(compression, compressed, want, &mut bytes) {
         // The chunks before the end may be right.
-        Err(short @ GzipError::Short { have, .. }) => inflate_member(compressed, have, &mut unfolded).and(Err(short)),
+        Err(short @ MemberError::Short { have, .. }) => {
+            unfold(compression, compressed, have, &mut bytes).and(Err(short))
+        }
         other => other,
     };
-    if inflated.is_err() && !matches!(inflated, Err(GzipError::Short { .. })) {
-        unfolded.clear();
+    if unfolded.is_err() && !matches!(unfolded, Err(MemberError::Short { .. })) {
+        bytes.clear();
     }
-    let shortage = inflated.err().map(Arc::new);
+    let shortage = unfolded.err().map(Arc::new);
     let mut failure = None;
     for chunk in missing {
-        let result = store_chunk(layer, metrics, chunk, &unfolded, shortage.as_ref());
+        let result = store_chunk(layer, metrics, chunk, &bytes, shortage.as_ref());
         if let Err(error) = result {
             let worse = matches!(error, FetchError::Store(_));
             if failure.is_none() || worse {
@@ -81,7 +86,7 @@ fn store_chunk(
     metrics: &Metrics,
     chunk: u32,
     unfolded: &[u8],
-    shortage: Option<&Arc<GzipError>>,
+    shortage: Option<&Arc<MemberError>>,
 ) -> Result<(), FetchError> {
     let corrupt = |reason| {
         metrics.verify_failures.inc();
@@ -94,7 +99,7 @@ fn store_chunk(
     let bytes = unfolded.get(start..).and_then(|rest| rest.get(..entry.size as usize));
     let Some(bytes) = bytes else {
         let reason = shortage.cloned().unwrap_or_else(|| {
-            Arc::new(GzipError::Short {
+            Arc::new(MemberError::Short {
                 have: unfolded.len(),
                 want: start,
             })

@@ -67,6 +67,8 @@ pub(super) struct Download {
     whom: Whom,
     /// Asked now, or last.
     remote: Option<Arc<Remote>>,
+    /// Who broke the protocol once; a proxy in between may have.
+    misfits: Vec<Arc<Remote>>,
     /// A source refused for good, and the present one has not delivered yet.
     on_trial: bool,
     last_error: Option<SourceError>,
@@ -106,6 +108,7 @@ impl Download {
             fetch,
             whom,
             remote: None,
+            misfits: Vec::new(),
             on_trial: false,
             last_error: None,
             position: range.start,
@@ -322,7 +325,7 @@ impl Download {
             .failed(remote.host.name(), chain(&error), error.class());
         let (image, layer) = (&remote.names.image, remote.names.layer_digest);
         let cause = &error as &dyn std::error::Error;
-        if !error.is_transient() {
+        if !error.is_transient() && !self.is_first_misfit(&error, &remote) {
             tracing::warn!(image, %layer, host = remote.host.name(), error = cause, "a source of the layer refuses");
             self.on_trial = true;
             match &mut self.whom {
@@ -349,6 +352,15 @@ impl Download {
         } else {
             Ok(())
         }
+    }
+
+    /// Whether a source broke the protocol for the first time: asked once more, as after a failure that may pass.
+    fn is_first_misfit(&mut self, error: &SourceError, remote: &Arc<Remote>) -> bool {
+        let is_first = error.class() == "protocol" && !self.misfits.iter().any(|other| Arc::ptr_eq(other, remote));
+        if is_first {
+            self.misfits.push(remote.clone());
+        }
+        is_first
     }
 
     fn error(&mut self) -> FetchError {

@@ -194,6 +194,11 @@ impl Engine {
         self.options.stall_timeout
     }
 
+    /// How long a read waits for a source.
+    pub(in crate::layer) fn read_deadline(&self) -> Duration {
+        self.options.read_deadline
+    }
+
     /// What is known of a host.
     pub(in crate::layer) fn host(&self, name: &str) -> Arc<Host> {
         self.hosts.of(name)

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use estargz::gzip::GzipError;
+use estargz::member::MemberError;
 
 use crate::layer::cache::StoreError;
 use crate::layer::source::SourceError;
@@ -49,7 +49,7 @@ pub enum FetchError {
 pub enum Corruption {
     /// The compressed member cannot be decompressed, or ends before the chunk does.
     #[error("its member cannot be decompressed")]
-    Inflate(#[source] Arc<GzipError>),
+    Inflate(#[source] Arc<MemberError>),
     /// Another digest than the TOC promises.
     #[error("wrong digest")]
     Digest(#[source] StoreError),
@@ -74,7 +74,9 @@ impl FetchError {
     pub fn disk_error(&self) -> Option<&io::Error> {
         match self {
             Self::Store(StoreError::Write { source, .. }) => Some(source),
-            Self::Store(_) | Self::Source { .. } | Self::Corrupt { .. } | Self::Deadline { .. } | Self::Abandoned => None,
+            Self::Store(_) | Self::Source { .. } | Self::Corrupt { .. } | Self::Deadline { .. } | Self::Abandoned => {
+                None
+            }
         }
     }
 }

@@ -278,13 +278,13 @@ mod tests {
         let gate = Gate::new(16);
         let _warm = [gate.enter_ahead(&Lane::Warm).await, gate.enter_ahead(&Lane::Warm).await];
         assert!(gate.enter_ahead(&Lane::Warm).now_or_never().is_none());
-        let completion = [
-            gate.enter_ahead(&BACKGROUND).await,
-            gate.enter_ahead(&BACKGROUND).await,
-        ];
+        let completion = [gate.enter_ahead(&BACKGROUND).await, gate.enter_ahead(&BACKGROUND).await];
         assert!(gate.enter_ahead(&BACKGROUND).now_or_never().is_none());
         drop(completion);
-        let _prefetch = [gate.enter_ahead(&Lane::Prefetch).await, gate.enter_ahead(&Lane::Prefetch).await];
+        let _prefetch = [
+            gate.enter_ahead(&Lane::Prefetch).await,
+            gate.enter_ahead(&Lane::Prefetch).await,
+        ];
         assert!(gate.enter_ahead(&Lane::Prefetch).now_or_never().is_none());
 
         let gate = Gate::new(16);

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
@@ -47,8 +48,30 @@ struct Cutter {
     jobs: JoinSet<()>,
 }
 
-/// Fetches a group and settles every claim of it.
+/// Fetches a group and settles every claim of it. What another layer has is taken from there.
 pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
+    let Group { claims, lane, urgency } = group;
+    let mut slot = Some(slot);
+    let parts = fetch.without_reused(claims).await.into_iter().map(|claims| {
+        let (slot, fetch, lane, urgency) = (slot.take(), fetch.clone(), &lane, &urgency);
+        async move {
+            let slot = match slot {
+                Some(slot) => slot,
+                None => fetch.enter(lane, urgency).await,
+            };
+            let (lane, urgency) = (lane.clone(), urgency.clone());
+            transfer(fetch, Group { claims, lane, urgency }, slot).await;
+        }
+    });
+    let parts: Vec<_> = parts.collect();
+    // Nothing is left to ask for if all of it was there.
+    drop(slot);
+    join_all(parts).await;
+    fetch.group_done();
+}
+
+/// One request for all claims of a group.
+async fn transfer(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     let Some(range) = range_of(&fetch, &group.claims) else {
         return;
     };
@@ -80,7 +103,6 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
         cutter.give_up(error, remote.as_deref());
     }
     while cutter.jobs.join_next().await.is_some() {}
-    cutter.fetch.group_done();
 }
 
 fn range_of(fetch: &LayerFetch, claims: &VecDeque<Claim>) -> Option<std::ops::Range<u64>> {
@@ -154,8 +176,17 @@ impl Cutter {
 
     fn give_up(&mut self, error: FetchError, remote: Option<&Remote>) {
         let names = remote.map(|remote| &remote.names);
-        let (image, layer) = (names.map(|names| &*names.image), names.map(|names| names.layer_digest.to_string()));
-        tracing::error!(image, layer, members = self.claims.len(), error = &error as &dyn std::error::Error, "a range of the layer cannot be fetched");
+        let (image, layer) = (
+            names.map(|names| &*names.image),
+            names.map(|names| names.layer_digest.to_string()),
+        );
+        tracing::error!(
+            image,
+            layer,
+            members = self.claims.len(),
+            error = &error as &dyn std::error::Error,
+            "a range of the layer cannot be fetched"
+        );
         let failure = Arc::new(error);
         for claim in self.claims.drain(..) {
             claim.settle(Err(failure.clone()));

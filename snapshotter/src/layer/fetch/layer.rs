@@ -22,7 +22,7 @@ use super::plan::{self, Reach};
 use super::readahead::Readahead;
 use super::remotes::{Remote, Remotes};
 use super::tally::{Counts, Tally};
-use crate::layer::cache::CachedLayer;
+use crate::layer::cache::{CachedLayer, StoreError};
 use crate::layer::source::BlobSource;
 use crate::metrics::defs::SourceLabels;
 
@@ -211,7 +211,6 @@ impl LayerFetch {
 
     /// Returns when all of `chunks` are resident, or when the read's deadline is over. Needs no runtime to be polled on.
     pub async fn ensure(self: &Arc<Self>, chunks: Range<u32>) -> Result<(), Failure> {
-        self.pipes.advance(|| self.position_of(chunks.end.checked_sub(1)?));
         if self.layer.residency().contains_all(chunks.clone()) {
             return Ok(());
         }
@@ -237,6 +236,11 @@ impl LayerFetch {
         result
     }
 
+    /// Tells that a reader is at `chunks`, resident or not.
+    pub fn note_read(&self, chunks: &Range<u32>) {
+        self.pipes.advance(|| self.position_of(chunks.end.checked_sub(1)?));
+    }
+
     /// Where in the blob a chunk begins.
     fn position_of(&self, chunk: u32) -> Option<u64> {
         let member = self.layer.index().chunk(chunk)?.member;
@@ -258,6 +262,8 @@ impl LayerFetch {
                 let Wait { chunks, progress } = wait;
                 match follow(progress, || self.layer.residency().contains_all(chunks.clone())).await {
                     Ok(()) => {}
+                    // Nobody waited for it when it was stored; now somebody does.
+                    Err(failure) if matches!(*failure, FetchError::Store(StoreError::NoRoom { .. })) => {}
                     // Who fetched it gave up; but this read still has time.
                     Err(failure) if self.may_pass(&failure, began) => fruitless = 0,
                     Err(failure) => return Err(failure),
@@ -343,10 +349,13 @@ impl LayerFetch {
         let index = self.layer.index();
         let mut readahead = self.readahead.lock().unwrap_or_else(PoisonError::into_inner);
         let window = readahead.window(plan::member_range(index, first).start);
-        let reach = Reach {
-            window: window.length,
-            max: self.engine.options.max_range,
+        // A server that sends all that lies before a range is asked once for all that is missing.
+        let (around, max) = if self.remotes.ignore_ranges() {
+            (u64::MAX, u64::MAX)
+        } else {
+            (window.length, self.engine.options.max_range)
         };
+        let reach = Reach { window: around, max };
         let mut groups = plan::groups(index, wanted, free, reach);
         groups.truncate(MAX_GROUPS);
         if let Some(last) = groups.last() {

@@ -163,8 +163,10 @@ fn can_join<B: AsRef<[u8]>>(index: &LayerIndex<B>, near: u32, next: u32, free: i
 }
 
 fn adjacent<B: AsRef<[u8]>>(index: &LayerIndex<B>, left: u32, right: u32) -> bool {
-    member_range(index, right)
-        .start
-        .saturating_sub(member_range(index, left).end)
-        <= MAX_GAP
+    is_near(member_range(index, left).end, member_range(index, right).start)
+}
+
+/// Whether what ends at `end` and what begins at `start` may be in one request.
+pub(super) fn is_near(end: u64, start: u64) -> bool {
+    start.saturating_sub(end) <= MAX_GAP
 }

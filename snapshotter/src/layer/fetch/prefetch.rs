@@ -17,6 +17,8 @@ use super::plan;
 const PIPELINE: usize = 2;
 /// Pause before what was on its way for others is looked at again.
 const OTHERS: Duration = Duration::from_millis(100);
+/// Pause before it is looked again whether there is room for what nobody waits for.
+const NO_ROOM: Duration = Duration::from_secs(5);
 /// Passes that brought nothing and left nothing on its way; more would hide a fault.
 const MAX_FRUITLESS_PASSES: u32 = 4;
 
@@ -106,6 +108,9 @@ impl LayerFetch {
             if failed.as_deref().is_some_and(is_lasting) {
                 break;
             }
+            while matches!(lane, Lane::Prefetch) && !self.layer().has_room() {
+                tokio::time::sleep(NO_ROOM).await;
+            }
             // The slot comes first: claims that wait for one would keep readers waiting.
             let fetch = self.clone();
             let lane = lane.clone();
@@ -150,14 +155,7 @@ impl LayerFetch {
             .clone()
             .filter_map(|member| flights.claim(member, &urgency))
             .collect();
-        Some((
-            Group {
-                claims,
-                lane,
-                urgency,
-            },
-            members,
-        ))
+        Some((Group { claims, lane, urgency }, members))
     }
 }
 

@@ -99,7 +99,11 @@ impl Readahead {
         if !self.last_scattered.replace(now).is_some_and(lately) {
             self.scattered = 0;
         }
-        let doublings = if self.is_small { self.scattered / MISSES_PER_DOUBLING } else { 0 };
+        let doublings = if self.is_small {
+            self.scattered / MISSES_PER_DOUBLING
+        } else {
+            0
+        };
         self.scattered = self.scattered.saturating_add(1);
         self.least.saturating_mul(1 << doublings.min(16)).min(self.most)
     }
@@ -147,7 +151,9 @@ mod tests {
     #[test]
     fn many_scattered_misses_of_a_small_layer_take_more_and_more_of_it() {
         let mut readahead = Readahead::new(100, 800, SMALL_LAYER);
-        let windows: Vec<u64> = (0..11).map(|n| readahead.window(1_000_000 - n * 5_000).length).collect();
+        let windows: Vec<u64> = (0..11)
+            .map(|n| readahead.window(1_000_000 - n * 5_000).length)
+            .collect();
         assert_eq!(windows, [100, 100, 100, 200, 200, 200, 400, 400, 400, 800, 800]);
         readahead.last_scattered = Instant::now().checked_sub(2 * FORGET_AFTER);
         assert_eq!(readahead.window(5).length, 100);

@@ -60,6 +60,16 @@ impl Remotes {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether the one that is asked next sends the whole blob for each range.
+    pub(super) fn ignore_ranges(&self) -> bool {
+        let list = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let next = list
+            .iter()
+            .find(|remote| remote.host.pause().is_none())
+            .or(list.first());
+        next.is_some_and(|remote| remote.source.ignores_ranges())
+    }
+
     /// Asks `remotes` first from now on, in this order.
     pub(super) fn prefer(&self, remotes: Vec<Arc<Remote>>) {
         self.change(|list| {

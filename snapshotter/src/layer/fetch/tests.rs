@@ -15,6 +15,8 @@ use crate::layer::source::scripted::{Fault, Scripted};
 use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified, noise, read_file, resolve};
 use crate::metrics::Metrics;
 
+mod streams;
+
 struct Bench {
     _test: Arc<TestStore>,
     sample: Sample,
@@ -431,7 +433,8 @@ async fn a_layer_that_does_not_answer_leaves_the_others_their_slots() {
     tokio::time::timeout(Duration::from_secs(20), other.assert_file("dir0/file0000"))
         .await
         .unwrap();
-    assert_eq!(silent.source.requests().len(), 2);
+    // Half of the slots, and those that were lent since.
+    assert!(silent.source.requests().len() >= 2);
     silent.source.release(1_000);
     for reader in readers {
         reader.await.unwrap();

@@ -48,6 +48,7 @@ fn create(root: &Path, count: usize) -> Vec<LayerOrigin> {
             layer_digest: Digest::of(&layer.to_le_bytes()),
             blob_size: 20_000_000,
             toc_offset: 15_000_000,
+            compression: estargz::member::Compression::Gzip,
         };
         if !store.contains(&toc_digest) {
             store.create(&toc_digest, &toc, &origin).unwrap();

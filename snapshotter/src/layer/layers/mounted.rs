@@ -16,7 +16,6 @@ use crate::layer::fetch::{LayerFetch, LayerNames};
 use crate::layer::fs::LayerFs;
 use crate::layer::fuse::LayerFuse;
 use crate::layer::source::BlobSource;
-use crate::layer::source::registry::RegistryBlob;
 use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
 
 /// Mounts stacked on one mount point that are cleared away; more than one only after crashes in between.
@@ -161,8 +160,7 @@ impl Shared {
     }
 
     pub(super) fn sources(&self, image: &str, layer_digest: &Digest, size: Option<u64>) -> Vec<Arc<dyn BlobSource>> {
-        let blob = RegistryBlob::new(self.registries.clone(), image, layer_digest, size);
-        vec![Arc::new(blob.keeping(&self.handed_over))]
+        self.registries.sources(image, layer_digest, size)
     }
 
     async fn load(self: &Arc<Self>, toc_digest: Digest, layer_digest: Digest) -> Result<Option<CachedLayer>, NotLazy> {

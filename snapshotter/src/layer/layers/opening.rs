@@ -52,6 +52,7 @@ impl Shared {
         let expected = Expected {
             layer: request.layer_digest,
             toc: toc_digest,
+            position: described.and_then(|layer| layer.position),
         };
         let wanted = Wanted {
             image: &request.image,
@@ -114,6 +115,7 @@ impl Shared {
         let expected = Expected {
             layer: layer.digest,
             toc,
+            position: layer.position,
         };
         let wanted = Wanted {
             image,
@@ -125,7 +127,7 @@ impl Shared {
 
     /// Brings one layer into the cache if it is not there.
     async fn open(self: &Arc<Self>, slot: &Slot, wanted: Wanted<'_>) -> Result<(), NotLazy> {
-        let Expected { layer, toc } = wanted.expected;
+        let Expected { layer, toc, .. } = wanted.expected;
         let _turn = slot.opening.lock().await;
         if self.store.contains(&toc) {
             return Ok(());
@@ -136,7 +138,7 @@ impl Shared {
             });
         };
         let sources = self.sources(wanted.image, &layer, wanted.size);
-        let opening = open::open(&self.engine, sources, wanted.image, wanted.expected);
+        let opening = open::open(&self.engine, sources, wanted.image, wanted.expected, self.as_ref());
         let stopped = NotLazy::Refused {
             why: "the daemon is stopping",
         };
@@ -146,6 +148,7 @@ impl Shared {
             layer_digest: layer,
             blob_size: opened.blob_size,
             toc_offset: opened.toc_offset,
+            compression: opened.compression,
         };
         let create = move |shared: &Self| {
             let cached = shared.store.create(&toc, &opened.toc, &origin)?;

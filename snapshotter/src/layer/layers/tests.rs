@@ -442,6 +442,7 @@ async fn privileged_what_is_not_to_be_served_is_refused_with_its_reason_and_leav
     assert_eq!(
         reason(LayerRequest {
             toc_digest: None,
+            manifest_digest: None,
             ..good.clone()
         })
         .await,
@@ -490,14 +491,20 @@ async fn privileged_what_is_not_to_be_served_is_refused_with_its_reason_and_leav
 #[test]
 fn every_key_of_the_registry_section_reaches_the_client() {
     let registry = RegistryConfig {
+        hosts_directory: Some(PathBuf::from("/certs.d")),
         plain_http: vec!["registry.local:5000".to_owned()],
         ca_file: Some(PathBuf::from("/ca.pem")),
+        credentials_file: Some(PathBuf::from("/logins.toml")),
+        docker_config: Some(PathBuf::from("/config.json")),
+        credential_provider_config: Some(PathBuf::from("/providers.yaml")),
+        credential_provider_bin_dir: Some(PathBuf::from("/bin")),
         connect_timeout: Duration::from_secs(3),
         stall_timeout: Duration::from_secs(4),
     };
     let ClientOptions {
         plain_http,
-        credentials: _,
+        hosts_directory,
+        credentials,
         ca_file,
         connect_timeout,
         idle_timeout,
@@ -510,6 +517,11 @@ fn every_key_of_the_registry_section_reaches_the_client() {
         HandedOver::default(),
     );
     assert_eq!((plain_http, ca_file), (registry.plain_http, registry.ca_file));
+    assert_eq!(hosts_directory, registry.hosts_directory);
+    assert_eq!(
+        format!("{credentials:?}"),
+        r#"["/logins.toml", "/config.json", "the credential providers of /providers.yaml"]"#
+    );
     assert_eq!(
         (connect_timeout, idle_timeout),
         (registry.connect_timeout, registry.stall_timeout)

@@ -82,6 +82,11 @@ impl<'a> Sources<'a> {
         self.bytes
     }
 
+    /// Size of the blob, where it is known without asking.
+    pub(super) fn size(&self) -> Option<u64> {
+        self.list.iter().find_map(|candidate| candidate.source.size())
+    }
+
     /// Asks those no more whose bytes came; whether others are left.
     pub(super) fn rule_out_deliverers(&mut self) -> bool {
         for candidate in &mut self.list {
@@ -93,7 +98,7 @@ impl<'a> Sources<'a> {
 
     /// The end of the blob, as long as `length` says for its size.
     pub(super) async fn tail(&mut self, length: impl Fn(Option<u64>) -> u64) -> Result<Received, SourceError> {
-        let size = self.list.iter().find_map(|candidate| candidate.source.size());
+        let size = self.size();
         let length = length(size);
         match size {
             Some(0) => Ok(Received {
@@ -157,7 +162,8 @@ impl<'a> Sources<'a> {
                         bytes: part.got.freeze(),
                     });
                 }
-                Err(error) if error.is_transient() => {
+                // Who breaks the protocol is asked once more: a proxy in between may have.
+                Err(error) if error.is_transient() || (error.class() == "protocol" && candidate.attempts == 0) => {
                     candidate.host.failed(&error);
                     candidate.attempts += 1;
                     tracing::debug!(host = candidate.host.name(), %error, "asking for the TOC again");
@@ -171,21 +177,25 @@ impl<'a> Sources<'a> {
         }
     }
 
-    /// Whom to ask next: the first that may be asked now, or after a pause the one that may be asked soonest.
+    /// Whom to ask next: the first that may be asked now, if need be after a pause.
     async fn choose(&self) -> Option<usize> {
-        let usable = |candidate: &Candidate| !candidate.is_out && candidate.attempts < MAX_ATTEMPTS;
-        let mut soonest: Option<(usize, Duration)> = None;
-        for (number, candidate) in self.list.iter().enumerate().filter(|(_, candidate)| usable(candidate)) {
-            let Some(pause) = candidate.host.pause() else {
-                return Some(number);
-            };
-            if soonest.is_none_or(|(_, least)| pause < least) {
-                soonest = Some((number, pause));
+        let usable = |candidate: &&Candidate| !candidate.is_out && candidate.attempts < MAX_ATTEMPTS;
+        let began = Instant::now();
+        loop {
+            let mut soonest: Option<Duration> = None;
+            for (number, candidate) in self.list.iter().enumerate() {
+                match candidate.host.pause() {
+                    _ if !usable(&candidate) => {}
+                    None => return Some(number),
+                    Some(pause) => soonest = Some(soonest.map_or(pause, |least| least.min(pause))),
+                }
             }
+            let pause = soonest?;
+            if began.elapsed() >= self.engine.read_deadline() {
+                return None;
+            }
+            tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
         }
-        let (number, pause) = soonest?;
-        tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
-        Some(number)
     }
 
     async fn ask(&mut self, number: usize, part: &mut Part) -> Result<(), SourceError> {

@@ -1,13 +1,14 @@
 //! A registry as a [`BlobSource`].
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
 use futures_util::TryStreamExt;
 use hullspeed_registry::{
-    Client, ClientOptions, Error, ErrorClass, Fault, HandedOver, InUse, Place, RangeResponse, RangeSpec, Reference,
+    Client, ClientOptions, Error, ErrorClass, Fault, HostHandle, InUse, Place, RangeResponse, RangeSpec, Reference,
     ReferenceError,
 };
 
@@ -29,6 +30,36 @@ impl Registries {
         }
     }
 
+    /// One source per host that may serve the blob `digest` of `image`, in the order in which they are to be asked; never empty, the
+    /// registry itself last. `size` where a manifest told it. They keep the logins for the repository as long as they live.
+    pub fn sources(self: &Arc<Self>, image: &str, digest: &Digest, size: Option<u64>) -> Vec<Arc<dyn BlobSource>> {
+        let any = RegistryBlob {
+            in_use: self.in_use(image).map(Arc::new),
+            ..RegistryBlob::new(self.clone(), image, digest, size)
+        };
+        // What is wrong with the image's name or with the set-up is an error of each read, as it is without mirrors.
+        let hosts = match (&any.image, self.client()) {
+            (Ok(image), Ok(client)) => client.hosts(image).unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        if hosts.is_empty() {
+            return vec![Arc::new(any)];
+        }
+        let of = |host| -> Arc<dyn BlobSource> {
+            Arc::new(RegistryBlob {
+                host: Some(host),
+                ignores_ranges: Arc::default(),
+                ..any.clone()
+            })
+        };
+        hosts.into_iter().map(of).collect()
+    }
+
+    fn in_use(&self, image: &str) -> Option<InUse> {
+        let place = Place::of(&Reference::parse(image).ok()?);
+        self.options.credentials.in_use(place)
+    }
+
     /// The client that all layers share.
     pub fn client(&self) -> Result<Client, SourceError> {
         // What the lock guards is whole or absent.
@@ -42,14 +73,18 @@ impl Registries {
 }
 
 /// A blob in a registry's repository.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RegistryBlob {
     registries: Arc<Registries>,
     image: Result<Reference, ReferenceError>,
     digest: hullspeed_registry::Digest,
     size: Option<u64>,
+    /// The host that is asked; without one, all hosts of the image in turn.
+    host: Option<HostHandle>,
     /// Keeps the logins for the repository.
-    in_use: Option<InUse>,
+    in_use: Option<Arc<InUse>>,
+    /// Whether the host was seen to ignore ranges.
+    ignores_ranges: Arc<AtomicBool>,
 }
 
 /// The registry client's form of a digest.
@@ -107,24 +142,26 @@ impl RegistryBlob {
             image: Reference::parse(image),
             digest: registry_digest(digest),
             size,
+            host: None,
             in_use: None,
+            ignores_ranges: Arc::default(),
         }
-    }
-
-    /// Keeps those logins of `handed_over` that are for the blob's repository, as long as it may be read.
-    pub fn keeping(mut self, handed_over: &HandedOver) -> Self {
-        let place = self.image.as_ref().ok().map(Place::of);
-        self.in_use = place.map(|place| handed_over.in_use(place));
-        self
     }
 
     async fn ask(&self, range: RangeSpec) -> Result<RangeResponse, SourceError> {
         let image = self.image.as_ref().map_err(|error| reference_error(error.clone()))?;
-        self.registries
-            .client()?
-            .blob_range(image, &self.digest, range)
-            .await
-            .map_err(source_error)
+        let answer = match &self.host {
+            Some(host) => host.blob_range(&self.digest, range).await,
+            None => self.registries.client()?.blob_range(image, &self.digest, range).await,
+        };
+        let response = answer.map_err(source_error)?;
+        if response.ranges_ignored && !self.ignores_ranges.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                host = self.host(),
+                "the server ignores ranges; whole layers are read from it in few requests"
+            );
+        }
+        Ok(response)
     }
 }
 
@@ -135,11 +172,16 @@ fn body(response: RangeResponse) -> ByteStream {
 #[async_trait]
 impl BlobSource for RegistryBlob {
     fn host(&self) -> &str {
-        self.image.as_ref().map_or("", Reference::host)
+        let registry = || self.image.as_ref().map_or("", Reference::host);
+        self.host.as_ref().map_or_else(registry, HostHandle::host)
     }
 
     fn size(&self) -> Option<u64> {
         self.size
+    }
+
+    fn ignores_ranges(&self) -> bool {
+        self.ignores_ranges.load(Ordering::Relaxed)
     }
 
     async fn read(&self, range: Range<u64>, _priority: Priority) -> Result<ByteStream, SourceError> {

@@ -45,6 +45,7 @@ pub(crate) struct Scripted {
     host: String,
     /// Whether it has stopped answering for good.
     gone: AtomicBool,
+    ignores_ranges: bool,
 }
 
 impl Scripted {
@@ -59,12 +60,19 @@ impl Scripted {
             pieces: None,
             host: "registry.test".to_owned(),
             gone: AtomicBool::new(false),
+            ignores_ranges: false,
         }
     }
 
     /// On another host.
     pub(crate) fn at(mut self, host: &str) -> Self {
         host.clone_into(&mut self.host);
+        self
+    }
+
+    /// Says that it sends all that lies before a range.
+    pub(crate) fn that_ignores_ranges(mut self) -> Self {
+        self.ignores_ranges = true;
         self
     }
 
@@ -172,6 +180,10 @@ impl BlobSource for std::sync::Arc<Scripted> {
 
     fn size(&self) -> Option<u64> {
         self.known_size.then_some(self.blob.len() as u64)
+    }
+
+    fn ignores_ranges(&self) -> bool {
+        self.ignores_ranges
     }
 
     async fn read(&self, range: Range<u64>, priority: Priority) -> Result<ByteStream, SourceError> {
