@@ -1,5 +1,4 @@
 //! What is on the node is used without the registry, and what a killed daemon had made durable is not fetched again.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
 use std::time::{Duration, Instant, SystemTime};
