@@ -89,14 +89,14 @@ impl HostHandle {
         &self.name
     }
 
-    /// Asks this host, and no other, for a part of a blob. See [`Client::blob_range`].
+    /// Asks this host for a part of a blob, and no other as long as the image may be asked for there. If `hosts.toml` lists it no longer, those
+    /// that it lists are asked in its place. See [`Client::blob_range`].
     pub async fn blob_range(&self, digest: &Digest, range: RangeSpec) -> Result<RangeResponse, Error> {
         let endpoints = self.client.endpoints(&self.image)?;
         let own = endpoints.iter().find(|endpoint| endpoint.key() == self.key);
-        let endpoint = own.ok_or_else(|| {
-            let asked = format!("read of {range} of blob {digest} of {}", self.image.repository());
-            Fault::NoHost("hosts.toml lists it no longer").at(&self.name, asked)
-        })?;
+        let Some(endpoint) = own.filter(|endpoint| endpoint.capabilities.pull) else {
+            return self.client.blob_range(&self.image, digest, range).await;
+        };
         let attempts = self.client.retry().attempts;
         self.client
             .range_at(endpoint, &self.image, digest, range, attempts)

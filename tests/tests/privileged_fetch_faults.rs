@@ -216,6 +216,7 @@ async fn lasting_faults_are_an_error_in_time() {
     for case in [
         lasting("lasting-404", Fault::Status(404)),
         lasting("lasting-403", Fault::Status(403)),
+        lasting("lasting-401", Fault::Status(401)),
         lasting("lasting-500", Fault::Status(500)),
         lasting("lasting-reset", Fault::Reset),
         lasting("lasting-silent", Fault::Silent),
@@ -253,6 +254,7 @@ async fn passing_faults_do_not_cost_laziness() {
         ("mount-silent", Fault::Silent),
         ("mount-cut", Fault::Truncate(1000)),
         ("mount-stall", Fault::Stall(1000)),
+        ("mount-short", Fault::Short(1000)),
     ] {
         let mut node = source.node(name, QUICK).await.unwrap();
         source.proxy.reset();

@@ -1,5 +1,4 @@
 //! What is on the node is used without the registry, and what a killed daemon had made durable is not fetched again.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
 use std::time::{Duration, Instant, SystemTime};
@@ -23,8 +22,9 @@ async fn a_killed_daemon_fetches_only_the_rest() {
     let source = Source::start(Scenario::prepare().unwrap(), LinkOptions::default())
         .await
         .unwrap();
-    let files: Vec<_> = (0..12)
-        .map(|number| ContentFile::new(format!("file-{number:02}"), 700_000))
+    // Far more than is read ahead of two files.
+    let files: Vec<_> = (0..24)
+        .map(|number| ContentFile::new(format!("file-{number:02}"), 2 << 20))
         .collect();
     let image = source.publish("image", std::slice::from_ref(&files), &[]).unwrap();
     let mut node = source.node("node", CHECKPOINTS).await.unwrap();
@@ -32,7 +32,7 @@ async fn a_killed_daemon_fetches_only_the_rest() {
     let cache = node.cache(&image, 0).unwrap();
     source.proxy.reset();
     let view = node.view(&image, "before").await.unwrap();
-    check_all(view.path(), &files[..5]).await.unwrap();
+    check_all(view.path(), &files[..2]).await.unwrap();
     node.snapshots.remove(view).await.unwrap();
     let read = SystemTime::now();
     let end = Instant::now() + CHECKPOINT_LIMIT;
@@ -53,7 +53,7 @@ async fn a_killed_daemon_fetches_only_the_rest() {
     }
     let before = stored(&cache, &files).unwrap();
     assert!(
-        before.right >= 5 && before.absent > 0 && before.wrong == 0,
+        before.right >= 2 && before.absent > 0 && before.wrong == 0,
         "{before:?}"
     );
     node.snapshotter.process().kill().unwrap();
@@ -62,7 +62,7 @@ async fn a_killed_daemon_fetches_only_the_rest() {
     // What is there is read without the registry.
     source.proxy.set_carrier(Carrier::Refusing);
     let view = node.view(&image, "offline").await.unwrap();
-    check_all(view.path(), &files[..5]).await.unwrap();
+    check_all(view.path(), &files[..2]).await.unwrap();
     source.proxy.set_carrier(Carrier::Up);
 
     // And the rest is fetched, nothing else.

@@ -1,9 +1,11 @@
-//! A full disk: room is made or the reader is told so; nothing is damaged, and it recovers.
+//! A full disk and a full quota: room is made or the reader is told so; nothing is damaged, and it recovers.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use hullspeed_tests::content::ContentFile;
 use hullspeed_tests::lazy::{Source, check_all, read_all, stored};
@@ -16,6 +18,9 @@ use hullspeed_tests::scenario::Scenario;
 const DEMAND_ONLY: &str = "[fetch]\nprefetch = false\nbackground = false\nread_deadline = \"5s\"\n";
 
 const MIB: u64 = 1 << 20;
+
+/// The longest wait for eviction.
+const EVICTION_LIMIT: Duration = Duration::from_secs(30);
 
 async fn source() -> Source {
     Source::start(Scenario::prepare().unwrap(), LinkOptions::default())
@@ -37,6 +42,21 @@ fn small_filesystem(run: &RunDir, name: &str, size: u64) -> PathBuf {
     let target = run.directory(name).unwrap();
     process::output(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&target)).unwrap();
     target
+}
+
+fn allocated(directory: &Path) -> u64 {
+    let own = fs::symlink_metadata(directory).unwrap();
+    let Ok(entries) = fs::read_dir(directory) else { return 0 };
+    let each = entries.flatten().map(|entry| entry.path()).map(|path| {
+        match fs::symlink_metadata(&path) {
+            // A mounted layer, or one that is just being removed.
+            Ok(metadata) if metadata.dev() != own.dev() => 0,
+            Ok(metadata) if metadata.is_dir() => allocated(&path),
+            Ok(metadata) => metadata.blocks() * 512,
+            Err(_) => 0,
+        }
+    });
+    each.sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -74,5 +94,47 @@ async fn a_full_disk_is_told_and_does_no_damage() {
     node.start_again(&source.run).await.unwrap();
     let view = node.view(&image, "again").await.unwrap();
     check_all(view.path(), &files).await.unwrap();
+    node.snapshots.remove(view).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_is_kept_by_giving_up_what_nobody_uses() {
+    const QUOTA: u64 = 16 * MIB;
+    let source = source().await;
+    let (old, new) = (files("old", 12), files("new", 12));
+    let (first, second) = (
+        source.publish("first", std::slice::from_ref(&old), &[]).unwrap(),
+        source.publish("second", std::slice::from_ref(&new), &[]).unwrap(),
+    );
+    let config = format!("{DEMAND_ONLY}\n[cache]\nquota = \"16MiB\"\n");
+    let mut node = source.node("quota", &config).await.unwrap();
+    node.mount(&first).await.unwrap();
+    let view = node.view(&first, "first").await.unwrap();
+    check_all(view.path(), &old).await.unwrap();
+    node.snapshots.remove(view).await.unwrap();
+    node.forget(&first).await.unwrap();
+    node.mount(&second).await.unwrap();
+    let view = node.view(&second, "second").await.unwrap();
+    check_all(view.path(), &new).await.unwrap();
+    let layers = node.snapshotter.root().join("layers");
+    let end = Instant::now() + EVICTION_LIMIT;
+    while allocated(&layers) > QUOTA {
+        assert!(
+            Instant::now() < end,
+            "{} bytes are kept, {QUOTA} allowed",
+            allocated(&layers)
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // What is in use has not suffered.
+    source.proxy.set_dead(true);
+    check_all(view.path(), &new).await.unwrap();
+    source.proxy.set_dead(false);
+    node.snapshots.remove(view).await.unwrap();
+    // And what was given up is fetched again.
+    node.forget(&second).await.unwrap();
+    node.mount(&first).await.unwrap();
+    let view = node.view(&first, "back").await.unwrap();
+    check_all(view.path(), &old).await.unwrap();
     node.snapshots.remove(view).await.unwrap();
 }

@@ -119,6 +119,7 @@ impl Failure {
             | Fault::Redirect(_)
             | Fault::Header { .. }
             | Fault::File { .. }
+            | Fault::NoHost(_)
             | Fault::Setup(_) => (Code::Runtime, String::new()),
         };
         Self::new(code, format!("{}{advice}", chain(error)))

@@ -3,13 +3,17 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
-use super::super::tests::{Registry, blocking, contents, layers, request};
+use tokio::runtime::Handle;
+
+use super::super::tests::{Registry, blocking, config, contents, layers, request};
 use super::super::warming::{Share, WarmRequest};
 use super::*;
 use crate::layer::LayerMounts as _;
+use crate::layer::cache::limits::Amount;
 use crate::layer::layers::Layers;
 use crate::layer::platform::Platform;
 use crate::layer::testing::{Packing, Sample};
+use crate::metrics::Metrics;
 
 fn samples() -> [Sample; 2] {
     let packed = Packing {
@@ -177,7 +181,11 @@ async fn privileged_pruning_takes_what_nobody_uses_and_nothing_else() {
     let samples = samples();
     let manifest = registry.push(&samples).await;
     let dir = tempfile::tempdir().unwrap();
-    let (layers, _) = layers(dir.path());
+    // Whatever the disk of this machine has free.
+    let mut config = config(dir.path());
+    config.cache.quota = Amount::NONE;
+    config.cache.min_free = Amount::NONE;
+    let layers = Layers::new(&config, Metrics::unregistered(), Handle::current()).unwrap();
     let inspector = layers.inspector().unwrap();
     warm(&layers, &registry).await;
     let mount = layers
