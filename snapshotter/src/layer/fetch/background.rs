@@ -103,11 +103,12 @@ impl LayerFetch {
         self.counts().background(BackgroundState::Waiting);
         let counted = Counted::new(&self.engine().metrics);
         self.spawn(async move {
-            let _counted = counted;
+            let counted = counted;
             tokio::time::sleep(fetch.engine().options.completion.delay).await;
             let state = fetch.complete().await;
-            fetch.counts().background(state);
+            drop(counted);
             fetch.end_background();
+            fetch.counts().background(state);
             if state == BackgroundState::Complete {
                 fetch.checkpoint().await;
             }
