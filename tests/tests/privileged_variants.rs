@@ -70,10 +70,9 @@ async fn check(scenario: &Scenario, reference: &str, image: &LayoutImage, expect
         .metric("hullspeed_fetch_requests_total", &["kind=\"toc\"", "result=\"ok\""])
         .await
         .unwrap();
-    println!(
-        "{} layers, {toc_requests} requests for TOCs",
-        image.layer_digests().len()
-    );
+    #[expect(clippy::cast_precision_loss, reason = "a handful")]
+    let expected_requests = (image.layer_digests().len() * requests_per_layer) as f64;
+    assert_eq!(toc_requests, expected_requests, "requests for TOCs");
     snapshotter.process().stop().unwrap();
     scenario.proxy.set_dead(true);
     snapshotter.start_again(&scenario.run).await.unwrap();

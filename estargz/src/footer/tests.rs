@@ -1,3 +1,5 @@
+//! Footers of all forms, whole, cut and damaged.
+
 use super::*;
 
 /// As the reference writer printed it for offset 0x6c1; see docs/format.md.

@@ -1,3 +1,5 @@
+//! Members of both compressions, whole, cut and damaged.
+
 use std::io::Write;
 
 use flate2::write::GzEncoder;

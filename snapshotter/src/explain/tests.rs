@@ -1,3 +1,5 @@
+//! What is found by which name, and what is said of it.
+
 use super::*;
 use crate::layer::report::{Content, Cost, Fetched, Residence};
 

@@ -1,3 +1,5 @@
+//! What `hosts.toml` may say, and what it may not.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! How tables look.
+
 use super::*;
 
 fn now_ms() -> u64 {
