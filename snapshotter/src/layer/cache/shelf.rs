@@ -62,6 +62,8 @@ struct Entry {
     open: Weak<OpenLayer>,
     pins: usize,
     kept: bool,
+    /// Whether it was open since its bytes were counted with nobody having it open.
+    uncounted: bool,
     bytes: u64,
     /// Seconds of the shelf's clock; below zero for what was used before it began.
     last_use: i64,
@@ -200,7 +202,12 @@ impl Shelf {
         }
         let Some(opened) = open()? else { return Ok(None) };
         let opened = Arc::new(opened);
-        self.layers().entry(*layer).or_default().open = Arc::downgrade(&opened);
+        {
+            let mut layers = self.layers();
+            let entry = layers.entry(*layer).or_default();
+            entry.open = Arc::downgrade(&opened);
+            entry.uncounted = true;
+        }
         self.digests.add(&opened);
         Ok(Some(CachedLayer(opened)))
     }
@@ -303,7 +310,7 @@ impl Shelf {
                     entry.bytes = bytes;
                 }
             }
-            layers.retain(|_, entry| entry.bytes > 0 || !entry.may_go());
+            layers.retain(|_, entry| entry.bytes > 0 || entry.uncounted || !entry.may_go());
             for entry in layers.values_mut() {
                 if let Some(open) = entry.open.upgrade() {
                     entry.last_use = i64::try_from(open.last_use.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
