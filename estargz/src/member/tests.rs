@@ -28,7 +28,8 @@ fn every_prefix_length_comes_out_whatever_follows_the_member() {
     let text: Vec<u8> = (0..3_000_000u32).flat_map(|n| n.to_le_bytes()).collect();
     let next = b"tar header of the next entry";
     let mut out = vec![9; 10];
-    let makers: [(Compression, fn(&[u8]) -> Vec<u8>); 3] = [
+    type Maker = fn(&[u8]) -> Vec<u8>;
+    let makers: [(Compression, Maker); 3] = [
         (Compression::Gzip, |text| member(Compression::Gzip, text)),
         (Compression::Zstd, |text| member(Compression::Zstd, text)),
         (Compression::Zstd, streamed),

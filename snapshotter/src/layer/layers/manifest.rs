@@ -83,7 +83,7 @@ impl TocImages for Shared {
             found.map(|(_, layers)| layers)
         };
         let layers = self.toc_images.try_get_with(name.clone(), resolve).await;
-        let layers = layers.map_err(|error: Arc<Arc<SourceError>>| missing_image(&toc_image, &error))?;
+        let layers = layers.map_err(|error: Arc<Arc<SourceError>>| missing_image(&toc_image, Arc::clone(&error)))?;
         let toc = match toc_of(&layers, layer, &toc_image) {
             Ok(toc) => toc,
             Err(error) => {
@@ -97,11 +97,11 @@ impl TocImages for Shared {
 }
 
 /// Names the image whose manifest did not come.
-fn missing_image(image: &Reference, error: &Arc<Arc<SourceError>>) -> SourceError {
+fn missing_image(image: &Reference, error: Arc<SourceError>) -> SourceError {
     let what = format!("the manifest of {image} did not come");
-    let cause: Option<crate::layer::source::BoxError> = Some(Box::new(error.clone()));
+    let cause: Option<crate::layer::source::BoxError> = Some(Box::new(Arc::clone(&error)));
     let class = error.class();
-    match &***error {
+    match &*error {
         SourceError::Transient { load, .. } => SourceError::Transient {
             what,
             load: *load,

@@ -46,7 +46,7 @@ fn create(root: &Path, count: usize) -> Vec<LayerOrigin> {
         let toc_digest = Digest::of(&toc);
         let origin = Origin {
             image: "127.0.0.1:1/image:1".to_owned(),
-            layer_digest: Digest::of(&layer.to_le_bytes()),
+            layer_digest: Digest::of(layer.to_le_bytes()),
             blob_size: 20_000_000,
             toc_offset: 15_000_000,
             compression: Compression::Gzip,

@@ -140,7 +140,7 @@ fn many_layers_are_few_runs_and_everything_is_found() {
         assert!(test.store.find_elsewhere(&digest, 299).is_none());
     }
     assert_eq!(
-        shelf.digests.find(&Digest::of(&[7; 100])).len(),
+        shelf.digests.find(&Digest::of([7; 100])).len(),
         16,
         "no more places than that"
     );
