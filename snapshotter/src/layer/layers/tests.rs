@@ -122,6 +122,8 @@ pub(super) fn config(root: &Path) -> Config {
     };
     config.registry.stall_timeout = Duration::from_secs(5);
     config.fetch.read_deadline = Duration::from_secs(5);
+    // What is not read stays away, where a test says nothing else.
+    config.fetch.background = false;
     // What else is on this machine's disk is not these tests' concern.
     config.cache.min_free = crate::layer::cache::limits::Amount::NONE;
     config
