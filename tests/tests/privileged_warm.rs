@@ -244,19 +244,7 @@ async fn logins_that_are_handed_over_open_a_private_registry_and_are_never_writt
     // A pull as the kubelet makes it. The content of the layers is not there yet, and comes from the private registry.
     control.set_credentials(login(&image)).await.unwrap();
     let mut images = ImageServiceClient::new(connect(&node.containerd.socket()).await.unwrap());
-    let pull = PullImageRequest {
-        image: Some(ImageSpec {
-            image: image.clone(),
-            ..ImageSpec::default()
-        }),
-        auth: Some(AuthConfig {
-            username: USER.to_owned(),
-            password: PASSWORD.to_owned(),
-            ..AuthConfig::default()
-        }),
-        sandbox_config: None,
-    };
-    images.pull_image(pull).await.unwrap();
+    images.pull_image(pull_with(&image, PASSWORD)).await.unwrap();
     node.check_lazy(&scenario.converted).unwrap();
     let view = node.view(&scenario.run, "view", &scenario.converted).await.unwrap();
     assert!(fs::read(view.path().join(LARGE_FILE)).unwrap() == large_content());

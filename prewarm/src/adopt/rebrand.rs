@@ -12,6 +12,7 @@
 //! **Others who read records.** NRI plugins and the legacy NRI get what containerd has in memory: the hull's names until
 //! containerd restarts. Whatever reads containers.v1 (nerdctl, ctr) sees the pod's labels at once.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -318,13 +319,13 @@ impl Rebrander {
     async fn rebrand(&self, adoption: &Adoption) -> Result<(), RebrandError> {
         let containerd = &self.shared.containerd;
         let facts = self.shared.events.facts();
-        let adoption = &match facts.map(|facts| sysctls::stored(&adoption.config, &facts).into_owned()) {
-            Some(config) => Adoption {
-                config,
-                ..adoption.clone()
-            },
-            None => adoption.clone(),
-        };
+        let mut stored = adoption.clone();
+        if let Some(facts) = facts
+            && let Cow::Owned(config) = sysctls::stored(&adoption.config, &facts)
+        {
+            stored.config = config;
+        }
+        let adoption = &stored;
         let request = container_update(containerd, adoption, record::note(adoption)).await?;
         self.while_adopted(adoption, update_container(containerd, request))
             .await?;

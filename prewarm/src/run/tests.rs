@@ -5,6 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use hullspeed_proto::cri::v1::{ListPodSandboxRequest, RunPodSandboxRequest, UpdateRuntimeConfigRequest};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use super::*;
 use crate::client::Client;
@@ -32,18 +34,22 @@ fn entries(directory: &Path) -> Vec<String> {
     names
 }
 
+/// A daemon that runs until the sender is used or dropped.
+fn begun(config: &Config) -> (oneshot::Sender<()>, JoinHandle<Result<(), RunError>>) {
+    let (stop, stopped) = oneshot::channel();
+    let config = config.clone();
+    let daemon = tokio::spawn(async move {
+        let stopped = async { drop(stopped.await) };
+        run(config, &Announced::default(), stopped).await
+    });
+    (stop, daemon)
+}
+
 #[tokio::test]
 async fn the_daemon_serves_without_containerd_and_stops() {
     let place = tempfile::tempdir().unwrap();
     let config = config(place.path());
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let daemon = tokio::spawn({
-        let config = config.clone();
-        async move {
-            let stopped = async { drop(stopped.await) };
-            run(config, &Announced::default(), stopped).await
-        }
-    });
+    let (stop, daemon) = begun(&config);
     let client = Client::at(&config.control_socket);
     let mut status = client.status().await;
     for _ in 0..100 {
@@ -80,14 +86,7 @@ async fn the_daemon_serves_without_containerd_and_stops() {
 async fn before_containerd_was_asked_nothing_is_said_of_sandboxes() {
     let place = tempfile::tempdir().unwrap();
     let config = config(place.path());
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let daemon = tokio::spawn({
-        let config = config.clone();
-        async move {
-            let stopped = async { drop(stopped.await) };
-            run(config, &Announced::default(), stopped).await
-        }
-    });
+    let (stop, daemon) = begun(&config);
     while !config.socket.exists() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

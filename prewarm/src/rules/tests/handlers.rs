@@ -23,7 +23,7 @@ fn by_id(id: &str) -> Vec<u8> {
     request.encode_to_vec()
 }
 
-fn listed(sandboxes: &[(String, HashMap<String, String>)]) -> Vec<u8> {
+pub(super) fn listed(sandboxes: &[(String, HashMap<String, String>)]) -> Vec<u8> {
     let item = |(id, labels): &(String, HashMap<String, String>)| PodSandbox {
         id: id.clone(),
         labels: labels.clone(),

@@ -4,28 +4,17 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use hullspeed_proto::cri::v1::{
     ContainerFilter, ContainerStatsFilter, ListContainerStatsRequest, ListContainersRequest,
-    ListPodSandboxMetricsResponse, ListPodSandboxResponse, ListPodSandboxStatsRequest, ListPodSandboxStatsResponse,
-    PodSandbox, PodSandboxAttributes, PodSandboxMetrics, PodSandboxStats, PodSandboxStatsFilter,
-    PodSandboxStatsRequest, PodSandboxStatsResponse, VersionResponse,
+    ListPodSandboxMetricsResponse, ListPodSandboxStatsRequest, ListPodSandboxStatsResponse, PodSandboxAttributes,
+    PodSandboxMetrics, PodSandboxStats, PodSandboxStatsFilter, PodSandboxStatsRequest, PodSandboxStatsResponse,
+    VersionResponse,
 };
 use prost::Message;
 use tonic::{Code, Status};
 
+use super::handlers::listed;
 use super::scripted::World;
 use super::*;
 use crate::relay::{Method, Reply};
-
-fn listed(sandboxes: &[(String, HashMap<String, String>)]) -> Vec<u8> {
-    let item = |(id, labels): &(String, HashMap<String, String>)| PodSandbox {
-        id: id.clone(),
-        labels: labels.clone(),
-        ..Default::default()
-    };
-    ListPodSandboxResponse {
-        items: sandboxes.iter().map(item).collect(),
-    }
-    .encode_to_vec()
-}
 
 fn stats(id: &str) -> PodSandboxStats {
     let attributes = PodSandboxAttributes {
