@@ -1,5 +1,7 @@
 //! Log lines, to the standard error.
 
+mod json;
+
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::EnvFilter;
@@ -7,6 +9,7 @@ use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::fmt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use self::json::JsonLines;
 use crate::config::{LogConfig, LogFormat};
 
 /// Checks a level or filter as `log.level` has it.
@@ -24,12 +27,7 @@ pub fn start(config: &LogConfig) -> Result<(), ParseError> {
         .with_writer(std::io::stderr);
     // An error means that there is a subscriber already, as in tests.
     let _ = match config.format {
-        LogFormat::Json => lines
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .finish()
-            .try_init(),
+        LogFormat::Json => lines.event_format(JsonLines).finish().try_init(),
         LogFormat::Text => lines.with_target(false).finish().try_init(),
     };
     Ok(())
