@@ -89,7 +89,8 @@ impl HostHandle {
         &self.name
     }
 
-    /// Asks this host for a part of a blob, and no other as long as the image may be asked for there. If `hosts.toml` lists it no longer, those
+    /// Asks this host for a part of a blob, once, and no other as long as the image may be asked for there: whoever has several hosts
+    /// decides which one is asked next, and counts those that fail. If `hosts.toml` lists it no longer, those
     /// that it lists are asked in its place. See [`Client::blob_range`].
     pub async fn blob_range(&self, digest: &Digest, range: RangeSpec) -> Result<RangeResponse, Error> {
         let endpoints = self.client.endpoints(&self.image)?;
@@ -97,10 +98,7 @@ impl HostHandle {
         let Some(endpoint) = own.filter(|endpoint| endpoint.capabilities.pull) else {
             return self.client.blob_range(&self.image, digest, range).await;
         };
-        let attempts = self.client.retry().attempts;
-        self.client
-            .range_at(endpoint, &self.image, digest, range, attempts)
-            .await
+        self.client.range_at(endpoint, &self.image, digest, range, 1).await
     }
 }
 
@@ -140,14 +138,29 @@ impl Client {
         Ok(able.map(handle).collect())
     }
 
+    /// A number that is another one whenever [`Self::hosts`] of some image that was asked for may have become others. Looks at the
+    /// files of all these registries, each at most once a second; blocks.
+    pub fn hosts_version(&self) -> u64 {
+        for registry in self.shared.hosts.registries() {
+            // An address that is none has no hosts.
+            if let Ok(own) = self.own_api(&registry) {
+                self.hosts_of(&registry, &own);
+            }
+        }
+        self.shared.hosts.changes()
+    }
+
+    fn hosts_of(&self, registry: &str, own: &Url) -> Endpoints {
+        self.shared
+            .hosts
+            .of(registry, |entry| self.make_endpoint(registry, own, entry))
+    }
+
     /// All hosts for an image.
     pub(crate) fn endpoints(&self, image: &Reference) -> Result<Endpoints, Error> {
         let registry = image.host();
         let own = self.own_api(registry)?;
-        Ok(self
-            .shared
-            .hosts
-            .of(registry, |entry| self.make_endpoint(registry, &own, entry)))
+        Ok(self.hosts_of(registry, &own))
     }
 
     /// The host for what is stored.

@@ -9,6 +9,7 @@ mod file;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -27,6 +28,8 @@ pub(crate) struct Hosts {
     /// `certs.d`; without it each registry is its own only host.
     root: Option<PathBuf>,
     known: Mutex<HashMap<String, Known>>,
+    /// How often files had changed when they were looked at.
+    changes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -46,8 +49,22 @@ impl Known {
 
 impl Hosts {
     pub(crate) fn new(root: Option<PathBuf>) -> Self {
-        let known = Mutex::default();
-        Self { root, known }
+        Self {
+            root,
+            known: Mutex::default(),
+            changes: AtomicU64::new(0),
+        }
+    }
+
+    /// The registries whose hosts are known.
+    pub(crate) fn registries(&self) -> Vec<String> {
+        let table = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        table.keys().cloned().collect()
+    }
+
+    /// How often files had changed when they were looked at.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// The hosts of `registry`, which `make` makes out of what the files say.
@@ -65,6 +82,9 @@ impl Hosts {
             }
         }
         let previous = table.remove(registry);
+        if previous.is_some() {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
         let known = self.read(registry, previous, &make);
         let endpoints = known.endpoints.clone();
         if table.len() >= MAX_REGISTRIES {

@@ -178,6 +178,36 @@ async fn each_host_has_a_handle_of_its_own_and_only_those_that_may_pull() {
 }
 
 #[tokio::test]
+async fn whoever_keeps_hosts_can_find_out_that_they_are_others_now() {
+    let certs = Certs::new();
+    let client = certs.client(Credentials::anonymous());
+    let image = image("localhost:1/app:1");
+    let names = || {
+        let hosts = client.hosts(&image).unwrap();
+        hosts.iter().map(|host| host.host().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(client.hosts_version(), 0);
+    assert_eq!(names(), ["localhost:1"]);
+    let first = client.hosts_version();
+    for (text, hosts) in [
+        ("[host.'http://a.test']", vec!["a.test", "localhost:1"]),
+        (
+            "[host.'http://b.test']\n[host.'http://a.test']",
+            vec!["b.test", "a.test", "localhost:1"],
+        ),
+    ] {
+        certs.write("localhost:1", "hosts.toml", text);
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        // Nobody else has asked for them meanwhile.
+        assert_ne!(client.hosts_version(), first, "{text}");
+        assert_eq!(names(), hosts);
+    }
+    let last = client.hosts_version();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(client.hosts_version(), last, "nothing has changed");
+}
+
+#[tokio::test]
 async fn a_broken_file_changes_nothing_and_at_first_means_the_registry_itself() {
     let blob = content(100);
     let (mirror, registry) = (serving(&blob).await, serving(&blob).await);
