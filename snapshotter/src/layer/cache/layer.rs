@@ -13,7 +13,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -109,7 +109,7 @@ pub struct OpenLayer {
     /// Whether the allocated blocks changed since they were counted.
     pub(super) grown: AtomicBool,
     /// When it was read last, in seconds of the shelf's clock.
-    pub(super) last_use: AtomicU64,
+    pub(super) last_use: AtomicI64,
     activity: AtomicU8,
 }
 
@@ -163,7 +163,7 @@ impl OpenLayer {
             checkpointed: AtomicU64::new(0),
             write_failed: AtomicBool::new(false),
             grown: AtomicBool::new(true),
-            last_use: AtomicU64::new(shelf.now()),
+            last_use: AtomicI64::new(shelf.now()),
             activity: AtomicU8::new(ACTIVE),
             index,
             shelf,
@@ -238,6 +238,11 @@ impl OpenLayer {
 
     fn note_use(&self, chunks: Range<u32>) {
         self.heat.mark(chunks);
+        self.touch();
+    }
+
+    /// Notes that the layer is used now, as it is when it is mounted or warmed. Whoever only looks at it does not use it.
+    pub fn touch(&self) {
         let now = self.shelf.now();
         if self.last_use.load(Ordering::Relaxed) != now {
             self.last_use.store(now, Ordering::Relaxed);

@@ -39,7 +39,7 @@ impl LayerStore {
     pub fn last_used(&self, toc_digest: &Digest) -> Option<SystemTime> {
         if let Some(open) = self.shelf.open_one(toc_digest) {
             let ago = self.shelf.now().saturating_sub(open.last_use.load(Ordering::Relaxed));
-            return SystemTime::now().checked_sub(Duration::from_secs(ago));
+            return SystemTime::now().checked_sub(Duration::from_secs(u64::try_from(ago).unwrap_or(0)));
         }
         let origin = fs::symlink_metadata(self.path(toc_digest).join("origin"));
         origin.and_then(|metadata| metadata.modified()).ok()

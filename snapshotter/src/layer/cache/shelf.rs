@@ -70,6 +70,14 @@ struct Entry {
 }
 
 impl Entry {
+    /// A layer that is new here.
+    fn used_at(now: i64) -> Self {
+        Self {
+            last_use: now,
+            ..Self::default()
+        }
+    }
+
     fn may_go(&self) -> bool {
         !self.kept && self.pins == 0 && self.open.strong_count() == 0
     }
@@ -143,8 +151,8 @@ impl Shelf {
     }
 
     /// Seconds since the shelf was set up.
-    pub(super) fn now(&self) -> u64 {
-        self.began.elapsed().as_secs()
+    pub(super) fn now(&self) -> i64 {
+        i64::try_from(self.began.elapsed().as_secs()).unwrap_or(i64::MAX)
     }
 
     fn last_use_on_disk(&self, layer: &Digest) -> i64 {
@@ -153,7 +161,7 @@ impl Shelf {
             .ok()
             .and_then(|time| SystemTime::now().duration_since(time).ok());
         let ago = ago.map_or(0, |ago| i64::try_from(ago.as_secs()).unwrap_or(i64::MAX));
-        i64::try_from(self.now()).unwrap_or(0).saturating_sub(ago)
+        self.now().saturating_sub(ago)
     }
 
     /// Directory of a layer, there or not.
@@ -170,7 +178,8 @@ impl Shelf {
 
     /// Keeps a layer from being given up for a while.
     pub(super) fn pin(self: &Arc<Self>, layer: &Digest) -> Pin {
-        self.layers().entry(*layer).or_default().pins += 1;
+        let now = self.now();
+        self.layers().entry(*layer).or_insert_with(|| Entry::used_at(now)).pins += 1;
         Pin {
             shelf: self.clone(),
             layer: *layer,
@@ -179,7 +188,8 @@ impl Shelf {
 
     /// Notes whether snapshots refer to a layer.
     pub(super) fn keep(&self, layer: &Digest, kept: bool) {
-        self.layers().entry(*layer).or_default().kept = kept;
+        let now = self.now();
+        self.layers().entry(*layer).or_insert_with(|| Entry::used_at(now)).kept = kept;
     }
 
     /// Everything that snapshots refer to was told.
@@ -203,8 +213,10 @@ impl Shelf {
         let Some(opened) = open()? else { return Ok(None) };
         let opened = Arc::new(opened);
         {
-            let mut layers = self.layers();
-            let entry = layers.entry(*layer).or_default();
+            let (mut layers, now) = (self.layers(), self.now());
+            let entry = layers.entry(*layer).or_insert_with(|| Entry::used_at(now));
+            // Being opened is no use: a verification opens every layer.
+            opened.last_use.store(entry.last_use, Ordering::Relaxed);
             entry.open = Arc::downgrade(&opened);
             entry.uncounted = true;
         }
@@ -233,16 +245,20 @@ impl Shelf {
         open
     }
 
-    /// A layer was closed: remembers when, on disk too.
-    pub(super) fn note_closed(&self, layer: &Digest) {
+    /// A layer was used until now: remembers when, on disk too.
+    pub(super) fn note_used(&self, layer: &Digest) {
         let used = SystemTime::now();
         // What is lost is a place in a queue.
         let _ = File::options()
             .write(true)
             .open(self.path(layer).join(LAST_USE))
             .and_then(|file| file.set_modified(used));
+        let now = self.now();
         if let Some(entry) = self.layers().get_mut(layer) {
-            entry.last_use = i64::try_from(self.now()).unwrap_or(i64::MAX);
+            entry.last_use = now;
+            if let Some(open) = entry.open.upgrade() {
+                open.last_use.store(now, Ordering::Relaxed);
+            }
         }
     }
 
@@ -313,7 +329,7 @@ impl Shelf {
             layers.retain(|_, entry| entry.bytes > 0 || entry.uncounted || !entry.may_go());
             for entry in layers.values_mut() {
                 if let Some(open) = entry.open.upgrade() {
-                    entry.last_use = i64::try_from(open.last_use.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+                    entry.last_use = open.last_use.load(Ordering::Relaxed);
                 }
                 used += entry.bytes;
                 spare += if entry.may_go() { entry.bytes } else { 0 };

@@ -166,7 +166,12 @@ impl LayerStore {
     /// No snapshot refers to the layer any more: it may be given up when room is needed.
     pub fn let_go(&self, toc_digest: &Digest) {
         self.shelf.keep(toc_digest, false);
-        self.shelf.note_closed(toc_digest);
+        self.shelf.note_used(toc_digest);
+    }
+
+    /// The layer was used until now.
+    pub fn note_used(&self, toc_digest: &Digest) {
+        self.shelf.note_used(toc_digest);
     }
 
     /// All layers that snapshots refer to are kept: from now on others may be given up.

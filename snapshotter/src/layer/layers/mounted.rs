@@ -242,6 +242,7 @@ impl Shared {
             cause,
         })?;
         self.metrics.layers_mounted.inc();
+        fetch.layer().touch();
         slot.set_live(Some(fetch.clone()));
         fetch.start_filling(prefetch);
         *mounted = Some(Mounted { session, fetch });

@@ -217,6 +217,9 @@ impl Shared {
                 self.let_go(&used.slot, fetch).await;
             }
         }
+        for toc in work.layers.iter().filter_map(|layer| layer.toc_digest) {
+            self.store.note_used(&toc);
+        }
         // Who is told of the end finds the place free.
         let progress = work.progress.clone();
         drop(work);

@@ -81,6 +81,14 @@ fn full(store_: &LayerStore, sample: &Sample) -> CachedLayer {
     layer
 }
 
+/// Makes a layer that is not open one that was used so many days ago.
+fn set_last_use(root: &Path, sample: &Sample, days: u64) {
+    let origin = root.join("layers").join(sample.toc_digest.hex()).join("origin");
+    let used = SystemTime::now() - Duration::from_secs(days * 86_400);
+    let origin = fs::File::options().write(true).open(origin).unwrap();
+    origin.set_modified(used).unwrap();
+}
+
 #[test]
 fn unused_layers_go_first_the_one_used_longest_ago_before_the_others() {
     let dir = tempfile::tempdir().unwrap();
@@ -91,18 +99,7 @@ fn unused_layers_go_first_the_one_used_longest_ago_before_the_others() {
     }
     // 1 was used longest ago, then 0, 2, 3; and a snapshot refers to 0.
     for (number, days) in [(1, 9), (0, 8), (2, 7), (3, 6)] {
-        let origin = dir
-            .path()
-            .join("layers")
-            .join(samples[number].toc_digest.hex())
-            .join("origin");
-        let used = SystemTime::now() - Duration::from_secs(days * 86_400);
-        fs::File::options()
-            .write(true)
-            .open(origin)
-            .unwrap()
-            .set_modified(used)
-            .unwrap();
+        set_last_use(dir.path(), &samples[number], days);
     }
     let (store, metrics) = limited(dir.path(), "3MiB");
     let there = || {
@@ -137,6 +134,52 @@ fn unused_layers_go_first_the_one_used_longest_ago_before_the_others() {
         fs::read_dir(dir.path().join("layers")).unwrap().count(),
         2,
         "nothing is left of them"
+    );
+}
+
+/// A verification opens every layer and reads all of it.
+#[test]
+fn what_is_only_looked_at_keeps_its_place_in_the_queue() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples: Vec<_> = (0..3).map(|seed| sample(seed, 16)).collect();
+    let (store, _) = limited(dir.path(), "0B");
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    drop(store);
+    for (number, days) in [(0, 9), (1, 8), (2, 7)] {
+        set_last_use(dir.path(), &samples[number], days);
+    }
+    let (store, _) = limited(dir.path(), "0B");
+    let days = |sample: &Sample| {
+        let last = store.last_used(&sample.toc_digest).unwrap();
+        SystemTime::now().duration_since(last).unwrap().as_secs() / 86_400
+    };
+    for (sample, expected) in samples.iter().zip([9, 8, 7]) {
+        let looked_at = store.load(&sample.toc_digest).unwrap().unwrap();
+        for id in 0..looked_at.index().chunk_count() {
+            let chunk = looked_at.index().chunk(id).unwrap();
+            let place = chunk.data_offset..chunk.data_offset + u64::from(chunk.size);
+            assert_eq!(looked_at.read(place).unwrap(), content(sample, &looked_at, id));
+        }
+        // The cache looks at all layers meanwhile.
+        store.tidy();
+        assert_eq!(days(sample), expected);
+        drop(looked_at);
+        assert_eq!(days(sample), expected);
+    }
+    // Warmed, or mounted until now.
+    store.note_used(&samples[0].toc_digest);
+    assert_eq!(days(&samples[0]), 0);
+    let mounted = store.load(&samples[1].toc_digest).unwrap().unwrap();
+    mounted.touch();
+    assert_eq!(days(&samples[1]), 0);
+    store.tidy();
+    drop(mounted);
+    store.settle();
+    let least = store.shelf_for_test().take_least().unwrap();
+    assert_eq!(
+        least.map(|(layer, ..)| layer),
+        Some(samples[2].toc_digest),
+        "nobody used it"
     );
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 
@@ -146,6 +147,31 @@ async fn privileged_wrong_bytes_are_found_dropped_and_fetched_again() {
     assert!(blocking(move || contents(&mount.path)).await == samples[0].files);
     assert_eq!(verified(&inspector, Some(samples[0].toc_digest)).await.wrong, 0);
     assert!(inspector.live()[0].is_complete());
+    layers.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_verified_layers_are_as_old_as_before() {
+    let registry = Registry::start();
+    registry.push(&samples()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, _) = layers(dir.path());
+    let inspector = layers.inspector().unwrap();
+    warm(&layers, &registry).await;
+    let ages = async || {
+        let age = |survey: Survey| survey.last_used.unwrap().elapsed().unwrap().as_secs();
+        inspector.survey().await.into_iter().map(age).collect::<Vec<_>>()
+    };
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    let mut verifying = inspector.verify(None).await.unwrap();
+    while let Some(report) = verifying.next().await {
+        assert!(ages().await.iter().all(|age| *age >= 1), "{report:?}");
+        layers.shared.store.tidy();
+    }
+    assert!(ages().await.iter().all(|age| *age >= 2), "{:?}", ages().await);
+    // To warm a layer is to use it, also if all of it is here.
+    warm(&layers, &registry).await;
+    assert!(ages().await.iter().all(|age| *age < 2), "{:?}", ages().await);
     layers.shutdown().await;
 }
 
