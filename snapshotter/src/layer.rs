@@ -111,6 +111,16 @@ pub enum NotLazy {
         /// Digest of the TOC found.
         found: Digest,
     },
+    /// The TOC is right and asks for more than is served lazily. containers/storage writes each run of zeros as one chunk, however
+    /// long it is; a chunk has to be verified as a whole, in memory.
+    #[error("layer {layer} is beyond what is served lazily")]
+    TooLarge {
+        /// Digest of the layer's blob.
+        layer: Digest,
+        /// Which limit, and what is beyond it.
+        #[source]
+        cause: Cause,
+    },
     /// The TOC has the right digest and cannot be used.
     #[error("the TOC of layer {layer} cannot be used")]
     TocInvalid {
@@ -127,6 +137,8 @@ pub enum NotLazy {
         image: String,
         /// Digest of the layer's blob.
         layer: Digest,
+        /// The host that failed last; empty where none was asked.
+        host: String,
         /// The registry client's error.
         #[source]
         cause: Cause,
@@ -138,6 +150,8 @@ pub enum NotLazy {
         image: String,
         /// Digest of the layer's blob.
         layer: Digest,
+        /// The host that failed last; empty where none was asked.
+        host: String,
         /// Which image it should be in, and what was wrong with it.
         #[source]
         cause: Cause,
@@ -195,6 +209,7 @@ impl NotLazy {
             Self::NotEstargz { .. } => "not_estargz",
             Self::Unsupported { .. } => "unsupported",
             Self::TocMismatch { .. } => "toc_mismatch",
+            Self::TooLarge { .. } => "too_large",
             Self::TocInvalid { .. } => "toc_invalid",
             Self::Registry { .. } => "registry",
             Self::TocImage { .. } => "toc_image",
@@ -206,6 +221,25 @@ impl NotLazy {
         }
     }
 
+    /// The host that failed last, where a registry is the reason; otherwise empty.
+    pub fn host(&self) -> &str {
+        match self {
+            Self::Registry { host, .. } | Self::TocImage { host, .. } => host,
+            Self::Disabled
+            | Self::NoTocDigest { .. }
+            | Self::NotEstargz { .. }
+            | Self::Unsupported { .. }
+            | Self::TocMismatch { .. }
+            | Self::TooLarge { .. }
+            | Self::TocInvalid { .. }
+            | Self::Timeout { .. }
+            | Self::CacheIo { .. }
+            | Self::NotCached { .. }
+            | Self::Mount { .. }
+            | Self::Refused { .. } => "",
+        }
+    }
+
     /// Whether the image is the reason, so that asking again is of no use.
     pub fn is_lasting(&self) -> bool {
         match self {
@@ -214,6 +248,7 @@ impl NotLazy {
             | Self::NotEstargz { .. }
             | Self::Unsupported { .. }
             | Self::TocMismatch { .. }
+            | Self::TooLarge { .. }
             | Self::TocInvalid { .. } => true,
             Self::Registry { .. }
             | Self::TocImage { .. }

@@ -147,6 +147,12 @@ impl LazyNode {
         Ok(())
     }
 
+    /// Where it gets its images from.
+    #[must_use]
+    pub fn host(&self) -> SocketAddr {
+        self.host
+    }
+
     /// Reference of an image.
     #[must_use]
     pub fn reference(&self, image: &Published) -> String {

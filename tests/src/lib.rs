@@ -20,6 +20,7 @@ pub mod login;
 pub mod metrics;
 pub mod network;
 pub mod observation;
+pub mod operator;
 pub mod package_source;
 pub mod pause;
 pub mod plain;

@@ -8,36 +8,26 @@ use std::time::{Duration, Instant};
 
 use hullspeed_tests::cri::Pod;
 use hullspeed_tests::fixture::{LARGE_FILE, LARGE_SIZE, large_content};
+use hullspeed_tests::operator::{self, Said};
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
 use hullspeed_tests::scenario::{CONVERTED, Scenario};
-use hullspeed_tests::snapshotter;
 use rustix::process::Signal;
 use serde_json::Value;
 
 /// Only what is read is fetched.
 const NOTHING_AHEAD: &str = "[fetch]\nprefetch = false\nbackground = false\n";
 
-/// Runs the command line against the daemon of this configuration: its exit code, and what it said.
 fn said(config: &Path, arguments: &[&str]) -> (i32, String, String) {
-    let output = snapshotter::command(config).unwrap().args(arguments).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    let Said { code, out, error } = operator::said(config, arguments).unwrap();
+    (code, out, error)
 }
 
-/// The answer of a command that has to succeed.
 fn json(config: &Path, arguments: &[&str]) -> Value {
-    let (code, out, error) = said(config, &[arguments, &["--json"]].concat());
-    assert_eq!(code, 0, "{arguments:?}: {error}");
-    assert_eq!(out.lines().count(), 1, "{out}");
-    serde_json::from_str(&out).unwrap()
+    operator::answer(config, arguments).unwrap()
 }
 
-/// The only thing that is explained.
 fn explained(config: &Path, subject: &str) -> Value {
-    let answer = json(config, &["explain", subject]);
-    let found = answer["found"].as_array().unwrap();
-    assert_eq!(found.len(), 1, "{subject}: {answer:#}");
-    found[0].clone()
+    operator::explained(config, subject).unwrap()
 }
 
 fn layers(explanation: &Value) -> &Vec<Value> {

@@ -6,14 +6,16 @@ use std::time::Duration;
 
 use hullspeed_tests::content::{ContentFile, small_files};
 use hullspeed_tests::lazy::{LazyNode, Published, Source, check_all, read_all, stored};
+use hullspeed_tests::operator;
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
 use hullspeed_tests::proxy::record::sent_again;
 use hullspeed_tests::proxy::{Carrier, LinkOptions};
 use hullspeed_tests::scenario::Scenario;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-/// Short limits, so that waiting for them takes no time; nothing is fetched but for readers.
-const QUICK: &str = "[registry]\nstall_timeout = \"1s\"\n\n\
+/// Short limits, so that waiting for them takes no time; nothing is fetched but for readers. What is made good at once is told in
+/// lines that are not for every day.
+const QUICK: &str = "level = \"debug\"\n\n[registry]\nstall_timeout = \"1s\"\n\n\
     [fetch]\nprefetch = false\nbackground = false\nread_deadline = \"4s\"\n";
 
 /// Bytes of a chunk.
@@ -28,31 +30,51 @@ enum Outcome {
     Error,
 }
 
+/// What an operator has to be told of a fault.
+#[derive(Clone, Copy)]
+enum Told {
+    /// A failure, in these words.
+    Failure(&'static str),
+    /// Likewise, of a body that had brought something. The line of the log does not name the host; `explain` does.
+    Interruption(&'static str),
+    /// Nothing failed; readers waited.
+    Wait,
+    /// Nothing failed; the registry's way costs more than others.
+    Way,
+    /// All is as it should be.
+    Nothing,
+}
+
 struct Case {
     name: &'static str,
     fault: Fault,
+    told: Told,
     /// How many requests it hits.
     times: Option<u32>,
     outcome: Outcome,
+    /// How many files are read meanwhile.
+    reads: usize,
     /// Whether bytes have to come a second time, because the first ones were no good.
     again: bool,
 }
 
-fn passing(name: &'static str, fault: Fault) -> Case {
+fn passing(name: &'static str, fault: Fault, cause: &'static str) -> Case {
     Case {
         name,
         fault,
+        told: Told::Failure(cause),
         times: Some(1),
         outcome: Outcome::Right,
+        reads: usize::MAX,
         again: false,
     }
 }
 
-fn lasting(name: &'static str, fault: Fault) -> Case {
+fn lasting(name: &'static str, fault: Fault, cause: &'static str) -> Case {
     Case {
         times: None,
         outcome: Outcome::Error,
-        ..passing(name, fault)
+        ..passing(name, fault, cause)
     }
 }
 
@@ -82,7 +104,9 @@ async fn read_under(source: &Source, image: &Published, case: &Case) {
         times: case.times,
         ..rule
     });
-    let read = read_all(view.path(), &files()).await.unwrap();
+    let mut wanted = files();
+    wanted.truncate(case.reads);
+    let read = read_all(view.path(), &wanted).await.unwrap();
     let failed = check_read(name, &read);
     assert_eq!(
         failed > 0,
@@ -101,9 +125,7 @@ async fn read_under(source: &Source, image: &Published, case: &Case) {
     );
     let kept = stored(&node.cache(image, 0).unwrap(), &files()).unwrap();
     assert_eq!(kept.wrong, 0, "{name}: {kept:?}");
-    if case.outcome == Outcome::Error {
-        check_told(&mut node, image, name).await;
-    }
+    check_told(&mut node, image, name, case.told).await;
     source.proxy.heal();
     let healed = check_all(view.path(), &files()).await;
     healed.unwrap_or_else(|error| panic!("{name}: {error:#}"));
@@ -128,34 +150,84 @@ fn check_read(name: &str, read: &[std::io::Result<Vec<u8>>]) -> usize {
     failed
 }
 
-/// A line says for which image and layer what went wrong, and requests that failed are counted.
-async fn check_told(node: &mut LazyNode, image: &Published, name: &str) {
-    let (reference, layer) = (node.reference(image), image.layer(0).unwrap());
-    let records = node.snapshotter.log_records().unwrap();
-    let told = |record: &Value| {
-        let loud = record["level"] == "WARN" || record["level"] == "ERROR";
-        let cause = record["error"].as_str().is_some_and(|error| !error.is_empty());
-        loud && cause && record["image"] == reference && record["layer"] == layer
-    };
-    assert!(
-        records.iter().any(told),
-        "{name}: no line tells the cause: {records:#?}"
-    );
-    let count = |text: &str| -> f64 {
-        let lines = text
-            .lines()
-            .filter(|line| line.starts_with("hullspeed_fetch_requests_total{") && !line.contains("result=\"ok\""));
-        lines
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum()
-    };
-    let verify = node
-        .snapshotter
-        .metric("hullspeed_verify_failures_total", &[])
-        .await
-        .unwrap();
-    let failed = count(&node.snapshotter.metrics().await.unwrap());
-    assert!(failed + verify > 0.0, "{name}: no metric counts it");
+/// Log, metrics and `explain` tell what happened to which layer of which image, at which host.
+async fn check_told(node: &mut LazyNode, image: &Published, name: &str, told: Told) {
+    let host = node.host().to_string();
+    let layer = explained(node, image);
+    let failure = &layer["cost"]["last_failure"];
+    let metrics = node.snapshotter.metrics().await.unwrap();
+    let (lines, failed) = (lines_of(node, image, told), failed_requests(&metrics));
+    match told {
+        Told::Failure(cause) | Told::Interruption(cause) => {
+            let of_cause = |record: &&Value| record["error"].as_str().is_some_and(|error| error.contains(cause));
+            assert!(
+                lines.iter().any(|record| of_cause(&record)),
+                "{name}: no line tells the cause: {lines:#?}"
+            );
+            let wrong = counted(&metrics, "hullspeed_verify_failures_total");
+            assert!(failed + wrong > 0.0, "{name}: no metric counts it:\n{metrics}");
+            assert_eq!(failure["host"], host, "{name}: {layer:#}");
+            let what = failure["what"].as_str().unwrap_or_default();
+            assert!(what.contains(cause), "{name}: {layer:#}");
+            let known = failure["reason"].as_str().is_some_and(|reason| !reason.is_empty());
+            assert!(known && failure["at_unix_ms"].as_u64() > Some(0), "{name}: {layer:#}");
+        }
+        Told::Wait => {
+            assert!(
+                layer["cost"]["longest_stall_ms"].as_u64() >= Some(300),
+                "{name}: {layer:#}"
+            );
+            let waited = counted(&metrics, "hullspeed_read_stall_seconds_sum");
+            assert!(waited >= 0.3, "{name}: readers waited {waited} s");
+        }
+        Told::Way => {
+            assert_eq!(lines.len(), 1, "{name}: it is told once: {lines:#?}");
+            assert_eq!(counted(&metrics, "hullspeed_fetch_ranges_ignored_total"), 1.0, "{name}");
+        }
+        Told::Nothing => assert!(lines.is_empty(), "{name}: {lines:#?}"),
+    }
+    if !matches!(told, Told::Failure(_) | Told::Interruption(_)) {
+        assert!(failure.is_null() && failed == 0.0, "{name}: {layer:#}");
+    }
+}
+
+/// What `explain` says of the image's only layer.
+fn explained(node: &LazyNode, image: &Published) -> Value {
+    let found = operator::explained(&node.snapshotter.config(), &node.reference(image)).unwrap();
+    assert_eq!(found["layers"].as_array().unwrap().len(), 1, "{found:#}");
+    assert_eq!(found["layers"][0]["digest"], image.layer(0).unwrap(), "{found:#}");
+    found["layers"][0].clone()
+}
+
+/// Lines that name the image, its layer and the host.
+fn lines_of(node: &LazyNode, image: &Published, told: Told) -> Vec<Value> {
+    let (reference, layer, host) = (node.reference(image), image.layer(0).unwrap(), node.host().to_string());
+    let mut records = node.snapshotter.log_records().unwrap();
+    records.retain(|record| {
+        let names_host = record["host"] == host || matches!(told, Told::Interruption(_));
+        record["image"] == reference && record["layer"] == layer && names_host
+    });
+    records
+}
+
+/// Requests that failed, for whatever.
+fn failed_requests(metrics: &str) -> f64 {
+    let requests = metrics
+        .lines()
+        .filter(|line| line.starts_with("hullspeed_fetch_requests_total{"));
+    let failed = requests.filter(|line| !line.contains("result=\"ok\""));
+    failed.filter_map(value).sum()
+}
+
+fn counted(metrics: &str, name: &str) -> f64 {
+    let lines = metrics
+        .lines()
+        .filter(|line| line.split(['{', ' ']).next() == Some(name));
+    lines.filter_map(value).sum()
+}
+
+fn value(line: &str) -> Option<f64> {
+    line.rsplit(' ').next()?.parse().ok()
 }
 
 /// A registry that does wrong once is forgiven, and no byte comes twice for it.
@@ -164,27 +236,36 @@ async fn passing_faults_do_not_reach_the_reader() {
     let (source, image) = source().await;
     let busy = |status| Fault::Busy { status, retry_after: 1 };
     for case in [
-        passing("status-500", Fault::Status(500)),
-        passing("status-503", Fault::Status(503)),
-        passing("busy-429", busy(429)),
-        passing("reset", Fault::Reset),
-        passing("silent", Fault::Silent),
-        passing("cut-at-once", Fault::Truncate(0)),
-        passing("cut", Fault::Truncate(300_000)),
-        passing("stall", Fault::Stall(300_000)),
-        passing("slow", Fault::Slow(Duration::from_millis(300))),
+        passing("status-500", Fault::Status(500), "status 500"),
+        passing("status-503", Fault::Status(503), "status 503"),
+        passing("busy-429", busy(429), "too many requests"),
+        passing("reset", Fault::Reset, "no connection"),
+        passing("silent", Fault::Silent, "no progress"),
+        passing("cut-at-once", Fault::Truncate(0), "connection broke"),
+        Case {
+            told: Told::Interruption("connection broke"),
+            ..passing("cut", Fault::Truncate(300_000), "")
+        },
+        Case {
+            told: Told::Interruption("no progress"),
+            ..passing("stall", Fault::Stall(300_000), "")
+        },
+        Case {
+            told: Told::Wait,
+            ..passing("slow", Fault::Slow(Duration::from_millis(300)), "")
+        },
         // What contradicts itself is not read to its end.
         Case {
             again: true,
-            ..passing("short", Fault::Short(100_000))
+            ..passing("short", Fault::Short(100_000), "range")
         },
         Case {
             again: true,
-            ..passing("misplaced", Fault::Misplaced(4096))
+            ..passing("misplaced", Fault::Misplaced(4096), "range")
         },
         Case {
             again: true,
-            ..passing("page", Fault::Status(200))
+            ..passing("page", Fault::Status(200), "range")
         },
     ] {
         read_under(&source, &image, &case).await;
@@ -195,16 +276,17 @@ async fn passing_faults_do_not_reach_the_reader() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ways_with_ranges_do_not_reach_the_reader() {
     let (source, image) = source().await;
-    let always = |name, fault| Case {
+    let always = |name, fault, told| Case {
         times: None,
-        ..passing(name, fault)
+        told,
+        ..passing(name, fault, "")
     };
     let ignored = Case {
         // The whole blob comes, and what is before the range goes by.
         again: true,
-        ..always("ignore-range", Fault::IgnoreRange)
+        ..always("ignore-range", Fault::IgnoreRange, Told::Way)
     };
-    for case in [ignored, always("single-range", Fault::SingleRange)] {
+    for case in [ignored, always("single-range", Fault::SingleRange, Told::Nothing)] {
         read_under(&source, &image, &case).await;
     }
 }
@@ -214,22 +296,23 @@ async fn ways_with_ranges_do_not_reach_the_reader() {
 async fn lasting_faults_are_an_error_in_time() {
     let (source, image) = source().await;
     for case in [
-        lasting("lasting-404", Fault::Status(404)),
-        lasting("lasting-403", Fault::Status(403)),
-        lasting("lasting-401", Fault::Status(401)),
-        lasting("lasting-500", Fault::Status(500)),
-        lasting("lasting-reset", Fault::Reset),
-        lasting("lasting-silent", Fault::Silent),
+        lasting("lasting-404", Fault::Status(404), "not found"),
+        lasting("lasting-403", Fault::Status(403), "access denied"),
+        lasting("lasting-401", Fault::Status(401), "wants a login"),
+        lasting("lasting-500", Fault::Status(500), "status 500"),
+        lasting("lasting-reset", Fault::Reset, "no connection"),
+        lasting("lasting-silent", Fault::Silent, "no progress"),
         Case {
             again: true,
-            ..lasting("lasting-page", Fault::Status(200))
+            ..lasting("lasting-page", Fault::Status(200), "range")
         },
         Case {
             again: true,
-            ..lasting("lasting-misplaced", Fault::Misplaced(4096))
+            ..lasting("lasting-misplaced", Fault::Misplaced(4096), "range")
         },
     ] {
-        read_under(&source, &image, &case).await;
+        // A read waits as long as it may.
+        read_under(&source, &image, &Case { reads: 1, ..case }).await;
     }
 }
 
@@ -239,7 +322,7 @@ async fn wrong_bytes_are_never_kept() {
     let (source, image) = source().await;
     let case = Case {
         again: true,
-        ..lasting("wrong-bytes", Fault::Corrupt(1_000_000..1_000_100))
+        ..lasting("wrong-bytes", Fault::Corrupt(1_000_000..1_000_100), "wrong bytes")
     };
     read_under(&source, &image, &case).await;
 }
@@ -248,13 +331,13 @@ async fn wrong_bytes_are_never_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn passing_faults_do_not_cost_laziness() {
     let (source, image) = source().await;
-    for (name, fault) in [
-        ("mount-503", Fault::Status(503)),
-        ("mount-reset", Fault::Reset),
-        ("mount-silent", Fault::Silent),
-        ("mount-cut", Fault::Truncate(1000)),
-        ("mount-stall", Fault::Stall(1000)),
-        ("mount-short", Fault::Short(1000)),
+    for (name, fault, cause) in [
+        ("mount-503", Fault::Status(503), "status 503"),
+        ("mount-reset", Fault::Reset, "no connection"),
+        ("mount-silent", Fault::Silent, "no progress"),
+        ("mount-cut", Fault::Truncate(1000), "connection broke"),
+        ("mount-stall", Fault::Stall(1000), "no progress"),
+        ("mount-short", Fault::Short(1000), "range"),
     ] {
         let mut node = source.node(name, QUICK).await.unwrap();
         source.proxy.reset();
@@ -268,6 +351,47 @@ async fn passing_faults_do_not_cost_laziness() {
             records.iter().any(|record| record.faulted),
             "{name}: no request was hit"
         );
+        check_told(&mut node, &image, name, Told::Failure(cause)).await;
+        source.proxy.heal();
+    }
+}
+
+/// A registry that refuses for good while an image is mounted costs laziness, and who refused is known.
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_of_a_mount_name_the_host_and_the_cause() {
+    let (source, image) = source().await;
+    for (status, cause) in [(401, "wants a login"), (403, "access denied"), (404, "not found")] {
+        let name = format!("refused-{status}");
+        let mut node = source.node(&name, QUICK).await.unwrap();
+        let rule = FaultRule::get(image.layer(0).unwrap(), Fault::Status(status));
+        source.proxy.inject(rule);
+        node.mount(&image).await.unwrap_err();
+        let host = node.host().to_string();
+        let layer = explained(&node, &image);
+        assert_eq!(
+            (&layer["reason"], &layer["host"]),
+            (&json!("registry"), &json!(host)),
+            "{name}: {layer:#}"
+        );
+        assert!(layer["error"].as_str().unwrap().contains(cause), "{name}: {layer:#}");
+        let lines = lines_of(&node, &image, Told::Failure(cause));
+        let told = |record: &Value| {
+            record["level"] == "WARN" && record["error"].as_str().is_some_and(|error| error.contains(cause))
+        };
+        assert!(
+            lines.iter().filter(|record| told(record)).count() >= 2,
+            "{name}: {lines:#?}"
+        );
+        let metrics = node.snapshotter.metrics().await.unwrap();
+        assert!(failed_requests(&metrics) > 0.0, "{name}:\n{metrics}");
+        // What a person reads names it too, and what went wrong on the whole node.
+        let table = operator::said(&node.snapshotter.config(), &["explain", &node.reference(&image)]).unwrap();
+        assert!(
+            table.out.contains(&format!("({host})")) && table.out.contains(cause),
+            "{name}: {table:?}"
+        );
+        let status = operator::answer(&node.snapshotter.config(), &["status"]).unwrap();
+        assert_eq!(status["failures"][0]["host"], host, "{name}: {status:#}");
         source.proxy.heal();
     }
 }
@@ -290,5 +414,6 @@ async fn a_registry_that_is_away_for_a_while_is_waited_for() {
     };
     let (read, ()) = tokio::join!(reading, returning);
     assert_eq!(check_read("away", &read.unwrap()), 0);
+    check_told(&mut node, &image, "away", Told::Failure("no connection")).await;
     node.snapshots.remove(view).await.unwrap();
 }

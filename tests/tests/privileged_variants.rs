@@ -3,13 +3,15 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use estargz::digest::Digest;
 use estargz::reader::{FileBlob, LayerBlob, ReadAt as _};
-use hullspeed_tests::layout::{LayoutImage, blob_path};
+use hullspeed_tests::layout::{ImageConfig, LayoutImage, LayoutWriter, blob_path};
+use hullspeed_tests::operator;
 use hullspeed_tests::scenario::{Node, Scenario};
 use hullspeed_tests::tree::{self, Tree};
 use hullspeed_tests::{fixture, process};
@@ -188,6 +190,68 @@ async fn a_layer_whose_toc_image_is_missing_is_unpacked_for_that_reason() {
         record["error"].as_str().unwrap().contains(":external-esgztoc"),
         "{record}"
     );
+}
+
+/// containers/storage writes a run of zeros as one chunk, however long. A chunk is verified in memory, as a whole; so a layer with a
+/// longer one than fits there is unpacked, and its operator is told which file does it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_of_zeros_beyond_the_limit_is_unpacked_and_the_reason_names_it() {
+    let scenario = Scenario::fixture().await.unwrap();
+    for (tag, zeros) in [("long", 100_u64 << 20), ("short", 50 << 20)] {
+        let plain = scenario.run.path().join(format!("{tag}-plain"));
+        let mut writer = LayoutWriter::create(&plain).unwrap();
+        let written = writer.add_layer(|output| {
+            let mut tar = tar::Builder::new(output);
+            let mut append = |name: &str, size: u64, content: &mut dyn std::io::Read| {
+                let mut header = tar::Header::new_ustar();
+                header.set_mode(0o644);
+                header.set_size(size);
+                tar.append_data(&mut header, name, content)
+            };
+            append("var/swap", zeros, &mut std::io::repeat(0).take(zeros))?;
+            append("etc/motd", 5, &mut &b"hello"[..])?;
+            tar.into_inner()?;
+            Ok(())
+        });
+        written.unwrap();
+        writer.finish(&ImageConfig::default(), tag).unwrap();
+        let chunked = scenario.run.path().join(format!("{tag}-chunked"));
+        let mut command = Command::new("skopeo");
+        command.args(["copy", "--quiet", "--dest-compress-format", "zstd:chunked"]);
+        command.arg(format!("oci:{}:{tag}", plain.display()));
+        command.arg(format!("oci:{}:{tag}", chunked.display()));
+        process::output(&mut command).unwrap();
+        let source = format!("oci:{}:{tag}", chunked.display());
+        scenario.registry.push(&source, &format!("test/image:{tag}")).unwrap();
+    }
+    let mut node = scenario.lazy_node("").await.unwrap();
+    let config = node.snapshotter().unwrap().config();
+    for (tag, lazy) in [("long", false), ("short", true)] {
+        let image = scenario.reference(tag);
+        node.cri.pull(&image).await.unwrap();
+        let found = operator::explained(&config, &image).unwrap();
+        let layer = &found["layers"][0];
+        if lazy {
+            assert_eq!(
+                (&layer["state"], &layer["reason"]),
+                (&json!("lazy"), &json!("")),
+                "{found:#}"
+            );
+            continue;
+        }
+        assert_eq!(
+            (&layer["state"], &layer["reason"]),
+            (&json!("overlay"), &json!("too_large")),
+            "{found:#}"
+        );
+        let error = layer["error"].as_str().unwrap();
+        for part in ["\"var/swap\"", "104857600 bytes", "the limit is 67108864"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        let table = operator::said(&config, &["explain", &image]).unwrap().out;
+        assert!(table.contains("too_large") && table.contains("var/swap"), "{table}");
+    }
+    node.cri.remove_everything().await.unwrap();
 }
 
 /// Our converted image with the TOCs taken out of its layers.

@@ -196,6 +196,21 @@ pub enum EntryFault {
 }
 
 impl IndexError {
+    /// Whether the TOC makes sense and is only beyond a limit.
+    pub fn is_limit(&self) -> bool {
+        match self {
+            Self::TooManyInodes | Self::TooLarge { .. } => true,
+            Self::Entry { fault, .. } => matches!(
+                fault,
+                EntryFault::NameTooLong(_)
+                    | EntryFault::TooDeep(_)
+                    | EntryFault::ChunkTooLarge { .. }
+                    | EntryFault::MemberSpan { .. }
+            ),
+            Self::Layout { .. } | Self::NotAnIndex { .. } | Self::Format { .. } | Self::Damaged { .. } => false,
+        }
+    }
+
     pub(super) fn entry(entry: usize, name: &str, fault: EntryFault) -> Self {
         Self::Entry {
             entry,

@@ -243,9 +243,13 @@ fn details(layer: &api::LayerExplanation) -> String {
     let mut text = String::new();
     let digest = short(&layer.digest);
     if !layer.error.is_empty() {
+        let at = match layer.host.as_str() {
+            "" => String::new(),
+            host => format!(" ({host})"),
+        };
         let _ = writeln!(
             text,
-            "{digest}  not lazy since {}: {}",
+            "{digest}  not lazy since {}{at}: {}",
             ago(layer.decided_unix_ms),
             layer.error
         );

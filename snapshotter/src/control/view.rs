@@ -178,10 +178,10 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
         Serving::Cached => "cached",
     };
     let is_lazy = matches!(serving, Serving::Lazy | Serving::Cached);
-    let (reason, error, decided) = match fallback {
-        Some(fallback) => (fallback.reason, fallback.error, unix_millis(fallback.at)),
+    let (reason, error, host, decided) = match fallback {
+        Some(fallback) => (fallback.reason, fallback.error, fallback.host, unix_millis(fallback.at)),
         None if is_lazy => Default::default(),
-        None => ("unknown".to_owned(), String::new(), 0),
+        None => ("unknown".to_owned(), String::new(), String::new(), 0),
     };
     let mounted = report.as_ref().is_some_and(|report| report.mounted);
     let (residence, cost) = report.map(residence_and_cost).unwrap_or_default();
@@ -191,6 +191,7 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
         state: state.to_owned(),
         reason,
         error,
+        host,
         decided_unix_ms: decided,
         snapshots,
         images,

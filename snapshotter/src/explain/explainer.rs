@@ -312,7 +312,7 @@ fn failure(refused: Refused) -> Failure {
         at: fallback.at,
         reason: fallback.reason,
         what: fallback.error,
-        host: String::new(),
+        host: fallback.host,
         image,
         layer,
     }

@@ -22,6 +22,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use estargz::digest::Digest;
+use estargz::index::IndexError;
 use futures_util::{StreamExt, stream};
 use hullspeed_registry::{ClientOptions, Credentials, HandedOver, Providers, RetryPolicy};
 use tokio::runtime::Handle;
@@ -31,6 +32,7 @@ use tokio_util::task::TaskTracker;
 
 use self::inspector::Inspector;
 use self::mounted::Mounted;
+use self::opening::OpeningFailures;
 use self::warming::{Turns, Warmer};
 use super::cache::limits::Limits;
 use super::cache::{CacheError, LayerStore};
@@ -75,6 +77,7 @@ struct Shared {
     missing: manifest::Missing,
     toc_images: KnownTocImages,
     opening: Semaphore,
+    opening_failures: OpeningFailures,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     warms: Turns,
     handed_over: HandedOver,
@@ -113,12 +116,16 @@ impl Layers {
             config: config.clone(),
             store,
             engine,
-            registries: Arc::new(Registries::new(client_options(config, handed_over.clone()))),
+            registries: Arc::new(Registries::new(
+                client_options(config, handed_over.clone()),
+                metrics.clone(),
+            )),
             manifests: Manifests::new(),
             opened_ahead: opening::recently_opened(),
             missing: manifest::missing(),
             toc_images: known_toc_images(),
             opening: Semaphore::new(MAX_OPENING),
+            opening_failures: OpeningFailures::default(),
             slots: Mutex::new(HashMap::new()),
             warms: Turns::new(),
             handed_over,
@@ -302,6 +309,9 @@ fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
             path: path.clone(),
             cause: Box::new(error),
         },
+        CacheError::Toc(cause) if cause.downcast_ref().is_some_and(IndexError::is_limit) => {
+            NotLazy::TooLarge { layer, cause }
+        }
         CacheError::Toc(cause) => NotLazy::TocInvalid { layer, cause },
         CacheError::TocDigest { expected, found } => {
             let cause: Cause = format!("the TOC on disk has digest {found} instead of {expected}").into();

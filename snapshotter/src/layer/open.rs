@@ -19,9 +19,11 @@ use estargz::member::Compression;
 use tokio::sync::OwnedSemaphorePermit;
 
 use self::elsewhere::TocImages;
-use self::reader::{Received, Sources};
+use self::reader::{Received, Sources, Undelivered};
 use super::NotLazy;
 use super::fetch::Engine;
+use super::report::Failure;
+use super::source::registry::host_of;
 use super::source::{BlobSource, SourceError};
 
 /// Share of the blob that the tail request covers, if nothing tells where the TOC begins: one in [`TAIL_SHARE`] bytes. A TOC costs
@@ -57,6 +59,8 @@ pub(super) struct OpenedBlob {
     pub(super) blob_size: u64,
     /// Bytes of the blob before the TOC that were received too, and where they begin.
     pub(super) leftover: (u64, Bytes),
+    /// The request that failed last, where one did.
+    pub(super) failure: Option<Failure>,
     /// The share of the memory for TOCs that this one has.
     _memory: Option<OwnedSemaphorePermit>,
 }
@@ -76,17 +80,18 @@ pub(super) async fn open(
     expected: Expected,
     elsewhere: &dyn TocImages,
 ) -> Result<OpenedBlob, NotLazy> {
-    let mut sources = Sources::new(engine, sources);
+    let mut sources = Sources::new(engine, sources, image, expected.layer);
     let result = loop {
         match open_once(engine, &mut sources, image, expected, elsewhere).await {
-            Err(error) if is_content(&error) && sources.rule_out_deliverers() => {
-                tracing::warn!(image, layer = %expected.layer, error = &error as &dyn std::error::Error, "a source of the layer has wrong bytes; asking another");
-            }
+            Err(error) if is_content(&error) && sources.rule_out_deliverers(&error) => {}
             result => break result,
         }
     };
     engine.note_opened(expected.toc, sources.requests(), sources.bytes());
-    result
+    result.map(|opened| OpenedBlob {
+        failure: sources.take_failure(),
+        ..opened
+    })
 }
 
 /// Whether other bytes would help.
@@ -107,9 +112,10 @@ async fn open_once(
     expected: Expected,
     elsewhere: &dyn TocImages,
 ) -> Result<OpenedBlob, NotLazy> {
-    let unreachable = |cause: SourceError| NotLazy::Registry {
+    let unreachable = |Undelivered { host, cause }| NotLazy::Registry {
         image: image.to_owned(),
         layer: expected.layer,
+        host,
         cause: Box::new(cause),
     };
     let (footer, received) = match form::told(expected, sources.size()) {
@@ -137,6 +143,7 @@ async fn open_once(
             compression: footer.kind.compression(),
             blob_size,
             leftover: (start, before(bytes, start, footer.toc_offset)),
+            failure: None,
             _memory: memory,
         });
     };
@@ -153,6 +160,7 @@ async fn open_once(
         compression,
         blob_size,
         leftover,
+        failure: None,
         _memory: memory,
     })
 }
@@ -165,29 +173,29 @@ async fn external(
     expected: Expected,
     elsewhere: &dyn TocImages,
 ) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), NotLazy> {
-    let failed = |cause: SourceError| NotLazy::TocImage {
+    let failed = |host: String, cause: SourceError| NotLazy::TocImage {
         image: image.to_owned(),
         layer: expected.layer,
+        host,
         cause: Box::new(cause),
     };
-    let found = elsewhere.find(image, &expected.layer).await.map_err(failed)?;
-    let mut sources = Sources::new(engine, found);
+    let found = elsewhere.find(image, &expected.layer).await;
+    let found = found.map_err(|cause| failed(host_of(&cause).unwrap_or_default().to_owned(), cause))?;
+    let mut sources = Sources::new(engine, found, image, expected.layer);
     let size = sources.size().unwrap_or(0);
     form::bounded(&(0..size), expected.layer)?;
     let memory = engine.reserve_opening(size.saturating_mul(UNFOLDED)).await;
     let result = loop {
         let received = match sources.receive(0..size, None).await {
             Ok(received) => received,
-            Err(error) => break Err(failed(error)),
+            Err(Undelivered { host, cause }) => break Err(failed(host, cause)),
         };
         match form::verified(Compression::Gzip, received.bytes, expected).await {
-            Err(error) if sources.rule_out_deliverers() => {
-                tracing::warn!(image, layer = %expected.layer, error = &error as &dyn std::error::Error, "a source of the TOC has wrong bytes; asking another");
-            }
+            Err(error) if sources.rule_out_deliverers(&error) => {}
             result => break result,
         }
     };
-    layer.charge(sources.requests(), sources.bytes());
+    layer.charge(&mut sources);
     Ok((result?, memory))
 }
 

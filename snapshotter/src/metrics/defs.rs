@@ -115,6 +115,8 @@ pub struct Metrics {
     pub fetch_request: Histogram,
     /// Requests that went on at another source of the layer.
     pub fetch_failovers: Counter,
+    /// Layers that a server sends whole whatever range is asked for.
+    pub fetch_ranges_ignored: Counter,
     /// Mounted layers whose rest is being fetched.
     pub background_layers: Gauge,
     /// Chunks whose bytes did not match their digest.
@@ -168,6 +170,7 @@ impl Metrics {
             fetch_bytes: Family::default(),
             fetch_request: slow_seconds(),
             fetch_failovers: Counter::default(),
+            fetch_ranges_ignored: Counter::default(),
             background_layers: Gauge::default(),
             verify_failures: Counter::default(),
             cache_write_errors: Counter::default(),
@@ -250,6 +253,11 @@ impl Metrics {
             "fetch_failovers",
             "Requests that went on at another source of the layer",
             self.fetch_failovers.clone(),
+        );
+        r.register(
+            "fetch_ranges_ignored",
+            "Layers that a server was found to send whole whatever range is asked for",
+            self.fetch_ranges_ignored.clone(),
         );
         r.register(
             "background_layers",

@@ -6,6 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use estargz::digest::Digest;
+use hullspeed_daemon::error::chain;
+
+use crate::layer::NotLazy;
 
 /// Refusals kept.
 pub const MAX_REFUSED: usize = 256;
@@ -20,6 +23,8 @@ pub struct Fallback {
     pub reason: String,
     /// The error with its causes.
     pub error: String,
+    /// The host that failed last, where a registry is the reason; otherwise empty.
+    pub host: String,
     /// When that was decided.
     pub at: SystemTime,
 }
@@ -31,7 +36,17 @@ impl Fallback {
         Self {
             reason: reason.to_owned(),
             error,
+            host: String::new(),
             at: SystemTime::now(),
+        }
+    }
+}
+
+impl From<&NotLazy> for Fallback {
+    fn from(error: &NotLazy) -> Self {
+        Self {
+            host: error.host().to_owned(),
+            ..Self::now(error.reason(), chain(error))
         }
     }
 }

@@ -64,11 +64,11 @@ impl Service {
             }
             Err(Refusal::NotLazy(error)) => {
                 self.count(PrepareResult::fallback, error.reason());
-                tracing::warn!(key, target, image = request.image, layer = %request.layer_digest,
+                let host = Some(error.host()).filter(|host| !host.is_empty());
+                tracing::warn!(key, target, image = request.image, layer = %request.layer_digest, host,
                     reason = error.reason(), error = %chain(&error), "remote-snapshot-prepared" = "false",
                     "layer cannot be mounted lazily and will be unpacked");
-                let fallback = Fallback::now(error.reason(), chain(&error));
-                Ok(self.refused_as(target, Some(&request), fallback))
+                Ok(self.refused_as(target, Some(&request), Fallback::from(&error)))
             }
             Err(Refusal::Failed(error)) => Err(error),
         }

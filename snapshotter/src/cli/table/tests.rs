@@ -117,6 +117,7 @@ fn an_explanation_says_why_and_what_it_cost() {
         state: "overlay".to_owned(),
         reason: "timeout".to_owned(),
         error: "not mounted within 30s".to_owned(),
+        host: "mirror.example".to_owned(),
         decided_unix_ms: now_ms() - 5_100,
         ..Default::default()
     };
@@ -148,7 +149,7 @@ fn an_explanation_says_why_and_what_it_cost() {
         "1 chunks came with wrong bytes",
         "(transient, mirror.example): 503 from the mirror",
         "hosts in order: mirror.example (backing off)",
-        "efefefefefef  not lazy since 5s ago: not mounted within 30s",
+        "efefefefefef  not lazy since 5s ago (mirror.example): not mounted within 30s",
         "3 more of that name",
     ];
     has(&text, &parts);

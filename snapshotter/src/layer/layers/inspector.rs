@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 
 use super::{MAX_OPENING, Shared};
 use crate::layer::fetch::LayerFetch;
-use crate::layer::report::{Failure, HostReport, LayerReport, Residence};
+use crate::layer::report::{Cost, Failure, HostReport, LayerReport, Residence};
 
 pub use space::Space;
 pub use survey::Survey;
@@ -34,6 +34,8 @@ pub struct Inspector {
 pub struct Live {
     fetch: Arc<LayerFetch>,
     mounted: bool,
+    /// What went wrong when it was opened.
+    opening_failure: Option<Failure>,
 }
 
 impl Live {
@@ -47,9 +49,16 @@ impl Live {
         self.mounted
     }
 
-    /// The last fetch of it that failed.
+    /// The last request for it that failed.
     pub fn last_failure(&self) -> Option<Failure> {
-        self.fetch.cost().last_failure
+        self.cost().last_failure
+    }
+
+    fn cost(&self) -> Cost {
+        let mut cost = self.fetch.cost();
+        // Opening comes before all else.
+        cost.last_failure = cost.last_failure.or_else(|| self.opening_failure.clone());
+        cost
     }
 
     /// Whether all of it is resident.
@@ -76,7 +85,12 @@ impl Inspector {
                 // It is being mounted, unmounted or looked at.
                 Err(_) => slot.warms.load(Ordering::Relaxed) == 0,
             };
-            Some(Live { fetch, mounted })
+            let opening_failure = self.shared.opening_failures.of(&fetch.layer().toc_digest());
+            Some(Live {
+                fetch,
+                mounted,
+                opening_failure,
+            })
         });
         live.collect()
     }
@@ -106,7 +120,7 @@ impl Inspector {
             toc_digest: layer.toc_digest(),
             mounted: live.mounted,
             residence: Residence::measured(layer.index(), layer.residency(), disk),
-            cost: Some(live.fetch.cost()),
+            cost: Some(live.cost()),
         }
     }
 }

@@ -12,7 +12,7 @@ use hullspeed_registry::Reference;
 use super::Shared;
 use crate::layer::open::elsewhere::{TocImages, toc_image, toc_of};
 use crate::layer::platform::Platform;
-use crate::layer::source::registry::reference_error;
+use crate::layer::source::registry::{host_of, reference_error};
 use crate::layer::source::{BlobSource, SourceError};
 use crate::layer::{LayerRequest, NotLazy};
 
@@ -48,6 +48,7 @@ impl Shared {
         let failed = |cause: Arc<SourceError>| NotLazy::Registry {
             image: request.image.clone(),
             layer: request.layer_digest,
+            host: host_of(&cause).unwrap_or_default().to_owned(),
             cause: Box::new(cause),
         };
         if let Some(cause) = self.missing.get(manifest).await {

@@ -1,6 +1,7 @@
 //! Layers that are not in the cache yet: their TOCs, fetched for the whole image at once.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use estargz::digest::Digest;
@@ -11,14 +12,40 @@ use super::{MAX_OPENING, Shared, Slot, Used};
 use crate::layer::cache::Origin;
 use crate::layer::image::LayerDescriptor;
 use crate::layer::open::{self, Expected};
+use crate::layer::report::Failure;
 use crate::layer::source::SourceError;
-use crate::layer::source::registry::reference_error;
+use crate::layer::source::registry::{host_of, reference_error};
 use crate::layer::{LayerRequest, NotLazy, fetch};
 
 /// How long an image's layers are not opened ahead again; each `Prepare` of the image asks for it.
 const NOT_AGAIN: Duration = Duration::from_secs(60);
 /// Images remembered for that.
 const MAX_REMEMBERED: u64 = 1024;
+/// Layers of which it is remembered what went wrong when they were opened.
+const MAX_FAILURES: usize = 256;
+
+/// What went wrong when layers were opened, though they were in the end: the last failure of each, the newest layers.
+#[derive(Default)]
+pub(super) struct OpeningFailures(Mutex<VecDeque<(Digest, Failure)>>);
+
+impl OpeningFailures {
+    fn note(&self, toc_digest: Digest, failure: Failure) {
+        // Every change is one removal or push.
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|(layer, _)| *layer != toc_digest);
+        if kept.len() == MAX_FAILURES {
+            kept.pop_front();
+        }
+        kept.push_back((toc_digest, failure));
+    }
+
+    /// What went wrong when the layer was opened.
+    pub(super) fn of(&self, toc_digest: &Digest) -> Option<Failure> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_layer = kept.iter().find(|(layer, _)| layer == toc_digest);
+        of_layer.map(|(_, failure)| failure.clone())
+    }
+}
 
 /// The memory of images whose layers were opened ahead.
 pub(super) fn recently_opened() -> moka::future::Cache<Digest, ()> {
@@ -78,7 +105,8 @@ impl Shared {
             .await
             .unwrap_or(Ok(Arc::default()));
         layers.unwrap_or_else(|error: Arc<SourceError>| {
-            tracing::warn!(image = request.image, manifest = %digest, error = &*error as &dyn std::error::Error, "cannot read the image's manifest; its layers are opened one by one");
+            let host = host_of(&error);
+            tracing::warn!(image = request.image, manifest = %digest, host, error = &*error as &dyn std::error::Error, "cannot read the image's manifest; its layers are opened one by one");
             Arc::default()
         })
     }
@@ -142,7 +170,10 @@ impl Shared {
         let stopped = NotLazy::Refused {
             why: "the daemon is stopping",
         };
-        let opened = self.stop.run_until_cancelled(opening).await.unwrap_or(Err(stopped))?;
+        let mut opened = self.stop.run_until_cancelled(opening).await.unwrap_or(Err(stopped))?;
+        if let Some(failure) = opened.failure.take() {
+            self.opening_failures.note(toc, failure);
+        }
         let origin = Origin {
             image: wanted.image.to_owned(),
             layer_digest: layer,

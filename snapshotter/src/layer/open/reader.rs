@@ -2,13 +2,17 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
+use estargz::digest::Digest;
 use futures_util::StreamExt;
+use hullspeed_daemon::error::chain;
 
+use crate::layer::NotLazy;
 use crate::layer::fetch::Engine;
 use crate::layer::fetch::health::Host;
+use crate::layer::report::Failure;
 use crate::layer::source::{BlobSource, ByteStream, Priority, SourceError};
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
@@ -25,6 +29,13 @@ pub(super) struct Received {
     pub(super) bytes: Bytes,
 }
 
+/// No source delivered.
+pub(super) struct Undelivered {
+    /// The host that failed last; empty where none could be asked.
+    pub(super) host: String,
+    pub(super) cause: SourceError,
+}
+
 struct Candidate {
     source: Arc<dyn BlobSource>,
     host: Arc<Host>,
@@ -37,9 +48,14 @@ struct Candidate {
 /// The sources of one blob.
 pub(super) struct Sources<'a> {
     engine: &'a Engine,
+    /// For log lines and reports: the image, and the layer that is to be opened.
+    image: &'a str,
+    layer: Digest,
     list: Vec<Candidate>,
     requests: u64,
     bytes: u64,
+    /// The request that failed last.
+    failure: Option<Failure>,
 }
 
 /// A part on its way: what came of it, and what is still to come.
@@ -58,7 +74,7 @@ impl Part {
 }
 
 impl<'a> Sources<'a> {
-    pub(super) fn new(engine: &'a Engine, sources: Vec<Arc<dyn BlobSource>>) -> Self {
+    pub(super) fn new(engine: &'a Engine, sources: Vec<Arc<dyn BlobSource>>, image: &'a str, layer: Digest) -> Self {
         let candidate = |source: Arc<dyn BlobSource>| Candidate {
             host: engine.host(source.host()),
             source,
@@ -68,9 +84,12 @@ impl<'a> Sources<'a> {
         };
         Self {
             engine,
+            image,
+            layer,
             list: sources.into_iter().map(candidate).collect(),
             requests: 0,
             bytes: 0,
+            failure: None,
         }
     }
 
@@ -82,28 +101,56 @@ impl<'a> Sources<'a> {
         self.bytes
     }
 
+    /// The request that failed last, whatever came after it.
+    pub(super) fn take_failure(&mut self) -> Option<Failure> {
+        self.failure.take()
+    }
+
     /// Size of the blob, where a source knows it.
     pub(super) fn size(&self) -> Option<u64> {
         self.list.iter().find_map(|candidate| candidate.source.size())
     }
 
     /// Counts what was asked of others for the same layer.
-    pub(super) fn charge(&mut self, requests: u64, bytes: u64) {
-        self.requests += requests;
-        self.bytes += bytes;
+    pub(super) fn charge(&mut self, others: &mut Sources<'_>) {
+        self.requests += others.requests;
+        self.bytes += others.bytes;
+        self.failure = others.failure.take().or(self.failure.take());
     }
 
-    /// Asks those no more whose bytes came; whether others are left.
-    pub(super) fn rule_out_deliverers(&mut self) -> bool {
+    /// Asks those no more whose bytes came, which were wrong in the way of `error`; whether others are left.
+    pub(super) fn rule_out_deliverers(&mut self, error: &NotLazy) -> bool {
+        let mut hosts = Vec::new();
         for candidate in &mut self.list {
-            candidate.is_out |= std::mem::take(&mut candidate.has_delivered);
+            if std::mem::take(&mut candidate.has_delivered) {
+                candidate.is_out = true;
+                hosts.push(candidate.host.name().to_owned());
+            }
             candidate.attempts = 0;
         }
-        self.list.iter().any(|candidate| !candidate.is_out)
+        if self.list.iter().all(|candidate| candidate.is_out) {
+            return false;
+        }
+        let (image, layer, host) = (self.image, self.layer, hosts.join(", "));
+        tracing::warn!(image, %layer, host, error = error as &dyn std::error::Error,
+            "a source of the TOC has wrong bytes; asking another");
+        self.failure = Some(self.failure_at(host, error.reason(), chain(error)));
+        true
+    }
+
+    fn failure_at(&self, host: String, reason: &'static str, what: String) -> Failure {
+        Failure {
+            at: SystemTime::now(),
+            reason: reason.to_owned(),
+            what,
+            host,
+            image: self.image.to_owned(),
+            layer: Some(self.layer),
+        }
     }
 
     /// The end of the blob, as long as `length` says for its size.
-    pub(super) async fn tail(&mut self, length: impl Fn(Option<u64>) -> u64) -> Result<Received, SourceError> {
+    pub(super) async fn tail(&mut self, length: impl Fn(Option<u64>) -> u64) -> Result<Received, Undelivered> {
         let size = self.size();
         let length = length(size);
         match size {
@@ -123,7 +170,7 @@ impl<'a> Sources<'a> {
         wanted: Range<u64>,
         start: u64,
         mut tail: Bytes,
-    ) -> Result<(Bytes, (u64, Bytes)), SourceError> {
+    ) -> Result<(Bytes, (u64, Bytes)), Undelivered> {
         let to_len = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
         if wanted.start >= start {
             let before = tail.split_to(to_len(wanted.start - start).min(tail.len()));
@@ -137,7 +184,7 @@ impl<'a> Sources<'a> {
     }
 
     /// A range of the blob, from whoever delivers.
-    pub(super) async fn receive(&mut self, wanted: Range<u64>, tail: Option<u64>) -> Result<Received, SourceError> {
+    pub(super) async fn receive(&mut self, wanted: Range<u64>, tail: Option<u64>) -> Result<Received, Undelivered> {
         for candidate in &mut self.list {
             candidate.attempts = 0;
         }
@@ -146,7 +193,10 @@ impl<'a> Sources<'a> {
         let mut last = None;
         loop {
             let Some(number) = self.choose().await else {
-                return Err(last.unwrap_or_else(|| SourceError::transient("the layer has no source")));
+                return Err(last.unwrap_or_else(|| Undelivered {
+                    host: String::new(),
+                    cause: SourceError::transient("the layer has no source"),
+                }));
             };
             let result = self.ask(number, &mut part).await;
             let label = result.as_ref().map_or_else(SourceError::class, |()| "ok");
@@ -156,31 +206,44 @@ impl<'a> Sources<'a> {
                 result: label,
             };
             metrics.fetch_requests.get_or_create(&labels).inc();
-            let Some(candidate) = self.list.get_mut(number) else {
-                continue;
-            };
             match result {
                 Ok(()) => {
-                    candidate.host.delivered();
+                    if let Some(candidate) = self.list.get(number) {
+                        candidate.host.delivered();
+                    }
                     return Ok(Received {
                         start: part.wanted.start,
                         blob_size: part.wanted.end,
                         bytes: part.got.freeze(),
                     });
                 }
-                // Who breaks the protocol is asked once more: a proxy in between may have.
-                Err(error) if error.is_transient() || (error.class() == "protocol" && candidate.attempts == 0) => {
-                    candidate.host.failed(&error);
-                    candidate.attempts += 1;
-                    tracing::debug!(host = candidate.host.name(), %error, "asking for the TOC again");
-                    last = Some(error);
-                }
-                Err(error) => {
-                    candidate.is_out = true;
-                    last = Some(error);
+                Err(cause) => {
+                    let host = self.failed(number, &cause);
+                    last = Some(Undelivered { host, cause });
                 }
             }
         }
+    }
+
+    /// Notes that a source failed, and tells so; who it was.
+    fn failed(&mut self, number: usize, error: &SourceError) -> String {
+        let Some(candidate) = self.list.get_mut(number) else {
+            return String::new();
+        };
+        let (image, layer) = (self.image, self.layer);
+        let (host, cause) = (candidate.host.clone(), error as &dyn std::error::Error);
+        // Who breaks the protocol is asked once more: a proxy in between may have.
+        if error.is_transient() || (error.class() == "protocol" && candidate.attempts == 0) {
+            candidate.host.failed(error);
+            candidate.attempts += 1;
+            tracing::info!(image, %layer, host = host.name(), error = cause, "a source of the TOC fails");
+        } else {
+            candidate.is_out = true;
+            tracing::warn!(image, %layer, host = host.name(), error = cause, "a source of the TOC refuses");
+        }
+        let host = host.name().to_owned();
+        self.failure = Some(self.failure_at(host.clone(), error.class(), chain(error)));
+        host
     }
 
     /// Whom to ask next: the first that may be asked now, if need be after a pause.
@@ -258,7 +321,7 @@ impl<'a> Sources<'a> {
         let stall = self.engine.stall_timeout();
         match tokio::time::timeout(stall, ask).await {
             Ok(result) => result,
-            Err(_) => Err(SourceError::transient(format!("no answer within {stall:?}"))),
+            Err(_) => Err(SourceError::transient(format!("no progress within {stall:?}"))),
         }
     }
 }

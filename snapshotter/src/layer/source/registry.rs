@@ -13,20 +13,23 @@ use hullspeed_registry::{
 };
 
 use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
+use crate::metrics::Metrics;
 
 /// The way to registries, set up when it is first needed: a daemon whose layers are all resident needs none.
 #[derive(Debug)]
 pub struct Registries {
     options: ClientOptions,
     client: Mutex<Option<Client>>,
+    metrics: Metrics,
 }
 
 impl Registries {
     /// Registries reached as `options` say.
-    pub fn new(options: ClientOptions) -> Self {
+    pub fn new(options: ClientOptions, metrics: Metrics) -> Self {
         Self {
             options,
             client: Mutex::new(None),
+            metrics,
         }
     }
 
@@ -115,6 +118,15 @@ pub(crate) fn source_error(error: Error) -> SourceError {
     }
 }
 
+/// The host that failed, as far as the registry client tells.
+pub(crate) fn host_of(error: &SourceError) -> Option<&str> {
+    std::iter::successors(Some(error as &(dyn std::error::Error + 'static)), |error| {
+        error.source()
+    })
+    .find_map(|error| error.downcast_ref::<Error>())
+    .map(Error::host)
+}
+
 /// What a host that answers, and has too much to do, says of it.
 fn overload(fault: &Fault) -> Option<Overload> {
     match fault {
@@ -156,9 +168,12 @@ impl RegistryBlob {
         };
         let response = answer.map_err(source_error)?;
         if response.ranges_ignored && !self.ignores_ranges.swap(true, Ordering::Relaxed) {
+            self.registries.metrics.fetch_ranges_ignored.inc();
             tracing::warn!(
+                %image,
+                layer = %self.digest,
                 host = self.host(),
-                "the server ignores ranges; whole layers are read from it in few requests"
+                "the server ignores ranges; the whole layer is read from it in few requests"
             );
         }
         Ok(response)

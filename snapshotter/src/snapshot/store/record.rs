@@ -34,6 +34,8 @@ pub(super) struct Record {
 pub(super) struct StoredFallback {
     reason: String,
     error: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    host: String,
     at: Timestamp,
 }
 
@@ -134,16 +136,38 @@ impl From<Usage> for StoredUsage {
 }
 
 impl From<Fallback> for StoredFallback {
-    fn from(Fallback { reason, error, at }: Fallback) -> Self {
+    fn from(fallback: Fallback) -> Self {
+        let Fallback {
+            reason,
+            error,
+            host,
+            at,
+        } = fallback;
         let at = at.into();
-        Self { reason, error, at }
+        Self {
+            reason,
+            error,
+            host,
+            at,
+        }
     }
 }
 
 impl From<StoredFallback> for Fallback {
-    fn from(StoredFallback { reason, error, at }: StoredFallback) -> Self {
+    fn from(stored: StoredFallback) -> Self {
+        let StoredFallback {
+            reason,
+            error,
+            host,
+            at,
+        } = stored;
         let at = at.into();
-        Self { reason, error, at }
+        Self {
+            reason,
+            error,
+            host,
+            at,
+        }
     }
 }
 

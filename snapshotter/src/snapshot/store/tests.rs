@@ -468,7 +468,10 @@ fn use_if_it_opens(path: &Path) {
 fn why_a_layer_is_not_lazy_outlives_its_commit_and_the_daemon() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("meta.redb");
-    let fallback = Fallback::now("no_toc_digest", "it has none".to_owned());
+    let fallback = Fallback {
+        host: "registry.test".to_owned(),
+        ..Fallback::now("registry", "it denies access".to_owned())
+    };
     let store = Store::open(&path, 0).unwrap();
     let labels = Labels::new();
     let made = store.create(Kind::Active, "a", None, &labels, Some(fallback.clone()), |_| Ok(()));
