@@ -4,6 +4,7 @@
 //! after the other under the slot's locks, and different layers do not wait for each other. Work runs in tasks of its own, so a
 //! caller that gives up leaves a layer mounted or not, and never half.
 
+mod hosts;
 pub mod inspector;
 mod manifest;
 #[cfg(test)]
@@ -136,6 +137,7 @@ impl Layers {
         });
         let layers = Self { shared };
         layers.spawn_checkpoints(&runtime);
+        layers.spawn_host_watch(&runtime);
         Ok(layers)
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::health::{Host, Hosts};
-use super::layer::LayerNames;
+use super::layer::{LayerFetch, LayerNames};
 use crate::layer::source::BlobSource;
 
 /// Remotes kept for one layer: bounds memory, and what a read that all of them fail can cost.
@@ -80,12 +80,40 @@ impl Remotes {
                 }
                 list.insert(0, remote);
             }
-            while list.len() > MAX_REMOTES {
-                // What nothing has come from yet is the least loss.
-                let unproven = list.iter().skip(1).rposition(|remote| !remote.is_proven());
-                list.remove(unproven.map_or(list.len() - 1, |at| at + 1));
-            }
+            shorten(list);
         });
+    }
+
+    /// Asks `remotes` in the place of those that are known for the same image, whose hosts are others now.
+    pub(super) fn renew(&self, names: &LayerNames, remotes: Vec<Arc<Remote>>) {
+        self.change(|list| {
+            let Some(at) = list.iter().position(|known| known.names == *names) else {
+                return;
+            };
+            let (known, others) = std::mem::take(list)
+                .into_iter()
+                .partition(|known| known.names == *names);
+            let known: Vec<Arc<Remote>> = known;
+            for remote in &remotes {
+                let proven = known.iter().any(|known| known.is_same(remote) && known.is_proven());
+                remote.proven.fetch_or(proven, Ordering::Relaxed);
+            }
+            *list = others;
+            // What was before the first of them is so still.
+            list.splice(at..at, remotes.into_iter().take(MAX_REMOTES));
+            shorten(list);
+        });
+    }
+
+    /// The images that the layer is known from, each once.
+    pub(super) fn images(&self) -> Vec<LayerNames> {
+        let mut images: Vec<LayerNames> = Vec::new();
+        for remote in self.all() {
+            if !images.contains(&remote.names) {
+                images.push(remote.names.clone());
+            }
+        }
+        images
     }
 
     /// Asks `remotes` after all others, as far as there is room for them.
@@ -115,6 +143,26 @@ impl Remotes {
     }
 }
 
+impl LayerFetch {
+    /// Asks for each image of the layer the sources that `find` knows now, in the place of those that were known.
+    pub fn renew_sources(&self, find: impl Fn(&LayerNames) -> Vec<Arc<dyn BlobSource>>) {
+        for names in self.remotes().images() {
+            let remote = |source| Remote::new(source, names.clone(), &self.engine().hosts);
+            let remotes = find(&names).into_iter().map(remote).collect();
+            self.remotes().renew(&names, remotes);
+        }
+    }
+}
+
+/// Keeps a list within its limit, and its first.
+fn shorten(list: &mut Vec<Arc<Remote>>) {
+    while list.len() > MAX_REMOTES {
+        // What nothing has come from yet is the least loss.
+        let unproven = list.iter().skip(1).rposition(|remote| !remote.is_proven());
+        list.remove(unproven.map_or(list.len() - 1, |at| at + 1));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use estargz::digest::Digest;
@@ -129,6 +177,11 @@ mod tests {
         };
         let source = Arc::new(Scripted::new(bytes::Bytes::new()).at(host));
         Remote::new(Arc::new(source), names, hosts)
+    }
+
+    fn order(remotes: &Remotes) -> Vec<String> {
+        let name = |remote: &Arc<Remote>| format!("{}{}", remote.names.image, remote.host.name());
+        remotes.all().iter().map(name).collect()
     }
 
     fn images(remotes: &Remotes) -> String {
@@ -177,11 +230,27 @@ mod tests {
         remotes.prefer(of("a"));
         remotes.prefer(of("b"));
         remotes.prefer(of("a"));
-        let order: Vec<_> = remotes
-            .all()
-            .iter()
-            .map(|remote| format!("{}{}", remote.names.image, remote.host.name()))
-            .collect();
-        assert_eq!(order, ["am", "an", "ar", "bm", "bn", "br"]);
+        assert_eq!(order(&remotes), ["am", "an", "ar", "bm", "bn", "br"]);
+    }
+
+    #[test]
+    fn new_hosts_of_an_image_take_the_place_of_its_old_ones() {
+        let hosts = Hosts::new(4);
+        let remotes = Remotes::default();
+        let of = |image: &str, names: &[&str]| names.iter().map(|host| remote(&hosts, image, host)).collect::<Vec<_>>();
+        remotes.prefer(of("b", &["m", "r"]));
+        remotes.prefer(of("a", &["m", "r"]));
+        remotes.all()[3].has_delivered();
+        let names = |image: &str| remote(&hosts, image, "").names.clone();
+        remotes.renew(&names("b"), of("b", &["x", "r", "y"]));
+        assert_eq!(order(&remotes), ["am", "ar", "bx", "br", "by"]);
+        assert!(remotes.all()[3].is_proven() && !remotes.all()[2].is_proven());
+        remotes.renew(&names("a"), of("a", &["r"]));
+        remotes.renew(&names("c"), of("c", &["r"]));
+        assert_eq!(order(&remotes), ["ar", "bx", "br", "by"]);
+        remotes.renew(&names("a"), of("a", &["1", "2", "3", "4", "5", "6", "7", "8", "9"]));
+        // What has delivered stays.
+        assert_eq!(order(&remotes), ["a1", "a2", "a3", "a4", "a5", "a6", "a7", "br"]);
+        assert_eq!(remotes.images(), [names("a"), names("b")]);
     }
 }

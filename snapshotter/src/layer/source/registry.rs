@@ -58,6 +58,12 @@ impl Registries {
         hosts.into_iter().map(of).collect()
     }
 
+    /// A number that is another one whenever [`Self::sources`] of some image may have become others. Looks at files; blocks.
+    pub fn version(&self) -> u64 {
+        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        client.map_or(0, |client| client.hosts_version())
+    }
+
     fn in_use(&self, image: &str) -> Option<InUse> {
         let place = Place::of(&Reference::parse(image).ok()?);
         self.options.credentials.in_use(place)
