@@ -268,7 +268,7 @@ impl Drop for Waiting<'_> {
 mod tests {
     use futures_util::FutureExt;
 
-    use super::super::gate::Sequence;
+    use super::super::sequence::Sequence;
     use super::*;
 
     #[tokio::test]

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::flight::Urgency;
+use super::sequence::Sequence;
 use crate::layer::source::Priority;
 
 /// Longest time that a request stands aside for readers between two pieces of its body.
@@ -22,17 +23,6 @@ pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 pub(super) const CALM: Duration = Duration::from_millis(500);
 /// Layers completed at once.
 const MAX_BACKGROUND: usize = 2;
-
-/// The demand requests of one sequence of reads.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Sequence(Arc<AtomicUsize>);
-
-impl Sequence {
-    /// Whether both are the same one.
-    pub(super) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-}
 
 /// What a request is made for, and so to whom it gives way.
 #[derive(Debug, Clone)]
@@ -60,6 +50,14 @@ impl Lane {
             Self::Prefetch => Priority::Prefetch,
             Self::Warm => Priority::Warm,
             Self::Background { .. } => Priority::Background,
+        }
+    }
+
+    /// The sequence of reads that it is for.
+    pub(super) fn sequence(&self) -> Option<&Sequence> {
+        match self {
+            Self::Demand(sequence) | Self::Ahead(sequence) => Some(sequence),
+            Self::Prefetch | Self::Warm | Self::Background { .. } => None,
         }
     }
 
@@ -114,7 +112,7 @@ struct Counted(Arc<watch::Sender<usize>>, Sequence);
 impl Counted {
     fn new(demand: &Arc<watch::Sender<usize>>, sequence: &Sequence) -> Self {
         // In this order, and the other way round at the end: its own read-ahead never takes it for another's.
-        sequence.0.fetch_add(1, Ordering::AcqRel);
+        sequence.demand_begins();
         demand.send_modify(|count| *count += 1);
         Self(demand.clone(), sequence.clone())
     }
@@ -123,7 +121,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count = count.saturating_sub(1));
-        self.1.0.fetch_sub(1, Ordering::AcqRel);
+        self.1.demand_ends();
     }
 }
 
@@ -276,7 +274,7 @@ impl Gate {
     pub(super) async fn stand_aside(&self, lane: &Lane, urgency: &Urgency) {
         let own = || match lane {
             Lane::Demand(_) => usize::MAX,
-            Lane::Ahead(sequence) => sequence.0.load(Ordering::Acquire),
+            Lane::Ahead(sequence) => sequence.demand(),
             Lane::Prefetch | Lane::Warm | Lane::Background { .. } => 0,
         };
         if *self.demand.borrow() > own() {
@@ -390,6 +388,6 @@ mod tests {
         drop(gate.enter_demand(&gate.share(), &own).await);
         assert_eq!(*gate.demand.borrow(), 1);
         drop(held);
-        assert_eq!((*gate.demand.borrow(), own.0.load(Ordering::Acquire)), (0, 0));
+        assert_eq!((*gate.demand.borrow(), own.demand()), (0, 0));
     }
 }
