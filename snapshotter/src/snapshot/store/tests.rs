@@ -326,7 +326,9 @@ fn assert_same(store: &Store, models: &Models) {
     assert_eq!(ids.len(), models.0.len(), "every snapshot has a number of its own");
     for layer in 0..2 {
         let used = models.0.values().any(|model| model.layer == Some(layer));
-        assert_eq!(store.layer_in_use(&origin(layer).toc_digest).unwrap(), used);
+        let user = store.first_user(&origin(layer).toc_digest).unwrap();
+        assert_eq!(user.is_some(), used);
+        assert!(user.is_none_or(|id| ids.contains(&id)));
     }
 }
 
@@ -479,4 +481,46 @@ fn why_a_layer_is_not_lazy_outlives_its_commit_and_the_daemon() {
     drop(store);
     let store = Store::open(&path, 0).unwrap();
     assert_eq!(store.find("b").unwrap().fallback, Some(fallback));
+}
+
+#[test]
+fn privileged_a_full_disk_refuses_what_is_new_keeps_the_rest_and_is_got_over_without_a_restart() {
+    let disk = crate::layer::testing::SmallDisk::new(c"size=8m");
+    let path = disk.path().join("meta.redb");
+    let store = Store::open(&path, 1).unwrap();
+    let long: Labels = [("label".to_owned(), "x".repeat(4000))].into();
+    let create = |key: &str| store.create(Kind::Active, key, None, &long, None, |_| Ok(()));
+    create("first").unwrap();
+    disk.fill();
+    // There is a reserve; then it is clear what is wrong, however often one tries.
+    let mut made = 0;
+    let refused = loop {
+        match create(&format!("key {made}")) {
+            Ok(_) => made += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(made > 20, "{made} in the reserve");
+    let is_full = |error: &Error| matches!(error, Error::Store(error) if error.is_storage_full());
+    assert!(is_full(&refused), "{refused:?}");
+    for turn in 0..3 {
+        let again = create("more").unwrap_err();
+        assert!(is_full(&again), "turn {turn}: {again:?}");
+        assert_eq!(store.find("key 3").unwrap().info.labels, long);
+    }
+    let count = || store.with_ids(std::collections::HashSet::len).unwrap();
+    assert_eq!(count(), made + 1);
+    // Snapshots can be removed, so that those who clean up can.
+    for key in 0..made {
+        store.remove(&format!("key {key}")).unwrap();
+    }
+    create("in their place").unwrap();
+    disk.empty();
+    for key in 0..made {
+        create(&format!("key {key}")).unwrap();
+    }
+    assert_eq!(count(), made + 2);
+    drop(store);
+    let store = Store::open(&path, 1).unwrap();
+    assert_eq!(store.with_ids(std::collections::HashSet::len).unwrap(), made + 2);
 }
