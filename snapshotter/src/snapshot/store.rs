@@ -200,7 +200,7 @@ impl Store {
         fallback: Option<Fallback>,
         make: impl FnOnce(u64) -> Result<(), Error>,
     ) -> Result<Chain, Error> {
-        let tx = self.writing()?;
+        let tx = self.growing()?;
         let id = self.next_id(&tx)?;
         let chain = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
@@ -235,7 +235,7 @@ impl Store {
         origin: &LayerOrigin,
         make: impl FnOnce(u64) -> Result<(), Error>,
     ) -> Result<String, Error> {
-        let tx = self.writing()?;
+        let tx = self.growing()?;
         let id = self.next_id(&tx)?;
         let name = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
@@ -273,7 +273,7 @@ impl Store {
         labels: &Labels,
         usage: Usage,
     ) -> Result<(), Error> {
-        let tx = self.writing()?;
+        let tx = self.growing()?;
         {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
             let record = read(&table, key)?
@@ -342,7 +342,7 @@ impl Store {
 
     /// Changes labels and gives the snapshot as it is then. A label without a value is removed, as containerd does.
     pub fn update(&self, key: &str, labels: &Labels, changes: &[LabelChange]) -> Result<Info, Error> {
-        let tx = self.writing()?;
+        let tx = self.growing()?;
         let info = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
             let mut record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;

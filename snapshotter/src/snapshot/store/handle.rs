@@ -1,10 +1,11 @@
 //! The open database, and how it comes back after the disk was full.
 //!
 //! redb refuses everything after one failed write, until it is opened anew. A full disk must not end that way: so a database that
-//! refuses is closed and opened again, which is a repair of what is on disk and takes milliseconds. And the file has blocks of its own
-//! for some time to come, so that snapshots can be removed and containers started while others have filled the disk.
+//! refuses is closed and opened again, which is a repair of what is on disk and takes milliseconds. And the file has blocks in reserve,
+//! which nothing new may take, so that snapshots can be removed when others have filled the disk.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::PoisonError;
@@ -16,8 +17,10 @@ use super::open::open_database;
 use super::tables::failed;
 use super::{Error, Store, StoreError};
 
-/// Blocks that the file has beyond its end, at least. As many again as it is long are there too: redb doubles small files.
+/// What the file has beyond its end, at least; else as much as it is long, because redb doubles small files.
 const LEAST_SPARE: u64 = 1 << 20;
+/// And at most: as much as tens of thousands of snapshots take.
+const MOST_SPARE: u64 = 32 << 20;
 /// Unit of `st_blocks`.
 const BLOCK: u64 = 512;
 
@@ -48,9 +51,21 @@ impl Store {
         begun.map_err(|error| failed(*error))
     }
 
+    /// Begins to write what is more than before. It is refused where the file has nothing in reserve, since what is there is for
+    /// removals.
+    pub(super) fn growing(&self) -> Result<WriteTransaction, Error> {
+        match reserve(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => return Err(failed(error)),
+            Err(error) => {
+                tracing::debug!(path = %self.path.display(), %error, "the metadata has no blocks in reserve");
+            }
+            Ok(()) => {}
+        }
+        self.writing()
+    }
+
     /// Begins to write.
     pub(super) fn writing(&self) -> Result<WriteTransaction, Error> {
-        reserve(&self.path);
         let begin = || self.begin_write();
         let begun = self.or_again(begin)?;
         begun.map_err(|error| failed(*error))
@@ -93,18 +108,13 @@ impl Store {
     }
 }
 
-/// Gives the file blocks of its own, with some to grow into, where it has few. On a full disk it must do without.
-fn reserve(path: &Path) {
-    let reserved = File::options().write(true).open(path).and_then(|file| {
-        let metadata = file.metadata()?;
-        let (length, allocated) = (metadata.len(), metadata.blocks().saturating_mul(BLOCK));
-        let spare = length.max(LEAST_SPARE);
-        if allocated < length.saturating_add(spare / 2) {
-            rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, length.saturating_add(spare))?;
-        }
-        Ok(())
-    });
-    if let Err(error) = reserved {
-        tracing::debug!(path = %path.display(), %error, "the metadata has no blocks in reserve");
+/// Gives the file blocks of its own, and as many again to grow into.
+fn reserve(path: &Path) -> io::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    let metadata = file.metadata()?;
+    let wanted = metadata.len().saturating_add(metadata.len().clamp(LEAST_SPARE, MOST_SPARE));
+    if metadata.blocks().saturating_mul(BLOCK) < wanted {
+        rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, wanted)?;
     }
+    Ok(())
 }
