@@ -308,6 +308,45 @@ async fn a_disk_that_others_filled_mounts_and_serves_and_is_left_as_it_was_found
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_completion_waits_for_room_and_goes_on_when_there_is_some() {
+    let source = source().await;
+    let files = files("later", 24);
+    let image = source.publish("image", std::slice::from_ref(&files), &[]).unwrap();
+    let disk = small_filesystem(&source.run, "later", 128 * MIB);
+    let mut node = source
+        .node("later", "[cache]\ncheckpoint_interval = \"200ms\"\n")
+        .await
+        .unwrap();
+    let ballast = fill(&disk);
+    let length = fs::metadata(&ballast).unwrap().len();
+    File::options()
+        .write(true)
+        .open(&ballast)
+        .unwrap()
+        .set_len(length - 4 * MIB)
+        .unwrap();
+    node.mount(&image).await.unwrap();
+    let view = node.view(&image, "view").await.unwrap();
+    check_all(view.path(), &files[..2]).await.unwrap();
+    let cache = node.cache(&image, 0).unwrap();
+    let asked = node
+        .snapshotter
+        .metric("hullspeed_fetch_requests_total", &["background"])
+        .await;
+    assert!(asked.unwrap().abs() < f64::EPSILON);
+    assert!(stored(&cache, &files).unwrap().absent >= 20);
+    fs::remove_file(&ballast).unwrap();
+    become_equal("wrong and missing chunks", async || {
+        let kept = stored(&cache, &files).unwrap();
+        ((0, 0), (kept.wrong, kept.absent))
+    })
+    .await;
+    let short = node.snapshotter.metric("hullspeed_cache_short_of_room", &[]).await;
+    assert!(short.unwrap().abs() < f64::EPSILON);
+    node.snapshots.remove(view).await.unwrap();
+}
+
 /// Numbers that look random, the same for each seed.
 struct Numbers(u64);
 

@@ -8,6 +8,9 @@ use super::shelf::Shelf;
 
 /// The part of the quota that is made free at once when it is reached, as a divisor.
 const SLACK: u64 = 16;
+/// Bytes free on the disk below which nothing is fetched ahead, whatever is to stay free: more than is under way at once, which would be
+/// fetched for nothing.
+const LEAST_FREE: u64 = 16 << 20;
 
 /// How much room there is, in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +41,12 @@ pub enum NoRoom {
         /// Bytes that are to stay free.
         min_free: u64,
     },
+    /// Readers need the rest.
+    #[error("{} are free on the filesystem, and readers may need them", size(*free))]
+    Disk {
+        /// Bytes that are free.
+        free: u64,
+    },
 }
 
 impl NoRoom {
@@ -46,6 +55,7 @@ impl NoRoom {
         match self {
             Self::Quota { .. } => "quota",
             Self::MinFree { .. } => "min_free",
+            Self::Disk { .. } => "disk",
         }
     }
 }
@@ -74,7 +84,11 @@ impl Room {
         if used > below {
             return Some(NoRoom::Quota { used, quota });
         }
-        (free.saturating_add(self.spare) <= min_free).then_some(NoRoom::MinFree { free, min_free })
+        let to_be_had = free.saturating_add(self.spare);
+        if to_be_had <= min_free {
+            return Some(NoRoom::MinFree { free, min_free });
+        }
+        (to_be_had < LEAST_FREE).then_some(NoRoom::Disk { free })
     }
 }
 
@@ -145,13 +159,15 @@ mod tests {
         // What unused layers have can be had.
         let spare = Room { spare: 2 * GIB, ..full };
         assert_eq!(spare.lack(), None);
-        // No limit at all, and a disk without a byte.
-        let none = Room {
+        // No limit at all, and a disk with hardly a byte.
+        let unlimited = |free| Room {
             min_free: 0,
-            free: 1,
+            free,
             ..room()
         };
-        assert_eq!(none.lack(), None);
+        assert_eq!(unlimited(LEAST_FREE).lack(), None);
+        let lack = unlimited(5).lack().unwrap();
+        assert_eq!((lack, lack.limit()), (NoRoom::Disk { free: 5 }, "disk"));
     }
 
     #[test]
