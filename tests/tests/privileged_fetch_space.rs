@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use hullspeed_tests::content::ContentFile;
+use hullspeed_tests::content::{self, ContentFile};
 use hullspeed_tests::lazy::{LazyNode, Published, Source, check_all, read_all, stored};
 use hullspeed_tests::process;
 use hullspeed_tests::proxy::LinkOptions;
 use hullspeed_tests::run::RunDir;
-use hullspeed_tests::scenario::Scenario;
+use hullspeed_tests::scenario::{CONVERTED, Scenario, estargz};
 use hullspeed_tests::snapshotter;
 use rustix::fs::OFlags;
 
@@ -173,6 +173,41 @@ async fn what_all_snapshots_use_is_what_is_on_disk() {
         (sum(&usages(&mut node).await), on_disk([&both, &own[1]]))
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_image_filesystem_of_cri_counts_a_shared_layer_once() {
+    let run = Scenario::prepare().unwrap();
+    let (shared, first, second) = (files("shared", 2), files("first", 1), files("second", 1));
+    let layouts = ["one", "two"].map(|name| run.path().join(name));
+    content::build(&layouts[0], &[shared.clone(), first], None).unwrap();
+    content::build(&layouts[1], &[second, shared], None).unwrap();
+    let scenario = Scenario::with_image(run, &layouts[0], content::TAG, &[]).await.unwrap();
+    let target = format!(
+        "oci:{}:{CONVERTED}",
+        scenario.run.path().join("converted-two").display()
+    );
+    let plain = format!("oci:{}:{}", layouts[1].display(), content::TAG);
+    estargz(&scenario.run, &["convert", &plain, &target]).unwrap();
+    let (one, two) = (scenario.reference(CONVERTED), scenario.reference("two"));
+    let (_, name) = two.split_once('/').unwrap();
+    scenario.registry.push(&target, name).unwrap();
+    let mut node = scenario.lazy_node(DEMAND_ONLY).await.unwrap();
+    for image in [&one, &two] {
+        node.cri.pull(image).await.unwrap();
+    }
+    let layers = fs::read_dir(node.snapshotter().unwrap().root().join("layers")).unwrap();
+    let layers: Vec<PathBuf> = layers.map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(layers.len(), 3, "{layers:?}");
+    // containerd looks every ten seconds.
+    become_equal("what CRI tells and the disk", async || {
+        let told = node.cri.image_fs_info().await.unwrap().image_filesystems.swap_remove(0);
+        let told = (told.used_bytes.unwrap().value, told.inodes_used.unwrap().value);
+        let (bytes, inodes) = on_disk(&layers);
+        (told, (u64::try_from(bytes).unwrap(), u64::try_from(inodes).unwrap()))
+    })
+    .await;
+    node.cri.remove_everything().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
