@@ -313,20 +313,20 @@ async fn a_disk_that_others_filled_mounts_and_serves_and_is_left_as_it_was_found
         .metric("hullspeed_cache_evicted_bytes_total", &["chunks"])
         .await;
     assert!(evicted.unwrap() > 16e6);
-    // Others take that too, but for the blocks of a snapshot's directories; the daemon is killed and starts on such a disk.
-    fs::remove_file(&ballast).unwrap();
-    let ballast = fill(&disk);
-    let length = fs::metadata(&ballast).unwrap().len();
-    File::options()
-        .write(true)
-        .open(&ballast)
-        .unwrap()
-        .set_len(length - MIB / 4)
-        .unwrap();
+    // Others take that too, and the daemon is killed and starts on such a disk.
     node.snapshots.remove(view).await.unwrap();
     node.snapshots.remove(other).await.unwrap();
     node.snapshotter.process().kill().unwrap();
+    fs::remove_file(&ballast).unwrap();
+    let ballast = fill(&disk);
     node.start_again(&source.run).await.unwrap();
+    let refused = node.view(&second, "refused").await.unwrap_err();
+    assert!(format!("{refused:#}").contains("No space left"), "{refused:#}");
+    // The directories of a snapshot need some blocks.
+    let length = fs::metadata(&ballast).unwrap().len();
+    let ballast_file = File::options().write(true).open(&ballast).unwrap();
+    ballast_file.set_len(length - MIB / 4).unwrap();
+    drop(ballast_file);
     let view = node.view(&second, "again").await.unwrap();
     check_all(view.path(), &new).await.unwrap();
     node.snapshots.remove(view).await.unwrap();
