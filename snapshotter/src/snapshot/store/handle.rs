@@ -112,7 +112,9 @@ impl Store {
 fn reserve(path: &Path) -> io::Result<()> {
     let file = File::options().write(true).open(path)?;
     let metadata = file.metadata()?;
-    let wanted = metadata.len().saturating_add(metadata.len().clamp(LEAST_SPARE, MOST_SPARE));
+    let wanted = metadata
+        .len()
+        .saturating_add(metadata.len().clamp(LEAST_SPARE, MOST_SPARE));
     if metadata.blocks().saturating_mul(BLOCK) < wanted {
         rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, wanted)?;
     }
