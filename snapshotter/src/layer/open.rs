@@ -76,6 +76,7 @@ pub(super) async fn open(
     expected: Expected,
     elsewhere: &dyn TocImages,
 ) -> Result<OpenedBlob, NotLazy> {
+    engine.note_activity();
     let mut sources = Sources::new(engine, sources);
     let result = loop {
         match open_once(engine, &mut sources, image, expected, elsewhere).await {

@@ -77,6 +77,7 @@ impl LayerFetch {
     /// first, then the rest.
     pub fn start_filling(self: &Arc<Self>, prefetch: bool) {
         let fetch = self.clone();
+        self.engine().note_activity();
         self.looked_around.store(false, Ordering::Release);
         self.spawn(async move {
             fetch.reuse_all().await;
