@@ -115,6 +115,7 @@ impl Store {
             floor: AtomicU64::new(floor),
         };
         store.check_schema(path)?;
+        store.keep_reserve();
         Ok(store)
     }
 
@@ -221,7 +222,7 @@ impl Store {
             }
         };
         make(id)?;
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(chain)
     }
 
@@ -259,7 +260,7 @@ impl Store {
             name
         };
         make(id)?;
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(name)
     }
 
@@ -297,7 +298,7 @@ impl Store {
             write(&mut table, name, &committed)?;
             add_child(&tx, above.as_ref(), id)?;
         }
-        tx.commit().map_err(failed)
+        self.commit_transaction(tx)
     }
 
     /// Removes a snapshot without children.
@@ -336,7 +337,7 @@ impl Store {
                 unused_layer,
             }
         };
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(removed)
     }
 
@@ -360,7 +361,7 @@ impl Store {
             write(&mut table, key, &record)?;
             record.into_found(key).info
         };
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(info)
     }
 

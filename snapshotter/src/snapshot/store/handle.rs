@@ -55,13 +55,10 @@ impl Store {
     /// removals.
     pub(super) fn growing(&self) -> Result<WriteTransaction, Error> {
         match reserve(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::StorageFull => return Err(failed(error)),
-            Err(error) => {
-                tracing::debug!(path = %self.path.display(), %error, "the metadata has no blocks in reserve");
-            }
-            Ok(()) => {}
+            // Where a filesystem knows no reserves it must do without.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(failed(error)),
+            _ => self.writing(),
         }
-        self.writing()
     }
 
     /// Begins to write.
@@ -73,6 +70,20 @@ impl Store {
 
     pub(super) fn begin_write(&self) -> Result<WriteTransaction, Box<redb::Error>> {
         self.with(|db| db.begin_write().map_err(|error| Box::new(error.into())))
+    }
+
+    /// Commits what was written. That may cut the file, and what it had in reserve with it.
+    pub(super) fn commit_transaction(&self, tx: WriteTransaction) -> Result<(), Error> {
+        tx.commit().map_err(failed)?;
+        self.keep_reserve();
+        Ok(())
+    }
+
+    /// Gets back what was in reserve, if others have not taken it.
+    pub(super) fn keep_reserve(&self) {
+        if let Err(error) = reserve(&self.path) {
+            tracing::debug!(path = %self.path.display(), %error, "the metadata has no blocks in reserve");
+        }
     }
 
     fn with<T>(&self, work: impl Fn(&Database) -> Result<T, Box<redb::Error>>) -> Result<T, Box<redb::Error>> {
