@@ -318,9 +318,11 @@ async fn a_disk_that_others_filled_mounts_and_serves_and_is_left_as_it_was_found
     fs::remove_file(&ballast).unwrap();
     let ballast = fill(&disk);
     node.start_again(&source.run).await.unwrap();
-    let refused = node.view(&second, "refused").await.unwrap_err();
-    assert!(format!("{refused:#}").contains("No space left"), "{refused:#}");
-    // The directories of a snapshot need some blocks.
+    // The directories of a snapshot need some blocks, which are there if the kill left chunks that nobody knows of.
+    match node.view(&second, "at once").await {
+        Ok(view) => node.snapshots.remove(view).await.unwrap(),
+        Err(refused) => assert!(format!("{refused:#}").contains("No space left"), "{refused:#}"),
+    }
     let length = fs::metadata(&ballast).unwrap().len();
     let ballast_file = File::options().write(true).open(&ballast).unwrap();
     ballast_file.set_len(length - MIB / 4).unwrap();
