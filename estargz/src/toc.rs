@@ -46,6 +46,9 @@ pub const TOC_OF_LAYER_ANNOTATION: &str = "containerd.io/snapshot/stargz/layer.d
 pub const TOC_IMAGE_SUFFIX: &str = "-esgztoc";
 /// Layer descriptor annotation with the size of the uncompressed layer in bytes.
 pub const UNCOMPRESSED_SIZE_ANNOTATION: &str = "io.containers.estargz.uncompressed-size";
+/// Layer descriptor annotation with the offset of the TOC's member in the blob: who has it asks for that much of the blob's end and no
+/// more. A hint; the footer says what is true.
+pub const TOC_OFFSET_ANNOTATION: &str = "io.hullspeed.estargz.toc-offset";
 
 /// The format version that is read and written.
 pub const VERSION: u32 = 1;

@@ -184,7 +184,12 @@ impl Client {
         }
         *held = None;
         if let Some(challenge) = self.tokens().challenge(endpoint.key()) {
-            *held = Some(self.authenticate(endpoint, scope, &challenge, &[], None).await?);
+            *held = match self.authenticate(endpoint, scope, &challenge, &[], None).await {
+                Ok(grant) => Some(grant),
+                // Nothing was asked of anybody. The registry wanted a login once, and may do without by now.
+                Err(Fault::Unauthorized { .. }) if challenge == Challenge::Basic => None,
+                Err(fault) => return Err(fault),
+            };
         }
         Ok(held.clone())
     }

@@ -169,3 +169,24 @@ async fn a_login_that_changed_on_disk_is_used_without_a_restart() {
     *good.lock().unwrap() = users(&["other"]);
     assert!(ask().await.unwrap());
 }
+
+/// A proxy in between may ask for a login that nobody has, and stop asking.
+#[tokio::test]
+async fn a_registry_that_wanted_a_login_for_a_while_is_asked_again_without_one() {
+    let wants = Arc::new(Mutex::new(true));
+    let server = {
+        let wants = wants.clone();
+        Scripted::start(move |_| match *wants.lock().unwrap() {
+            true => answer(401, &[("www-authenticate", "Basic realm=\"x\"")], ""),
+            false => answer(200, &[], ""),
+        })
+        .await
+    };
+    let client = Client::new(ClientOptions::default()).unwrap();
+    let ask = async || client.blob_exists(&server.image("app"), &Digest::of("")).await;
+    for _ in 0..2 {
+        assert_eq!(ask().await.unwrap_err().class(), ErrorClass::Auth);
+    }
+    *wants.lock().unwrap() = false;
+    assert!(ask().await.unwrap());
+}

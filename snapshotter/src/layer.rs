@@ -15,7 +15,7 @@ pub mod report;
 pub mod source;
 mod sys;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 

@@ -106,6 +106,9 @@ fn a_whole_index_is_converted_and_the_rest_of_it_is_kept() {
             assert_eq!(Digest::of(&plain).to_string(), text(diff_id));
             let size = text(&layer["annotations"]["io.containers.estargz.uncompressed-size"]);
             assert_eq!(size, plain.len().to_string());
+            let footer = estargz::footer::Footer::parse(&blob, blob.len() as u64).unwrap();
+            let offset = text(&layer["annotations"]["io.hullspeed.estargz.toc-offset"]);
+            assert_eq!(offset, footer.toc_offset.to_string());
         }
     }
     let report: Value = serde_json::from_slice(&fs::read(&report_path).unwrap()).unwrap();

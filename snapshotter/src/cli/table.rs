@@ -147,6 +147,14 @@ pub(super) fn usage(usage: &api::CacheUsageResponse) -> String {
         limit(usage.min_free_bytes)
     );
     line(&mut text, "filesystem", disk);
+    if !usage.no_room.is_empty() {
+        let consequence = "what containers read is fetched, and nothing ahead of them";
+        line(
+            &mut text,
+            "no room to spare",
+            format!("{}: {consequence}", usage.no_room),
+        );
+    }
     text
 }
 

@@ -288,6 +288,7 @@ pub(super) fn usage(usage: Usage, space: Space) -> api::CacheUsageResponse {
         filesystem,
         size,
         free,
+        no_room,
     } = space;
     api::CacheUsageResponse {
         layers: count(layers),
@@ -299,6 +300,7 @@ pub(super) fn usage(usage: Usage, space: Space) -> api::CacheUsageResponse {
         filesystem_bytes: size,
         filesystem_free_bytes: free,
         min_free_bytes: min_free,
+        no_room: no_room.map(|no_room| no_room.to_string()).unwrap_or_default(),
     }
 }
 

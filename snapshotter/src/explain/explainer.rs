@@ -270,6 +270,7 @@ impl Explainer {
     pub fn space(&self) -> Space {
         let space = Space {
             limits: self.inspector.as_ref().map(Inspector::limits).unwrap_or_default(),
+            no_room: self.inspector.as_ref().and_then(Inspector::no_room),
             ..Space::default()
         };
         filesystem::measure(&self.config.root, space).unwrap_or_else(|error| {

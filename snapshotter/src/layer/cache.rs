@@ -27,6 +27,7 @@ pub mod limits;
 mod report;
 mod residency;
 pub mod reuse;
+mod room;
 mod shelf;
 mod store;
 
@@ -38,5 +39,6 @@ pub use hold::Held;
 pub use layer::{CachedLayer, OpenLayer, StoreError};
 pub use report::CacheLimits;
 pub use residency::{Residency, ResidencyError};
+pub use room::NoRoom;
 pub use shelf::Pin;
 pub use store::{CacheError, LayerStore, Origin};

@@ -18,6 +18,7 @@
 mod ahead;
 mod background;
 mod decode;
+mod demand;
 mod download;
 mod engine;
 mod error;
@@ -33,6 +34,7 @@ mod readahead;
 mod remotes;
 mod report;
 mod reuse;
+mod sequence;
 mod tally;
 
 #[cfg(test)]
@@ -40,6 +42,7 @@ mod tests;
 
 pub use background::Completion;
 pub(super) use decode::ingest;
+pub use demand::Reading;
 pub use engine::{Engine, FetchOptions};
 pub use error::{Failure, FetchError};
 pub use layer::{LayerFetch, LayerNames};

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use estargz::index::{FileKind, Inode};
 
 use super::cache::CachedLayer;
-use super::fetch::{Failure, LayerFetch};
+use super::fetch::{Failure, LayerFetch, Reading};
 
 /// Unit of `statfs` and preferred size of reads.
 pub const BLOCK_SIZE: u32 = 4096;
@@ -138,6 +138,9 @@ pub struct Statistics {
 pub struct LayerFs {
     fetch: Arc<LayerFetch>,
 }
+
+/// A read of a file's first bytes that is as long as this is one of many: headers are shorter.
+const LARGE_READ: u32 = 128 << 10;
 
 /// The first two entries of a listing are `.` and `..`; the index's own follow.
 const DOTS: u64 = 2;
@@ -289,7 +292,12 @@ impl LayerFs {
         }
         // Nothing of it is given up between its coming and its being read.
         let _held = self.layer().hold(chunks.clone());
-        self.fetch.ensure(chunks).await.map_err(FsError::Fetch)?;
+        let reading = if offset == 0 && size >= LARGE_READ {
+            Reading::Front
+        } else {
+            Reading::Part
+        };
+        self.fetch.ensure(chunks, reading).await.map_err(FsError::Fetch)?;
         let bytes = self.layer().read(place).map_err(FsError::Cache)?;
         self.fetch.count_read(false, bytes.len());
         Ok(bytes)

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use estargz::digest::Digest;
 use estargz::footer::zstd::{POSITION_ANNOTATION, Position, STARGZ_POSITION_ANNOTATION};
-use estargz::toc::{BINDING_ANNOTATIONS, TOC_OF_LAYER_ANNOTATION};
+use estargz::toc::{BINDING_ANNOTATIONS, TOC_OF_LAYER_ANNOTATION, TOC_OFFSET_ANNOTATION};
 use hullspeed_registry::{Client, MANIFEST_ACCEPT, Reference, Version};
 use serde::Deserialize;
 
@@ -37,6 +37,8 @@ pub(super) struct LayerDescriptor {
     pub(super) toc_digest: Option<Digest>,
     /// Where the TOC of a zstd:chunked layer is.
     pub(super) position: Option<Position>,
+    /// Where the TOC of an eStargz layer is said to begin.
+    pub(super) toc_offset: Option<u64>,
     /// In a TOC image: the layer whose TOC this is.
     pub(super) toc_of: Option<Digest>,
 }
@@ -163,6 +165,7 @@ fn parse(bytes: &[u8]) -> Result<Arc<[LayerDescriptor]>, SourceError> {
             toc_digest: digest(&BINDING_ANNOTATIONS),
             position: annotation(&[POSITION_ANNOTATION, STARGZ_POSITION_ANNOTATION])
                 .and_then(|position| Position::parse(position).ok()),
+            toc_offset: annotation(&[TOC_OFFSET_ANNOTATION]).and_then(|offset| offset.parse().ok()),
             toc_of: digest(&[TOC_OF_LAYER_ANNOTATION]),
         })
     };
@@ -188,7 +191,10 @@ mod tests {
         let text = format!(
             r#"{{"schemaVersion":2,"layers":[
                 {{"digest":"{digest}","size":7,"annotations":{{"{TOC_DIGEST_ANNOTATION}":"{toc}"}}}},
-                {{"digest":"{digest}","size":8,"annotations":{{"{TOC_DIGEST_ANNOTATION}":"nonsense"}}}},
+                {{"digest":"{digest}","size":8,"annotations":{{
+                    "{TOC_DIGEST_ANNOTATION}":"nonsense","{TOC_OFFSET_ANNOTATION}":"-1"}}}},
+                {{"digest":"{digest}","size":8,"annotations":{{
+                    "{TOC_DIGEST_ANNOTATION}":"{toc}","{TOC_OFFSET_ANNOTATION}":"5"}}}},
                 {{"digest":"{digest}","size":9,"annotations":{{
                     "{CHECKSUM_ANNOTATION}":"{toc}","{POSITION_ANNOTATION}":"9:8:7:1","{TOC_OF_LAYER_ANNOTATION}":"{digest}"}}}},
                 {{"digest":"sha512:00","size":9}}]}}"#
@@ -198,6 +204,7 @@ mod tests {
             size,
             toc_digest,
             position: None,
+            toc_offset: None,
             toc_of: None,
         };
         let layers = parse(text.as_bytes()).unwrap();
@@ -206,6 +213,10 @@ mod tests {
             [
                 plain(7, Some(toc)),
                 plain(8, None),
+                LayerDescriptor {
+                    toc_offset: Some(5),
+                    ..plain(8, Some(toc))
+                },
                 LayerDescriptor {
                     position: Some(Position::parse("9:8:7:1").unwrap()),
                     toc_of: Some(digest),

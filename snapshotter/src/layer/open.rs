@@ -33,6 +33,8 @@ const TAIL_SHARE: u64 = 48;
 const MIN_TAIL: u64 = 128 << 10;
 /// Longest tail asked for by guess. A second request for the rest of a larger TOC costs less than this does.
 const MAX_TAIL: u64 = 4 << 20;
+/// Longest tail asked for because the manifest says so; a longer TOC is asked for once the footer has confirmed where it is.
+const MAX_TOLD_TAIL: u64 = 16 << 20;
 /// Memory for a TOC, its parsed form and its index, for each of its compressed bytes; those compress to a tenth.
 const UNFOLDED: u64 = 16;
 
@@ -45,6 +47,20 @@ pub(super) struct Expected {
     pub(super) toc: Digest,
     /// Where the manifest says that the TOC is.
     pub(super) position: Option<Position>,
+    /// Where the manifest says that the TOC of an eStargz layer begins.
+    pub(super) toc_offset: Option<u64>,
+}
+
+impl Expected {
+    /// Length of the first request for a blob of `size` bytes: from the TOC on where that is told, and can be true.
+    fn tail_length(&self, size: Option<u64>) -> u64 {
+        let told = size.zip(self.toc_offset).and_then(|(size, offset)| {
+            let length = size.checked_sub(offset)?.max(MAX_FOOTER_SIZE as u64);
+            // Of a small blob all is worth the one request.
+            (size > MIN_TAIL && length <= MAX_TOLD_TAIL).then_some(length)
+        });
+        told.unwrap_or_else(|| tail_length(size))
+    }
 }
 
 /// A verified TOC and what came with it.
@@ -80,6 +96,7 @@ pub(super) async fn open(
     expected: Expected,
     elsewhere: &dyn TocImages,
 ) -> Result<OpenedBlob, NotLazy> {
+    engine.note_activity();
     let mut sources = Sources::new(engine, sources, image, expected.layer);
     let result = loop {
         match open_once(engine, &mut sources, image, expected, elsewhere).await {
@@ -125,7 +142,10 @@ async fn open_once(
             (footer, Received { blob_size, ..part })
         }
         None => {
-            let tail = sources.tail(tail_length).await.map_err(unreachable)?;
+            let tail = sources
+                .tail(|size| expected.tail_length(size))
+                .await
+                .map_err(unreachable)?;
             let footer = form::footer(&tail.bytes, tail.blob_size, expected.layer)?;
             (footer, tail)
         }
@@ -280,6 +300,24 @@ mod tests {
         opened_as(&[source], sample, position, elsewhere).await
     }
 
+    async fn opened_told(source: &Arc<Scripted>, sample: &Sample, toc_offset: u64) -> Result<OpenedBlob, NotLazy> {
+        let expected = Expected {
+            toc_offset: Some(toc_offset),
+            ..expected(sample)
+        };
+        let sources: Vec<Arc<dyn BlobSource>> = vec![Arc::new(source.clone())];
+        open(&engine(), sources, "registry.test/image:1", expected, &Elsewhere(None)).await
+    }
+
+    fn expected(sample: &Sample) -> Expected {
+        Expected {
+            layer: Digest::of(&sample.blob),
+            toc: sample.toc_digest,
+            position: None,
+            toc_offset: None,
+        }
+    }
+
     async fn opened_as(
         sources: &[&Arc<Scripted>],
         sample: &Sample,
@@ -287,13 +325,36 @@ mod tests {
         elsewhere: &Elsewhere,
     ) -> Result<OpenedBlob, NotLazy> {
         let expected = Expected {
-            layer: Digest::of(&sample.blob),
-            toc: sample.toc_digest,
             position,
+            ..expected(sample)
         };
         let source = |source: &&Arc<Scripted>| Arc::new(Arc::clone(source)) as Arc<dyn BlobSource>;
         let sources = sources.iter().map(source).collect();
         open(&engine(), sources, "registry.test/image:1", expected, elsewhere).await
+    }
+
+    #[tokio::test]
+    async fn where_the_manifest_tells_the_tocs_offset_no_more_is_asked_for_and_a_wrong_one_costs_a_request() {
+        let sample = Sample::uniform(400, 5_000, Packing::default());
+        let size = sample.blob.len() as u64;
+        assert!(size - sample.toc_offset < MIN_TAIL && size > 2 * MIN_TAIL);
+        for (told, requests) in [
+            (sample.toc_offset, 1),
+            (sample.toc_offset - 1_000, 1),
+            (sample.toc_offset + 1, 2),
+            (size, 2),
+            (size + 1, 1),
+            (u64::MAX, 1),
+        ] {
+            let source = Arc::new(Scripted::new(sample.blob.clone()));
+            let opened = opened_told(&source, &sample, told).await.unwrap();
+            assert!(opened.toc == sample.toc_json && opened.blob_size == size, "{told}");
+            let made = source.requests();
+            assert_eq!(made.len(), requests, "{told}: {made:?}");
+            if told <= sample.toc_offset {
+                assert_eq!(made[0].0, told..size);
+            }
+        }
     }
 
     fn zstd(count: usize, length: usize) -> Sample {

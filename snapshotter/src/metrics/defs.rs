@@ -127,6 +127,8 @@ pub struct Metrics {
     pub cache_bytes: Gauge,
     /// Bytes that it may take; 0 without a quota.
     pub cache_quota_bytes: Gauge,
+    /// Whether only readers are served for lack of room.
+    pub cache_short_of_room: Gauge,
     /// Bytes that it gave up to make room.
     pub cache_evicted_bytes: Family<EvictedLabels, Counter>,
     /// Bytes of chunks taken over from other layers of the node.
@@ -176,6 +178,7 @@ impl Metrics {
             cache_write_errors: Counter::default(),
             cache_bytes: Gauge::default(),
             cache_quota_bytes: Gauge::default(),
+            cache_short_of_room: Gauge::default(),
             cache_evicted_bytes: Family::default(),
             cache_reused_bytes: Counter::default(),
         }
@@ -289,6 +292,11 @@ impl Metrics {
             "Bytes that the layer cache may take; 0 without a quota",
             Unit::Bytes,
             self.cache_quota_bytes.clone(),
+        );
+        r.register(
+            "cache_short_of_room",
+            "1 while nothing is fetched but for readers, because the quota or the disk has no room to spare",
+            self.cache_short_of_room.clone(),
         );
         r.register_with_unit(
             "cache_evicted",

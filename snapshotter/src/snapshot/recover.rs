@@ -98,7 +98,11 @@ impl Service {
     pub(super) async fn restore_layer(&self, origin: LayerOrigin) -> Result<Result<LayerMount, NotLazy>, Error> {
         let _lock = self.lock_layer(&origin.toc_digest).await;
         let toc = origin.toc_digest;
-        if !self.blocking(move |inner| inner.store().layer_in_use(&toc)).await? {
+        if self
+            .blocking(move |inner| inner.store().first_user(&toc))
+            .await?
+            .is_none()
+        {
             // Its last snapshot was removed meanwhile; a mount would never be released.
             self.inner.layers.release(&toc).await;
             return Ok(Err(NotLazy::Refused {

@@ -246,14 +246,17 @@ impl Service {
         })
     }
 
-    /// Disk usage of the snapshot alone, without its parents.
+    /// Disk usage of the snapshot alone, without its parents; what several share is counted with the oldest of them.
     pub async fn usage(&self, key: String) -> Result<Usage, Error> {
         check_name("key", &key)?;
         self.blocking(move |inner| {
             let found = inner.store.find(&key)?;
             match (found.info.kind, found.layer) {
                 (Kind::Active, _) => disk_usage(&inner.directories.upper(found.id)),
-                (_, Some(origin)) => Ok(inner.layers.usage(&origin.toc_digest)),
+                (_, Some(origin)) if inner.store.first_user(&origin.toc_digest)? == Some(found.id) => {
+                    Ok(inner.layers.usage(&origin.toc_digest))
+                }
+                (_, Some(_)) => Ok(Usage::default()),
                 (_, None) => Ok(found.usage),
             }
         })
@@ -314,9 +317,9 @@ impl Service {
     pub(super) async fn release_unused(&self, toc: &Digest) {
         let _lock = self.lock_layer(toc).await;
         let toc = *toc;
-        match self.blocking(move |inner| inner.store.layer_in_use(&toc)).await {
-            Ok(false) => self.inner.layers.release(&toc).await,
-            Ok(true) => {}
+        match self.blocking(move |inner| inner.store.first_user(&toc)).await {
+            Ok(None) => self.inner.layers.release(&toc).await,
+            Ok(Some(_)) => {}
             Err(error) => tracing::error!(error = %error_chain(&error), %toc, "cannot tell whether a layer is in use"),
         }
     }

@@ -9,12 +9,13 @@
 //! - `children`: (id of parent, id of child) → nothing;
 //! - `layers`: (TOC digest, id of snapshot) → nothing, the uses of each lazy layer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use estargz::digest::Digest;
-use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{Database, ReadTransaction, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::decisions::Fallback;
 use super::{Error, Info, Kind, Labels};
@@ -25,6 +26,7 @@ use tables::{
     add_child, ancestors, committed_parent, decode, failed, find_target, new_parent, read, rebased_parent, write,
 };
 
+mod handle;
 mod open;
 mod record;
 mod tables;
@@ -96,7 +98,9 @@ pub enum LabelChange {
 /// The metadata database.
 #[derive(Debug)]
 pub struct Store {
-    db: Database,
+    /// None after it was closed and could not be opened again.
+    db: RwLock<Option<Database>>,
+    path: PathBuf,
     /// Least directory number to give next. Numbers are not reused within a run even if a transaction fails, because
     /// the directory of the failed one may be under removal.
     floor: AtomicU64,
@@ -105,12 +109,13 @@ pub struct Store {
 impl Store {
     /// Opens or makes the metadata at `path`. `floor` is a directory number above all that exist on disk.
     pub fn open(path: &Path, floor: u64) -> Result<Self, StoreError> {
-        let db = open_database(path)?;
         let store = Self {
-            db,
+            db: RwLock::new(Some(open_database(path)?)),
+            path: path.to_owned(),
             floor: AtomicU64::new(floor),
         };
         store.check_schema(path)?;
+        store.keep_reserve();
         Ok(store)
     }
 
@@ -119,7 +124,7 @@ impl Store {
             path: path.to_owned(),
             source,
         };
-        let tx = self.db.begin_write().map_err(|e| open(e.into()))?;
+        let tx = self.begin_write().map_err(|e| open(*e))?;
         let found = {
             let mut meta = tx.open_table(META).map_err(|e| open(e.into()))?;
             let found = meta.get("schema").map_err(|e| open(e.into()))?.map(|v| v.value());
@@ -146,43 +151,44 @@ impl Store {
 
     /// The snapshot called `key`.
     pub fn find(&self, key: &str) -> Result<Found, Error> {
-        let tx = self.db.begin_read().map_err(failed)?;
-        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
-        let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
-        Ok(record.into_found(key))
+        self.reading(|tx| {
+            let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+            Ok(record.into_found(key))
+        })
     }
 
     /// The snapshot that makes a remote `target` on top of `parent` unnecessary: the one of that name, or a lazy one
     /// that was given another name because two chains with the same name have different parents.
     pub fn find_target(&self, target: &str, parent: Option<&str>) -> Result<Option<String>, Error> {
-        let tx = self.db.begin_read().map_err(failed)?;
-        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
-        find_target(&table, target, parent)
+        self.reading(|tx| find_target(&tx.open_table(SNAPSHOTS).map_err(failed)?, target, parent))
     }
 
     /// The active or view snapshot `key` with its ancestors.
     pub fn chain(&self, key: &str) -> Result<Chain, Error> {
-        let tx = self.db.begin_read().map_err(failed)?;
-        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
-        let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
-        if record.kind == Kind::Committed {
-            return Err(Error::NoMounts { key: key.to_owned() });
-        }
-        let (parents, layers) = ancestors(&table, record.parent.as_deref())?;
-        Ok(Chain {
-            id: record.id,
-            kind: record.kind,
-            parents,
-            layers,
+        self.reading(|tx| {
+            let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
+            if record.kind == Kind::Committed {
+                return Err(Error::NoMounts { key: key.to_owned() });
+            }
+            let (parents, layers) = ancestors(&table, record.parent.as_deref())?;
+            Ok(Chain {
+                id: record.id,
+                kind: record.kind,
+                parents,
+                layers,
+            })
         })
     }
 
     /// What a new snapshot on `parent` would stand on; its own number is not known yet.
     pub fn ground(&self, parent: Option<&str>) -> Result<(Vec<u64>, Vec<LayerOrigin>), Error> {
-        let tx = self.db.begin_read().map_err(failed)?;
-        let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
-        committed_parent(&table, parent)?;
-        ancestors(&table, parent)
+        self.reading(|tx| {
+            let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
+            committed_parent(&table, parent)?;
+            ancestors(&table, parent)
+        })
     }
 
     /// Makes an active or view snapshot; `fallback` is kept with it and with what it is committed as. `make` makes its directory and is called before the transaction commits.
@@ -195,7 +201,7 @@ impl Store {
         fallback: Option<Fallback>,
         make: impl FnOnce(u64) -> Result<(), Error>,
     ) -> Result<Chain, Error> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.growing()?;
         let id = self.next_id(&tx)?;
         let chain = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
@@ -216,7 +222,7 @@ impl Store {
             }
         };
         make(id)?;
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(chain)
     }
 
@@ -230,7 +236,7 @@ impl Store {
         origin: &LayerOrigin,
         make: impl FnOnce(u64) -> Result<(), Error>,
     ) -> Result<String, Error> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.growing()?;
         let id = self.next_id(&tx)?;
         let name = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
@@ -254,7 +260,7 @@ impl Store {
             name
         };
         make(id)?;
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(name)
     }
 
@@ -268,7 +274,7 @@ impl Store {
         labels: &Labels,
         usage: Usage,
     ) -> Result<(), Error> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.growing()?;
         {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
             let record = read(&table, key)?
@@ -292,12 +298,12 @@ impl Store {
             write(&mut table, name, &committed)?;
             add_child(&tx, above.as_ref(), id)?;
         }
-        tx.commit().map_err(failed)
+        self.commit_transaction(tx)
     }
 
     /// Removes a snapshot without children.
     pub fn remove(&self, key: &str) -> Result<Removed, Error> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.writing()?;
         let removed = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
             let record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
@@ -331,13 +337,13 @@ impl Store {
                 unused_layer,
             }
         };
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(removed)
     }
 
     /// Changes labels and gives the snapshot as it is then. A label without a value is removed, as containerd does.
     pub fn update(&self, key: &str, labels: &Labels, changes: &[LabelChange]) -> Result<Info, Error> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.growing()?;
         let info = {
             let mut table = tx.open_table(SNAPSHOTS).map_err(failed)?;
             let mut record = read(&table, key)?.ok_or_else(|| Error::NotFound { key: key.to_owned() })?;
@@ -355,22 +361,20 @@ impl Store {
             write(&mut table, key, &record)?;
             record.into_found(key).info
         };
-        tx.commit().map_err(failed)?;
+        self.commit_transaction(tx)?;
         Ok(info)
     }
 
     /// An unchanging view of all snapshots, to be read in pages.
     pub fn listing(&self) -> Result<Listing, Error> {
-        Ok(Listing {
-            tx: self.db.begin_read().map_err(failed)?,
-            last: None,
-        })
+        let tx = self.begin_read()?;
+        Ok(Listing { tx, last: None })
     }
 
     /// Directory numbers of all snapshots. While `with` runs no snapshot is made, so that a directory seen by it
     /// without a snapshot is garbage.
     pub fn with_ids<T>(&self, with: impl FnOnce(&std::collections::HashSet<u64>) -> T) -> Result<T, Error> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.writing()?;
         let ids = {
             let table = tx.open_table(SNAPSHOTS).map_err(failed)?;
             let mut ids = std::collections::HashSet::new();
@@ -385,14 +389,16 @@ impl Store {
         Ok(result)
     }
 
-    /// Whether any snapshot refers to the layer.
-    pub fn layer_in_use(&self, toc: &Digest) -> Result<bool, Error> {
-        let tx = self.db.begin_read().map_err(failed)?;
-        let layers = tx.open_table(LAYERS).map_err(failed)?;
-        let mut uses = layers
-            .range((toc.as_bytes(), 0)..=(toc.as_bytes(), u64::MAX))
-            .map_err(failed)?;
-        Ok(uses.next().is_some())
+    /// The oldest of the snapshots that refer to the layer; none if it is not in use.
+    pub fn first_user(&self, toc: &Digest) -> Result<Option<u64>, Error> {
+        self.reading(|tx| {
+            let layers = tx.open_table(LAYERS).map_err(failed)?;
+            let mut uses = layers
+                .range((toc.as_bytes(), 0)..=(toc.as_bytes(), u64::MAX))
+                .map_err(failed)?;
+            let first = uses.next().transpose().map_err(failed)?;
+            Ok(first.map(|(used, _)| used.value().1))
+        })
     }
 
     fn next_id(&self, tx: &WriteTransaction) -> Result<u64, Error> {

@@ -1,5 +1,9 @@
 //! Disk usage of an ordinary snapshot's directory, counted as containerd counts it: allocated blocks of every file and
 //! directory, files with several links once. Blocks.
+//!
+//! A lazy layer is on disk once, however many snapshots it has in chains of different images. Clients add up what all snapshots
+//! use (CRI does for its image filesystem), so it counts for one of them, the oldest, and the others use nothing. Numbers of snapshots
+//! grow and are kept, so this is the same after a restart. When that snapshot is removed the next oldest takes it over.
 
 use std::collections::HashSet;
 use std::fs;

@@ -32,6 +32,7 @@ pub(super) struct Converted {
     pub(super) source: BlobRef,
     pub(super) blob: BlobRef,
     pub(super) toc_digest: Digest,
+    pub(super) toc_offset: u64,
     pub(super) diff_id: Digest,
     pub(super) uncompressed_size: u64,
     /// Prioritized paths that it does not have.
@@ -134,6 +135,7 @@ async fn one(work: &Work<'_>, layer: &Layer) -> Result<Converted, Failure> {
         source: layer.blob.clone(),
         blob,
         toc_digest: Digest::sha256(built.toc_digest.as_bytes()),
+        toc_offset: built.toc_offset,
         diff_id: Digest::sha256(built.diff_id.as_bytes()),
         uncompressed_size: built.uncompressed_size,
         missing: built.missing_prioritized,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use estargz::toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION};
+use estargz::toc::{TOC_DIGEST_ANNOTATION, TOC_OFFSET_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION};
 use hullspeed_registry::Digest;
 use serde_json::Error;
 
@@ -182,6 +182,7 @@ fn descriptor(layer: &Layer, converted: &Converted) -> Result<Document, Error> {
     descriptor.remove("urls");
     descriptor.annotate(&[
         (TOC_DIGEST_ANNOTATION, converted.toc_digest.as_str()),
+        (TOC_OFFSET_ANNOTATION, &converted.toc_offset.to_string()),
         (UNCOMPRESSED_SIZE_ANNOTATION, &converted.uncompressed_size.to_string()),
     ])?;
     Ok(descriptor)

@@ -58,6 +58,7 @@ fn a_status_shows_what_matters() {
             layers: 9,
             bytes: 3 << 30,
             filesystem: "ext4".to_owned(),
+            no_room: "1 B are free".to_owned(),
             ..Default::default()
         }),
         ..Default::default()
@@ -67,6 +68,7 @@ fn a_status_shows_what_matters() {
         "root              /var/lib/hullspeed",
         "cache             3.0 GiB in 9 layers, quota no limit",
         "filesystem        ext4",
+        "no room to spare  1 B are free: what containers read is fetched, and nothing ahead of them",
         "layers            7 mounted, 3 of them complete",
         "since the start   40 lazy, 2 unpacked",
         "requests now      2 demand",
@@ -80,7 +82,10 @@ fn a_status_shows_what_matters() {
     has(&text, &parts);
     let text = status(&api::StatusResponse::default());
     has(&text, &["switched off", "requests now      none"]);
-    assert!(!text.contains("HOST") && !text.contains("FAILED"), "{text}");
+    assert!(
+        !text.contains("no room") && !text.contains("HOST") && !text.contains("FAILED"),
+        "{text}"
+    );
 }
 
 #[test]

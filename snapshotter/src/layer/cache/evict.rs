@@ -49,6 +49,7 @@ impl Shelf {
         if room.shortage() > 0 {
             self.make_room(|shelf| shelf.room().shortage(), Need::Nobody);
         }
+        self.note_room();
     }
 
     /// Lets room be made again after there was nothing to give up.
@@ -88,7 +89,9 @@ impl Shelf {
             // Until something is stored, which could be given up.
             *fruitless = (freed == 0).then(|| (Instant::now(), self.room().used));
         }
-        tracing::info!(wanted, freed, ?need, "made room in the layer cache");
+        if freed > 0 {
+            tracing::info!(wanted, freed, ?need, "made room in the layer cache");
+        }
         freed
     }
 

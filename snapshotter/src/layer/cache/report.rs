@@ -9,6 +9,7 @@ use estargz::digest::Digest;
 
 use super::evict::Dropped;
 use super::layer::RESIDENT;
+use super::room::NoRoom;
 use super::{LayerStore, OpenLayer, Residency, files};
 
 /// Longest file with a bitmap that is read for a report: that of a layer of 64 million chunks.
@@ -58,6 +59,11 @@ impl LayerStore {
             quota: if room.quota == u64::MAX { 0 } else { room.quota },
             min_free: room.min_free,
         }
+    }
+
+    /// Why what nobody waits for may not be stored; none where it may.
+    pub fn no_room(&self) -> Option<NoRoom> {
+        self.shelf.room().lack()
     }
 
     /// Removes layers that nobody uses and no snapshot refers to: all of them, or as many as the limits ask for. Blocks.

@@ -18,6 +18,7 @@ use super::evict::Need;
 use super::layer::{CachedLayer, OpenLayer, RESIDENT};
 use super::limits::{Bounds, Limits};
 use super::reuse::digests::Digests;
+use super::room::Room;
 use crate::layer::Usage;
 use crate::metrics::Metrics;
 
@@ -47,6 +48,8 @@ pub(super) struct Shelf {
     layers: Mutex<HashMap<Digest, Entry>>,
     /// Whether all that snapshots refer to is marked.
     settled: AtomicBool,
+    /// Whether it was told that there is no room for what nobody waits for.
+    pub(super) short: AtomicBool,
     /// Held while room is made; when that brought nothing last, and what was used then.
     pub(super) making_room: Mutex<Option<(Instant, u64)>>,
     /// Held while a layer's directory is opened; layers share them.
@@ -126,6 +129,7 @@ impl Shelf {
             spare: AtomicU64::new(0),
             layers: Mutex::default(),
             settled: AtomicBool::new(false),
+            short: AtomicBool::new(false),
             making_room: Mutex::default(),
             opening: std::iter::repeat_with(Mutex::default).take(OPENING_LOCKS).collect(),
             began: Instant::now(),
@@ -366,12 +370,6 @@ impl Shelf {
         }
     }
 
-    /// Whether what nobody waits for may be stored. It may fill what belongs to layers that may go, and never the last part of the
-    /// quota: what is given up there for a reader must not be fetched again for nobody.
-    pub(super) fn has_room(&self) -> bool {
-        self.room().is_enough()
-    }
-
     /// Makes sure that so many bytes more fit into the quota.
     pub(super) fn admit(&self, bytes: u64, need: Need) -> io::Result<()> {
         let fits = || self.used.load(Ordering::Relaxed).saturating_add(bytes) <= self.quota.load(Ordering::Relaxed);
@@ -398,40 +396,6 @@ impl Shelf {
 struct Disk {
     size: u64,
     free: u64,
-}
-
-/// How much room there is, in bytes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Room {
-    pub(super) used: u64,
-    pub(super) spare: u64,
-    pub(super) quota: u64,
-    pub(super) min_free: u64,
-    pub(super) free: u64,
-}
-
-/// The part of the quota that is made free at once when it is reached, as a divisor.
-const SLACK: u64 = 16;
-
-impl Room {
-    /// Bytes to give up so that `wanted` more fit into the quota; some more than needed, so that it is not soon again.
-    pub(super) fn excess(&self, wanted: u64) -> u64 {
-        let needed = self.used.saturating_add(wanted);
-        if needed <= self.quota {
-            return 0;
-        }
-        needed - self.quota + self.quota / SLACK
-    }
-
-    /// Bytes of layers that may go to give up for the sake of others on the disk.
-    pub(super) fn shortage(&self) -> u64 {
-        self.min_free.saturating_sub(self.free)
-    }
-
-    fn is_enough(&self) -> bool {
-        let below = self.quota - self.quota / (SLACK / 2);
-        self.used.saturating_sub(self.spare) <= below && self.free.saturating_add(self.spare) > self.min_free
-    }
 }
 
 fn signed(bytes: u64) -> i64 {

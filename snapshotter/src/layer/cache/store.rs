@@ -13,8 +13,9 @@ use estargz::member::Compression;
 use estargz::toc::Toc;
 use serde::{Deserialize, Serialize};
 
+use super::evict::Need;
 use super::files;
-use super::layer::{CachedLayer, OpenLayer, Parts, RESIDENT};
+use super::layer::{CachedLayer, OpenLayer, Parts, RESIDENT, is_full};
 use super::limits::Limits;
 use super::residency::{Binding, Residency};
 use super::reuse::{Found, Search};
@@ -59,6 +60,11 @@ pub enum CacheError {
 }
 
 impl CacheError {
+    /// Whether the disk, or the share of it that may be used, is full.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_full(source))
+    }
+
     /// Whether what is on disk is at fault, so that only fetching it again helps; not a full disk, a lack of
     /// descriptors or a failing device, which may pass and must not cost what is there.
     pub fn is_damage(&self) -> bool {
@@ -179,11 +185,6 @@ impl LayerStore {
         self.shelf.settle();
     }
 
-    /// Whether what nobody waits for may be stored.
-    pub fn has_room(&self) -> bool {
-        self.shelf.has_room()
-    }
-
     /// Keeps the cache within its limits, and gives memory back that is not needed now. Called every now and then; blocks.
     pub fn tidy(&self) {
         self.shelf.tidy();
@@ -203,18 +204,26 @@ impl LayerStore {
         Search::new(&self.shelf).find(digest, size)
     }
 
-    /// Creates a layer from its TOC, all of it or nothing.
+    /// Creates a layer from its TOC, all of it or nothing. On a full disk room is made once: a layer that cannot be here is unpacked
+    /// whole on the same disk.
     pub fn create(&self, toc_digest: &Digest, toc_json: &[u8], origin: &Origin) -> Result<CachedLayer, CacheError> {
         verify(toc_digest, toc_json)?;
         let _pin = self.pin(toc_digest);
         let index = build_index(toc_json, origin, toc_digest)?;
-        let temporary = self.shelf.unfinished(toc_digest);
-        let written =
-            write_layer(&temporary, toc_json, &index, origin).and_then(|()| self.publish(&temporary, toc_digest));
-        if let Err(error) = written {
-            // What failed is what is reported; the next start removes the rest.
-            let _ = fs::remove_dir_all(&temporary);
-            return Err(error);
+        let write = || {
+            let temporary = self.shelf.unfinished(toc_digest);
+            let written =
+                write_layer(&temporary, toc_json, &index, origin).and_then(|()| self.publish(&temporary, toc_digest));
+            if written.is_err() {
+                // What failed is what is reported; the next start removes the rest.
+                let _ = fs::remove_dir_all(&temporary);
+            }
+            written
+        };
+        let bytes = (toc_json.len() as u64).saturating_add(index.len() as u64);
+        match write() {
+            Err(error) if error.is_full() && self.shelf.make_room_on_disk(bytes, Need::Reader) => write()?,
+            written => written?,
         }
         let path = self.path(toc_digest);
         load(&self.shelf, toc_digest)?.ok_or_else(|| io_error("open", &path)(io::ErrorKind::NotFound.into()))

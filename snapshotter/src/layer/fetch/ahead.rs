@@ -1,8 +1,10 @@
 //! Reading ahead of a sequence: the ranges behind the last miss are fetched before the reader comes to them.
 //!
-//! A sequence that is recognised gets a task of its own. It keeps a few requests on their way, so that no round trip is waited for,
-//! and stays a bounded distance ahead of the reader: short at first, longer the further the reader came. It ends with the file, or
-//! when the reader stops. What it fetches it claims like everybody else, so a reader who catches up waits for that very request.
+//! A sequence that is recognised gets a task of its own. It asks for the next range when so little of the last ones is still to come
+//! that the link would stand still for a round trip otherwise; not earlier, since what comes at once comes late: the reader waits for
+//! the first of it. It stays a bounded distance ahead of the reader: short at first, longer the further the reader came. It ends with
+//! the file, or when the reader stops. What it fetches it claims like everybody else, so a reader who catches up waits for that very
+//! request.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,19 +14,23 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::flight::Urgency;
-use super::gate::{Lane, Sequence};
-use super::group::{self, Group};
+use super::gate::Lane;
+use super::group::Group;
 use super::layer::LayerFetch;
 use super::plan;
+use super::sequence::Sequence;
 
 /// Requests of one sequence on their way at once.
 const PIPELINE: usize = 4;
 /// Length of one of them.
 const RANGE: u64 = 2 << 20;
-/// How far ahead of its reader a sequence is fetched at first: twice what a link of 1 Gbit/s carries in a round trip of 20 ms.
-const LEAST_REACH: u64 = 6 << 20;
+/// How far ahead of its reader a sequence is fetched at first.
+const LEAST_REACH: u64 = 4 << 20;
 /// How far at most; claims and cache beyond it would be a guess.
 const MOST_REACH: u64 = 16 << 20;
+/// With so many bytes still to come the next ones are asked for: what a link of 1 Gbit/s carries in a round trip of 20 ms, and a
+/// little more. Doubled as often as the link stood still.
+const LEAST_COMING: u64 = 3 << 20;
 /// Sequences of one layer that are read ahead at once.
 const MAX_PIPES: usize = 4;
 /// Time without a step of the reader after which it has stopped.
@@ -42,7 +48,7 @@ pub(super) struct Pipes {
 struct Pipe {
     sequence: Sequence,
     began: u64,
-    /// Where in the blob the reader is.
+    /// Where in the blob the member ends that the reader is in.
     reader: watch::Sender<u64>,
     /// Up to where it was asked for.
     end: AtomicU64,
@@ -73,7 +79,7 @@ impl Pipes {
         let Some(position) = position() else { return };
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         for pipe in list.iter() {
-            if (pipe.began..pipe.end.load(Ordering::Acquire)).contains(&position) {
+            if (pipe.began..=pipe.end.load(Ordering::Acquire)).contains(&position) {
                 pipe.reader.send_if_modified(|reader| {
                     let moved = position > *reader;
                     *reader = position.max(*reader);
@@ -129,24 +135,34 @@ impl LayerFetch {
     }
 
     async fn pipe(self: &Arc<Self>, pipe: &Pipe, mut next: u32, until: u64) {
-        let mut reader = pipe.reader.subscribe();
+        let (mut reader, mut coming) = (pipe.reader.subscribe(), pipe.sequence.coming());
         let mut requests = JoinSet::new();
+        let mut enough = LEAST_COMING;
+        // The first request of all comes alone.
+        let mut made = 0;
         loop {
             let position = *reader.borrow_and_update();
             let reach = (2 * (position - pipe.began)).clamp(LEAST_REACH, MOST_REACH);
             let is_far = pipe.end.load(Ordering::Acquire) >= position.saturating_add(reach);
-            if is_far || requests.len() >= PIPELINE {
+            if pipe.sequence.was_idle() && made > 1 {
+                enough = (2 * enough).min(MOST_REACH);
+            }
+            let is_full = requests.len() >= PIPELINE;
+            let is_coming = *coming.borrow_and_update() > enough;
+            if is_far || is_full || is_coming {
                 tokio::select! {
                     moved = tokio::time::timeout(IDLE, reader.changed()) => match moved {
                         Ok(Ok(())) => {}
                         // A reader who waits for what is on its way does not move either.
-                        Err(_) if !requests.is_empty() => {}
+                        Err(_) if !requests.is_empty() || *coming.borrow() > 0 => {}
                         Ok(Err(_)) | Err(_) => break,
                     },
+                    Ok(()) = async { coming.wait_for(|coming| *coming <= enough).await.map(drop) }, if is_coming && !is_full && !is_far => {}
                     Some(_) = requests.join_next() => {}
                 }
                 continue;
             }
+            made += 1;
             let Some((group, end)) = self.claim_ahead(&pipe.sequence, next, until) else {
                 break;
             };
@@ -154,10 +170,7 @@ impl LayerFetch {
             let reached = plan::blob_range(self.layer().index(), &(0..end)).end;
             pipe.end.store(reached, Ordering::Release);
             let fetch = self.clone();
-            requests.spawn(async move {
-                let slot = fetch.enter(&group.lane, &group.urgency).await;
-                group::run(fetch, group, slot).await;
-            });
+            requests.spawn(group.fetch(fetch));
         }
         while requests.join_next().await.is_some() {}
     }
@@ -174,6 +187,6 @@ impl LayerFetch {
             .filter_map(|member| flights.claim(member, &urgency))
             .collect();
         let lane = Lane::Ahead(sequence.clone());
-        Some((Group { claims, lane, urgency }, members.end))
+        Some((Group::new(self, claims, lane, urgency), members.end))
     }
 }

@@ -194,7 +194,7 @@ impl LayerFetch {
         let claims = members.into_iter().filter_map(|member| flights.claim(member, &urgency));
         let claims = claims.collect();
         let lane = Lane::Background { is_patient };
-        Some((Group { claims, lane, urgency }, end))
+        Some((Group::new(self, claims, lane, urgency), end))
     }
 
     fn missing(&self) -> impl Iterator<Item = u32> {

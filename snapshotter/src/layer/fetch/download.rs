@@ -20,6 +20,7 @@ use super::health::Permit;
 use super::layer::LayerFetch;
 use super::remotes::Remote;
 use super::report::Asking;
+use super::sequence::Expected;
 use crate::layer::source::{ByteStream, SourceError};
 use crate::metrics::defs::{FetchLabels, KindLabels};
 
@@ -75,6 +76,8 @@ pub(super) struct Download {
     position: u64,
     end: u64,
     lane: Lane,
+    /// Counts its bytes for the sequence that it is part of.
+    pub(super) expected: Option<Expected>,
     urgency: Urgency,
     /// The right to the request under way; given up when nobody can be asked.
     slot: Option<Slot>,
@@ -114,6 +117,7 @@ impl Download {
             position: range.start,
             end: range.end,
             lane,
+            expected: None,
             urgency,
             slot: Some(slot),
             permit: None,
@@ -287,6 +291,9 @@ impl Download {
         self.position += length;
         self.received += length;
         self.trickle += length;
+        if let Some(expected) = &mut self.expected {
+            expected.came(length);
+        }
         if self.trickle >= PROGRESS || self.position == self.end {
             self.trickle = 0;
             self.waited = Duration::ZERO;

@@ -189,6 +189,11 @@ impl Engine {
         memory_units(bytes).min(self.units)
     }
 
+    /// Tells that a layer is opened or mounted: what is read next comes before the rest of others.
+    pub(in crate::layer) fn note_activity(&self) {
+        self.gate.note_activity();
+    }
+
     /// Longest time without a byte.
     pub(in crate::layer) fn stall_timeout(&self) -> Duration {
         self.options.stall_timeout
@@ -263,7 +268,7 @@ impl Drop for Waiting<'_> {
 mod tests {
     use futures_util::FutureExt;
 
-    use super::super::gate::Sequence;
+    use super::super::sequence::Sequence;
     use super::*;
 
     #[tokio::test]

@@ -55,6 +55,9 @@ impl Urgency {
     }
 }
 
+/// Members for which a table at rest keeps room.
+const IDLE_CAPACITY: usize = 64;
+
 type Table = HashMap<u32, Flight>;
 
 /// The members of one layer that are under way.
@@ -151,7 +154,12 @@ impl Claim {
     }
 
     fn leave(&self) {
-        self.flights.hold().table.remove(&self.member);
+        let mut held = self.flights.hold();
+        held.table.remove(&self.member);
+        // A table never becomes smaller by itself, and there is one for each mounted layer; most are idle most of the time.
+        if held.table.is_empty() && held.table.capacity() > IDLE_CAPACITY {
+            *held.table = Table::default();
+        }
     }
 }
 
@@ -184,5 +192,15 @@ mod tests {
         claim.settle(Ok(()));
         assert!(flights.is_empty());
         assert!(matches!(*waiter.borrow(), Progress::Settled(Ok(()))));
+    }
+
+    #[test]
+    fn a_layer_at_rest_keeps_no_room_for_members_under_way() {
+        let flights = Flights::default();
+        let claim = |member| flights.hold().claim(member, &Urgency::default()).unwrap();
+        let claims: Vec<_> = (0..4096).map(claim).collect();
+        assert!(flights.hold().table.capacity() >= 4096);
+        drop(claims);
+        assert!(flights.hold().table.capacity() <= IDLE_CAPACITY);
     }
 }

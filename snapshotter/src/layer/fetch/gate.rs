@@ -2,34 +2,27 @@
 //!
 //! What no reader waits for may hold only a part of the slots (prefetch a quarter, warming and background completion a part of those),
 //! so a reader never queues behind it; and it stops taking bytes from its connections while a reader's request is under way, so the
-//! reader has the bandwidth. What is read ahead of a sequence gives way to other readers and not to its own. The demand of one layer
+//! reader has the bandwidth. Background completion makes no request before nobody else has made one for [`CALM`]: a program that
+//! starts computes between its reads, and what is begun then is in the way of the next one. What is read ahead of a sequence gives way to other readers and not to its own. The demand of one layer
 //! may hold a part too, and a request without progress gives its slot up when a reader waits for one ([`Slot::lend`]), so a
 //! registry that does not answer keeps nobody else waiting. No pause within a body is longer than [`LONGEST_PAUSE`].
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::flight::Urgency;
+use super::sequence::Sequence;
 use crate::layer::source::Priority;
 
 /// Longest time that a request stands aside for readers between two pieces of its body.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// Time without a request for anything else, and without a mount, before the rest of a layer is asked for.
+pub(super) const CALM: Duration = Duration::from_millis(500);
 /// Layers completed at once.
 const MAX_BACKGROUND: usize = 2;
-
-/// The demand requests of one sequence of reads.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Sequence(Arc<AtomicUsize>);
-
-impl Sequence {
-    /// Whether both are the same one.
-    pub(super) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-}
 
 /// What a request is made for, and so to whom it gives way.
 #[derive(Debug, Clone)]
@@ -60,6 +53,14 @@ impl Lane {
         }
     }
 
+    /// The sequence of reads that it is for.
+    pub(super) fn sequence(&self) -> Option<&Sequence> {
+        match self {
+            Self::Demand(sequence) | Self::Ahead(sequence) => Some(sequence),
+            Self::Prefetch | Self::Warm | Self::Background { .. } => None,
+        }
+    }
+
     /// Whether a reader waits.
     pub(super) fn is_demand(&self) -> bool {
         matches!(self, Self::Demand(_))
@@ -76,6 +77,8 @@ pub(super) struct Gate {
     demand: Arc<watch::Sender<usize>>,
     /// Demand requests that wait for a slot.
     starving: AtomicUsize,
+    /// What completion waits for.
+    activity: Arc<Activity>,
     /// Demand slots of one layer.
     share: usize,
 }
@@ -92,6 +95,7 @@ pub(super) struct Slot {
     _lane_slot: Option<OwnedSemaphorePermit>,
     _share: Option<OwnedSemaphorePermit>,
     _demand: Option<Counted>,
+    _active: Option<Active>,
 }
 
 impl Slot {
@@ -108,7 +112,7 @@ struct Counted(Arc<watch::Sender<usize>>, Sequence);
 impl Counted {
     fn new(demand: &Arc<watch::Sender<usize>>, sequence: &Sequence) -> Self {
         // In this order, and the other way round at the end: its own read-ahead never takes it for another's.
-        sequence.0.fetch_add(1, Ordering::AcqRel);
+        sequence.demand_begins();
         demand.send_modify(|count| *count += 1);
         Self(demand.clone(), sequence.clone())
     }
@@ -117,7 +121,45 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count = count.saturating_sub(1));
-        self.1.0.fetch_sub(1, Ordering::AcqRel);
+        self.1.demand_ends();
+    }
+}
+
+/// Requests that completion gives way to, and when the last of them ended.
+#[derive(Debug)]
+struct Activity {
+    requests: watch::Sender<usize>,
+    last: Mutex<Instant>,
+}
+
+impl Activity {
+    fn note(&self) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// How much of the calm is still to come.
+    fn calm_in(&self) -> Duration {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        CALM.saturating_sub(last.elapsed())
+    }
+}
+
+/// One of those requests, from when it is wanted on, as long as it lives.
+#[derive(Debug)]
+struct Active(Arc<Activity>);
+
+impl Active {
+    fn new(activity: &Arc<Activity>) -> Self {
+        activity.requests.send_modify(|count| *count += 1);
+        Self(activity.clone())
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        // In this order: whoever sees that it is over sees when, too.
+        self.0.note();
+        self.0.requests.send_modify(|count| *count = count.saturating_sub(1));
     }
 }
 
@@ -150,8 +192,17 @@ impl Gate {
             background_slots: semaphore((slots / 8).min(MAX_BACKGROUND)),
             demand: Arc::new(watch::Sender::new(0)),
             starving: AtomicUsize::new(0),
+            activity: Arc::new(Activity {
+                requests: watch::Sender::new(0),
+                last: Mutex::new(Instant::now()),
+            }),
             share: slots / 2,
         }
+    }
+
+    /// Tells that something begins which will want the network.
+    pub(super) fn note_activity(&self) {
+        self.activity.note();
     }
 
     /// The share of one more layer.
@@ -168,17 +219,21 @@ impl Gate {
     pub(super) async fn enter_demand(&self, share: &Share, sequence: &Sequence) -> Slot {
         // Counted first, and for as long as it waits or has a slot.
         let counted = Counted::new(&self.demand, sequence);
+        let active = Active::new(&self.activity);
         let _starving = Starving::new(&self.starving);
         Slot {
             _share: share.0.clone().acquire_owned().await.ok(),
             _slot: self.slots.clone().acquire_owned().await.ok(),
             _demand: Some(counted),
+            _active: Some(active),
             ..Slot::default()
         }
     }
 
     /// Waits for the right to make a request that no reader waits for.
     pub(super) async fn enter_ahead(&self, lane: &Lane) -> Slot {
+        let is_background = matches!(lane, Lane::Background { .. });
+        let active = (!is_background).then(|| Active::new(&self.activity));
         let lane_slots = match lane {
             Lane::Demand(_) | Lane::Ahead(_) | Lane::Prefetch => None,
             Lane::Warm => Some(&self.warm_slots),
@@ -189,29 +244,37 @@ impl Gate {
             None => None,
         };
         if matches!(lane, Lane::Background { is_patient: true }) {
-            self.quiet().await;
+            self.calm().await;
         }
         let ahead_slot = self.ahead_slots.clone().acquire_owned().await.ok();
         self.stand_aside(lane, &Urgency::default()).await;
         Slot {
             _lane_slot: lane_slot,
             _ahead_slot: ahead_slot,
+            _active: active,
             _slot: self.slots.clone().acquire_owned().await.ok(),
             ..Slot::default()
         }
     }
 
-    /// Waits until no reader's request is under way, however long that takes.
-    async fn quiet(&self) {
-        // The sender is ours, so waiting cannot fail.
-        let _ = self.demand.subscribe().wait_for(|count| *count == 0).await;
+    /// Waits until nothing else has been asked for during [`CALM`], however long that takes.
+    async fn calm(&self) {
+        let mut requests = self.activity.requests.subscribe();
+        loop {
+            // The sender is ours, so waiting cannot fail.
+            let _ = requests.wait_for(|count| *count == 0).await;
+            match self.activity.calm_in() {
+                Duration::ZERO => return,
+                left => tokio::time::sleep(left).await,
+            }
+        }
     }
 
     /// Waits while other readers' requests are under way, though not for long, and not once a reader waits for this very fetch.
     pub(super) async fn stand_aside(&self, lane: &Lane, urgency: &Urgency) {
         let own = || match lane {
             Lane::Demand(_) => usize::MAX,
-            Lane::Ahead(sequence) => sequence.0.load(Ordering::Acquire),
+            Lane::Ahead(sequence) => sequence.demand(),
             Lane::Prefetch | Lane::Warm | Lane::Background { .. } => 0,
         };
         if *self.demand.borrow() > own() {
@@ -228,8 +291,6 @@ impl Gate {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use futures_util::FutureExt;
 
     use super::*;
@@ -274,12 +335,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn warming_and_completion_leave_prefetch_its_slots_and_completion_waits_for_quiet() {
+    async fn warming_and_completion_leave_prefetch_its_slots_and_completion_waits_for_calm() {
         let gate = Gate::new(16);
+        let hurried = Lane::Background { is_patient: false };
         let _warm = [gate.enter_ahead(&Lane::Warm).await, gate.enter_ahead(&Lane::Warm).await];
         assert!(gate.enter_ahead(&Lane::Warm).now_or_never().is_none());
-        let completion = [gate.enter_ahead(&BACKGROUND).await, gate.enter_ahead(&BACKGROUND).await];
-        assert!(gate.enter_ahead(&BACKGROUND).now_or_never().is_none());
+        let completion = [gate.enter_ahead(&hurried).await, gate.enter_ahead(&hurried).await];
+        assert!(gate.enter_ahead(&hurried).now_or_never().is_none());
         drop(completion);
         let _prefetch = [
             gate.enter_ahead(&Lane::Prefetch).await,
@@ -287,12 +349,23 @@ mod tests {
         ];
         assert!(gate.enter_ahead(&Lane::Prefetch).now_or_never().is_none());
 
-        let gate = Gate::new(16);
-        let demand = gate.enter_demand(&gate.share(), &sequence()).await;
-        let mut waiting = Box::pin(gate.enter_ahead(&BACKGROUND));
-        tokio::time::timeout(2 * LONGEST_PAUSE, &mut waiting).await.unwrap_err();
-        drop(demand);
-        waiting.await;
+        for others in [Lane::Demand(sequence()), Lane::Prefetch, Lane::Warm] {
+            let gate = Gate::new(16);
+            let share = gate.share();
+            let slot = match &others {
+                Lane::Demand(sequence) => gate.enter_demand(&share, sequence).await,
+                ahead => gate.enter_ahead(ahead).await,
+            };
+            let mut waiting = Box::pin(gate.enter_ahead(&BACKGROUND));
+            tokio::time::timeout(2 * CALM, &mut waiting).await.unwrap_err();
+            drop(slot);
+            let over = Instant::now();
+            drop(waiting.await);
+            assert!(over.elapsed() >= CALM, "{others:?}");
+            // A mount is followed by reads.
+            gate.note_activity();
+            assert!(gate.enter_ahead(&BACKGROUND).now_or_never().is_none());
+        }
     }
 
     #[tokio::test]
@@ -315,6 +388,6 @@ mod tests {
         drop(gate.enter_demand(&gate.share(), &own).await);
         assert_eq!(*gate.demand.borrow(), 1);
         drop(held);
-        assert_eq!((*gate.demand.borrow(), own.0.load(Ordering::Acquire)), (0, 0));
+        assert_eq!((*gate.demand.borrow(), own.demand()), (0, 0));
     }
 }

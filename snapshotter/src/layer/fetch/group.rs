@@ -15,16 +15,39 @@ use super::download::{Download, Step, Whom};
 use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Claim, Urgency};
-use super::gate::{Lane, Sequence, Slot};
+use super::gate::{Lane, Slot};
 use super::layer::LayerFetch;
 use super::plan;
 use super::remotes::Remote;
+use super::sequence::{Expected, Sequence};
 
 /// Members to fetch together; in blob order.
 pub(super) struct Group {
     pub(super) claims: VecDeque<Claim>,
-    pub(super) lane: Lane,
-    pub(super) urgency: Urgency,
+    lane: Lane,
+    urgency: Urgency,
+    /// Counts its bytes for the sequence that it is part of; from the beginning, and not only once it has a slot.
+    expected: Option<Expected>,
+}
+
+impl Group {
+    /// Members of a layer that have been claimed.
+    pub(super) fn new(fetch: &LayerFetch, claims: VecDeque<Claim>, lane: Lane, urgency: Urgency) -> Self {
+        let length = range_of(fetch, &claims).map_or(0, |range| range.end - range.start);
+        let expected = lane.sequence().map(|sequence| sequence.expect(length));
+        Self {
+            claims,
+            lane,
+            urgency,
+            expected,
+        }
+    }
+
+    /// Waits for its turn and fetches it.
+    pub(super) async fn fetch(self, fetch: Arc<LayerFetch>) {
+        let slot = fetch.enter(&self.lane, &self.urgency).await;
+        run(fetch, self, slot).await;
+    }
 }
 
 /// A whole member and the memory reserved for it.
@@ -54,6 +77,7 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
     };
     let whom = Whom::AnyBut(Vec::new());
     let mut download = Download::new(fetch.clone(), whom, range.clone(), group.lane, group.urgency, slot);
+    download.expected = group.expected;
     let mut cutter = Cutter {
         fetch,
         claims: group.claims,

@@ -155,7 +155,7 @@ impl LayerFetch {
             .clone()
             .filter_map(|member| flights.claim(member, &urgency))
             .collect();
-        Some((Group { claims, lane, urgency }, members))
+        Some((Group::new(self, claims, lane, urgency), members))
     }
 }
 

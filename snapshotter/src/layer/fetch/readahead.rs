@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::gate::Sequence;
+use super::sequence::Sequence;
 
 /// Sequences told apart at a time in one layer; the one unused for longest is forgotten.
 const MAX_STREAMS: usize = 16;

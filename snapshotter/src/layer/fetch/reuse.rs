@@ -19,15 +19,30 @@ const BEHIND: u32 = 128;
 impl LayerFetch {
     /// Takes over all that other layers of the node have of this one.
     pub(super) async fn reuse_all(self: &Arc<Self>) {
-        let count = self.layer().index().chunk_count();
-        for start in (0..count).step_by(PIECE as usize) {
-            if !self.layer().has_room() || !self.reuse_of(start..start.saturating_add(PIECE).min(count)).await {
-                // What readers wait for is still looked for.
-                return;
+        // Otherwise what readers wait for is still looked for.
+        if self.reuse_up_to(self.layer().index().chunk_count()).await {
+            self.looked_around.store(true, Ordering::Release);
+            self.group_done();
+        }
+    }
+
+    /// Takes over what other layers of the node have of what begins before `until` in the blob.
+    pub async fn reuse_before(self: &Arc<Self>, until: u64) {
+        let index = self.layer().index();
+        let members = (0..index.member_count()).map_while(|member| index.member(member));
+        let before = members.take_while(|member| member.start < until);
+        let end = before.map(|member| member.chunks.end).max();
+        self.reuse_up_to(end.unwrap_or(0)).await;
+    }
+
+    /// Takes over what there is of the first chunks; whether all of them were looked for.
+    async fn reuse_up_to(self: &Arc<Self>, end: u32) -> bool {
+        for start in (0..end).step_by(PIECE as usize) {
+            if !self.layer().has_room() || !self.reuse_of(start..start.saturating_add(PIECE).min(end)).await {
+                return false;
             }
         }
-        self.looked_around.store(true, Ordering::Release);
-        self.group_done();
+        true
     }
 
     /// Takes over what a reader waits for, if it has not been looked for yet.
@@ -62,6 +77,7 @@ impl LayerFetch {
     /// first, then the rest.
     pub fn start_filling(self: &Arc<Self>, prefetch: bool) {
         let fetch = self.clone();
+        self.engine().note_activity();
         self.looked_around.store(false, Ordering::Release);
         self.spawn(async move {
             fetch.reuse_all().await;

@@ -461,14 +461,14 @@ async fn a_read_of_many_pieces_starts_a_few_at_a_time() {
     while bench.fs.fetch().flights().is_empty() {
         tokio::task::yield_now().await;
     }
-    assert_eq!(bench.fs.fetch().flights().len(), layer::MAX_GROUPS);
+    assert_eq!(bench.fs.fetch().flights().len(), demand::MAX_GROUPS);
     bench.source.release(1_000);
     reader.await.unwrap();
     assert_eq!(bench.source.requests().len(), 100);
 }
 
 fn demand() -> gate::Lane {
-    gate::Lane::Demand(gate::Sequence::default())
+    gate::Lane::Demand(sequence::Sequence::default())
 }
 
 /// A request of the bench's first member that breaks after `bytes`, up to where it has to pause.

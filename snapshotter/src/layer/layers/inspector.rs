@@ -15,12 +15,15 @@ use estargz::digest::Digest;
 use tokio::sync::Semaphore;
 
 use super::{MAX_OPENING, Shared};
-use crate::layer::fetch::LayerFetch;
+use crate::layer::fetch::{BackgroundState, LayerFetch};
 use crate::layer::report::{Cost, Failure, HostReport, LayerReport, Residence};
 
 pub use space::Space;
 pub use survey::Survey;
 pub use verification::{MAX_WRONG_TOLD, VerifyError, VerifyReport, Verifying, WrongChunk};
+
+/// What the completion of a layer waits for that is paused, where that is known.
+const NO_ROOM: &str = "no_room";
 
 /// Looks at the layers of this daemon. Cheap to clone.
 #[derive(Clone)]
@@ -115,12 +118,16 @@ impl Inspector {
     /// All that can be told of a layer that is open. Looks at every chunk, and at the disk.
     pub fn report(&self, live: &Live) -> LayerReport {
         let layer = live.fetch.layer();
+        let mut cost = live.cost();
+        if cost.background == BackgroundState::Paused.name() && self.no_room().is_some() {
+            cost.background = NO_ROOM;
+        }
         let disk = self.shared.store.usage(&layer.toc_digest()).bytes;
         LayerReport {
             toc_digest: layer.toc_digest(),
             mounted: live.mounted,
             residence: Residence::measured(layer.index(), layer.residency(), disk),
-            cost: Some(live.cost()),
+            cost: Some(cost),
         }
     }
 }

@@ -80,6 +80,7 @@ impl Shared {
             layer: request.layer_digest,
             toc: toc_digest,
             position: described.and_then(|layer| layer.position),
+            toc_offset: described.and_then(|layer| layer.toc_offset),
         };
         let wanted = Wanted {
             image: &request.image,
@@ -144,6 +145,7 @@ impl Shared {
             layer: layer.digest,
             toc,
             position: layer.position,
+            toc_offset: layer.toc_offset,
         };
         let wanted = Wanted {
             image,

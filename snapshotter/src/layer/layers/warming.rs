@@ -9,6 +9,7 @@ mod progress;
 mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
@@ -19,6 +20,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use self::progress::Progress;
 pub use self::progress::{LayerReport, LayerState, WarmReport};
 use super::{Shared, Used};
+use crate::layer::cache::NoRoom;
 use crate::layer::fetch::{LayerFetch, LayerNames};
 use crate::layer::image::LayerDescriptor;
 use crate::layer::platform::Platform;
@@ -32,6 +34,8 @@ pub const MAX_ADMITTED: usize = 16;
 const PARALLEL_OPENINGS: usize = 4;
 /// Layers whose content one warm fetches at once.
 const PARALLEL_LAYERS: usize = 2;
+/// How often it is looked whether there is still room for what nobody waits for.
+const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
 
 /// How much of an image is to be resident.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -212,7 +216,7 @@ impl Shared {
         stop.run_until_cancelled(self.open_all(&work)).await;
         if work.share > Share::Toc {
             let held = self.hold_all(&work, &stop).await;
-            stop.run_until_cancelled(fetch_all(&work, &held)).await;
+            stop.run_until_cancelled(self.fetch_all(&work, &held)).await;
             for HeldLayer { used, fetch, .. } in held {
                 self.let_go(&used.slot, fetch).await;
             }
@@ -231,6 +235,11 @@ impl Shared {
         let open = |(number, layer): (usize, &LayerDescriptor)| {
             let (shared, layer) = (self.clone(), *layer);
             async move {
+                let is_there = layer.toc_digest.is_some_and(|toc| shared.store.contains(&toc));
+                if let Some(no_room) = shared.store.no_room().filter(|_| !is_there) {
+                    work.progress.no_room(number, &no_room);
+                    return;
+                }
                 work.progress.enter(number, LayerState::Opening);
                 match shared.open_described(&work.image, &layer).await {
                     Ok(()) if work.share == Share::Toc => work.progress.enter(number, LayerState::Resident),
@@ -272,34 +281,60 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Brings the content: of all layers what is read first, then the rest.
+    async fn fetch_all(&self, work: &Work, held: &[HeldLayer]) {
+        for share in [Share::Hot, Share::All] {
+            if share > work.share {
+                return;
+            }
+            let fetch = |layer: &HeldLayer| {
+                let (number, fetch) = (layer.number, layer.fetch.clone());
+                async move {
+                    if !work.progress.is_over(number) && self.fetch_one(work, number, &fetch, share).await {
+                        work.progress.enter(number, LayerState::Resident);
+                    }
+                }
+            };
+            stream::iter(held).for_each_concurrent(PARALLEL_LAYERS, fetch).await;
+        }
+    }
+
+    /// Brings a share of one layer, from the node and then from the registry; whether that was all that is wanted of it.
+    async fn fetch_one(&self, work: &Work, number: usize, fetch: &Arc<LayerFetch>, share: Share) -> bool {
+        let until = end_of(share, fetch);
+        fetch.reuse_before(until).await;
+        let extent = fetch.extent(until);
+        let fetched = tokio::select! {
+            biased;
+            no_room = self.wait_for_lack(), if extent.resident < extent.wanted => {
+                work.progress.no_room(number, &no_room);
+                return false;
+            }
+            fetched = fetch.warm(until) => fetched,
+        };
+        if let Err(failure) = &fetched {
+            work.progress.not_fetched(number, failure);
+        }
+        fetched.is_ok() && share == work.share
+    }
+
+    /// Waits until there is no room for what nobody waits for.
+    async fn wait_for_lack(&self) -> NoRoom {
+        loop {
+            if let Some(no_room) = self.store.no_room() {
+                return no_room;
+            }
+            tokio::time::sleep(LOOK_FOR_ROOM).await;
+        }
+    }
+}
+
 /// Where in a layer's blob the share ends.
 fn end_of(share: Share, fetch: &LayerFetch) -> u64 {
     match share {
         Share::Toc => 0,
         Share::Hot => fetch.layer().index().prefetch_end().unwrap_or(0),
         Share::All => u64::MAX,
-    }
-}
-
-/// Fetches the content: of all layers what is read first, then the rest.
-async fn fetch_all(work: &Work, held: &[HeldLayer]) {
-    for share in [Share::Hot, Share::All] {
-        if share > work.share {
-            return;
-        }
-        let fetch = |layer: &HeldLayer| {
-            let (number, fetch) = (layer.number, layer.fetch.clone());
-            async move {
-                if work.progress.is_over(number) {
-                    return;
-                }
-                match fetch.warm(end_of(share, &fetch)).await {
-                    Ok(()) if share == work.share => work.progress.enter(number, LayerState::Resident),
-                    Ok(()) => {}
-                    Err(failure) => work.progress.not_fetched(number, &failure),
-                }
-            }
-        };
-        stream::iter(held).for_each_concurrent(PARALLEL_LAYERS, fetch).await;
     }
 }

@@ -63,8 +63,12 @@ pub enum StoreError {
 impl StoreError {
     /// Whether the disk is full.
     pub fn is_storage_full(&self) -> bool {
-        matches!(self, Self::Transaction(error)
-            if matches!(error.as_ref(), redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull))
+        let error = match self {
+            Self::Transaction(error) => error.as_ref(),
+            Self::Open { source, .. } => source,
+            _ => return false,
+        };
+        matches!(error, redb::Error::Io(error) if error.kind() == io::ErrorKind::StorageFull)
     }
 
     /// Whether what is stored cannot be right.

@@ -326,7 +326,9 @@ fn assert_same(store: &Store, models: &Models) {
     assert_eq!(ids.len(), models.0.len(), "every snapshot has a number of its own");
     for layer in 0..2 {
         let used = models.0.values().any(|model| model.layer == Some(layer));
-        assert_eq!(store.layer_in_use(&origin(layer).toc_digest).unwrap(), used);
+        let user = store.first_user(&origin(layer).toc_digest).unwrap();
+        assert_eq!(user.is_some(), used);
+        assert!(user.is_none_or(|id| ids.contains(&id)));
     }
 }
 
@@ -482,4 +484,85 @@ fn why_a_layer_is_not_lazy_outlives_its_commit_and_the_daemon() {
     drop(store);
     let store = Store::open(&path, 0).unwrap();
     assert_eq!(store.find("b").unwrap().fallback, Some(fallback));
+}
+
+fn count(store: &Store) -> usize {
+    store.with_ids(std::collections::HashSet::len).unwrap()
+}
+
+fn is_full(error: &Error) -> bool {
+    matches!(error, Error::Store(error) if error.is_storage_full())
+}
+
+#[test]
+fn privileged_a_full_disk_refuses_what_is_new_and_lets_the_rest_be_read_and_removed() {
+    let disk = crate::layer::testing::SmallDisk::new(c"size=16m");
+    let path = disk.path().join("meta.redb");
+    let store = Store::open(&path, 1).unwrap();
+    let long: Labels = [("label".to_owned(), "x".repeat(4000))].into();
+    let create = |key: String| store.create(Kind::Active, &key, None, &long, None, |_| Ok(()));
+    let mut made = 0;
+    while made < 100 {
+        create(format!("key {made}")).unwrap();
+        made += 1;
+    }
+    disk.fill();
+    while create(format!("key {made}")).is_ok() {
+        made += 1;
+    }
+    for _ in 0..3 {
+        let again = create("more".to_owned()).unwrap_err();
+        assert!(is_full(&again), "{again:?}");
+        assert_eq!(store.find("key 3").unwrap().info.labels, long);
+        assert_eq!(count(&store), made);
+    }
+    // Those who clean up can.
+    for key in 0..made {
+        store.remove(&format!("key {key}")).unwrap();
+    }
+    disk.empty();
+    for key in 0..made {
+        create(format!("key {key}")).unwrap();
+    }
+    drop(store);
+    assert_eq!(count(&Store::open(&path, 1).unwrap()), made);
+}
+
+#[test]
+fn privileged_a_database_that_refuses_after_a_failed_write_is_opened_again() {
+    let disk = crate::layer::testing::SmallDisk::new(c"size=64m");
+    let path = disk.path().join("meta.redb");
+    let store = Store::open(&path, 1).unwrap();
+    let labels = Labels::new();
+    let create = |key: &str| store.create(Kind::Active, key, None, &labels, None, |_| Ok(()));
+    create("first").unwrap();
+    let mut listing = store.listing().unwrap();
+    disk.fill();
+    let overfill = || {
+        let tx = store.writing().unwrap();
+        let much = vec![7; 2 << 20];
+        let written = tx
+            .open_table(SNAPSHOTS)
+            .unwrap()
+            .insert("much", much.as_slice())
+            .is_ok();
+        written && tx.commit().is_ok()
+    };
+    assert!(!overfill());
+    let refused = store.begin_write().err();
+    assert!(
+        matches!(refused.as_deref(), Some(redb::Error::PreviousIo)),
+        "{refused:?}"
+    );
+    // On the full disk too.
+    store.remove("first").unwrap();
+    assert!(!overfill());
+    assert!(matches!(store.find("first"), Err(Error::NotFound { .. })));
+    assert_eq!(count(&store), 0);
+    // What was being listed meanwhile goes on or fails, and does not panic.
+    let _ = listing.page(10);
+    disk.empty();
+    create("second").unwrap();
+    drop((listing, store));
+    assert_eq!(count(&Store::open(&path, 1).unwrap()), 1);
 }

@@ -1,6 +1,5 @@
 //! Quota, full disks and readers in between, on real directories.
 
-use std::ffi::CStr;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,11 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use estargz::digest::Digest;
 use proptest::prelude::*;
-use rustix::mount::{MountFlags, mount};
 
 use crate::layer::cache::limits::{Amount, Limits};
 use crate::layer::cache::{CachedLayer, LayerStore, StoreError};
-use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified};
+use crate::layer::testing::{Packing, Sample, SmallDisk, TestStore, assert_only_verified};
 use crate::metrics::Metrics;
 use crate::metrics::defs::EvictedLabels;
 
@@ -200,7 +198,7 @@ fn a_reader_of_more_than_the_quota_is_served_and_the_quota_is_kept() {
         assert!(used <= 2 * MIB + 128 * 1024, "{used} after chunk {id}");
     }
     assert!(evicted(&metrics, "chunks") > 4 * MIB);
-    assert!(!store_.has_room(), "for nobody");
+    assert!(store_.no_room().is_some(), "for nobody");
     assert_only_verified(&layer);
 }
 
@@ -400,27 +398,10 @@ proptest! {
     }
 }
 
-/// A tmpfs on a directory of its own, gone at the end however the test ends.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn new(size: &CStr) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        mount("tmpfs", directory.path(), "tmpfs", MountFlags::empty(), Some(size)).unwrap();
-        Self(directory)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
 #[test]
 fn privileged_a_full_disk_gives_up_what_it_can_then_says_so_and_recovers() {
     let disk = SmallDisk::new(c"size=4m");
-    let root = disk.0.path();
+    let root = disk.path();
     let (store_, _) = limited(root, "0B");
     let (old, new) = (sample(1, 24), sample(2, 100));
     drop(full(&store_, &old));
@@ -490,4 +471,50 @@ fn what_nobody_waits_for_stops_before_the_quota_and_is_not_started_by_what_reade
     }
     store_.tidy();
     assert!(!layer.has_room());
+}
+
+#[test]
+fn privileged_a_table_of_contents_finds_room_on_a_full_disk() {
+    let disk = SmallDisk::new(c"size=4m");
+    let root = disk.path();
+    let (store_, _) = limited(root, "0B");
+    let (old, new) = (sample(1, 32), sample(2, 200));
+    let open = full(&store_, &old);
+    disk.fill();
+    // Parts of a mounted layer go for it; and where there is nothing to give up, it is said what is wrong.
+    let created = new.create(&store_);
+    assert!(open.residency().count() < 32);
+    assert_only_verified(&open);
+    drop((created, open));
+    store_.discard(&new.toc_digest).unwrap();
+    store_.discard(&old.toc_digest).unwrap();
+    disk.fill();
+    let refused = store_.create(&new.toc_digest, &new.toc_json, &new.origin());
+    assert!(refused.as_ref().is_err_and(|error| error.is_full()), "{refused:?}");
+    let left = fs::read_dir(root.join("layers")).unwrap().count();
+    assert_eq!(left, 0, "half a layer is left");
+    disk.empty();
+    new.create(&store_);
+}
+
+#[test]
+fn what_is_lacking_is_named_and_told_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let metrics = Metrics::unregistered();
+    let limits = Limits {
+        quota: Amount::NONE,
+        min_free: Amount::Percent(100),
+    };
+    let store_ = LayerStore::within(dir.path(), limits, metrics.clone()).unwrap();
+    let lack = store_.no_room().unwrap();
+    assert_eq!(lack.limit(), "min_free");
+    store_.tidy();
+    assert_eq!(metrics.cache_short_of_room.get(), 1);
+    // A reader is served all the same.
+    let sample = sample(1, 4);
+    let layer = sample.create(&store_);
+    assert!(!layer.has_room() && demand(&sample, &layer, 0).unwrap());
+    let (roomy, metrics) = limited(dir.path(), "0B");
+    roomy.tidy();
+    assert_eq!((roomy.no_room(), metrics.cache_short_of_room.get()), (None, 0));
 }

@@ -8,11 +8,14 @@ use hullspeed_daemon::error::chain;
 use tokio::sync::watch;
 
 use crate::layer::NotLazy;
+use crate::layer::cache::{NoRoom, StoreError};
 use crate::layer::fetch::{Extent, FetchError, LayerFetch};
 use crate::layer::image::LayerDescriptor;
 
 /// How often it is told how much content has come.
 const TELL_EVERY: Duration = Duration::from_millis(500);
+/// The reason where there is no room for what nobody waits for.
+const NO_ROOM: &str = "no_room";
 
 /// What is being done for a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,10 +140,21 @@ impl Progress {
         });
     }
 
-    pub(super) fn not_fetched(&self, number: usize, error: &FetchError) {
+    pub(super) fn no_room(&self, number: usize, no_room: &NoRoom) {
         self.change(number, |standing| {
             standing.report.state = LayerState::Failed;
-            standing.report.problem = Some((error.reason(), chain(error)));
+            standing.report.problem = Some((NO_ROOM, no_room.to_string()));
+        });
+    }
+
+    pub(super) fn not_fetched(&self, number: usize, error: &FetchError) {
+        let reason = match error {
+            FetchError::Store(StoreError::NoRoom { .. }) => NO_ROOM,
+            error => error.reason(),
+        };
+        self.change(number, |standing| {
+            standing.report.state = LayerState::Failed;
+            standing.report.problem = Some((reason, chain(error)));
         });
     }
 

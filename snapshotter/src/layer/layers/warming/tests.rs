@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 
-use super::super::tests::{Registry, blocking, contents, is_mount_point, layers, request, toc_requests};
+use super::super::tests::{Registry, blocking, config, contents, is_mount_point, layers, request, toc_requests};
 use super::*;
 use crate::layer::fetch::Extent;
 use crate::layer::testing::{Packing, Sample};
 use crate::layer::{LayerMounts as _, LayerRequest};
 use crate::metrics::Metrics;
-use crate::metrics::defs::FetchLabels;
+use crate::metrics::defs::{FetchLabels, KindLabels};
 
 fn samples() -> [Sample; 2] {
     let prioritized = Packing {
@@ -293,4 +293,82 @@ async fn the_image_of_an_index_is_the_one_for_the_platform() {
         "{error}"
     );
     layers.shutdown().await;
+}
+
+/// Files of these numbers; a number is a content.
+fn numbered(numbers: impl Iterator<Item = u64>, prioritized: usize) -> Sample {
+    let files = numbers.map(|number| {
+        (
+            format!("f{number:03}"),
+            crate::layer::testing::noise(number + 1, 50_000),
+        )
+    });
+    let packing = Packing {
+        prioritized: Some(prioritized),
+        ..Packing::default()
+    };
+    Sample::new(files.collect(), packing)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_layer_of_the_node_has_is_not_fetched_by_a_warm() {
+    let registry = Registry::start();
+    let (first, second) = (numbered(0..20, 4), numbered(2..22, 4));
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, metrics) = layers(dir.path());
+    let warmer = layers.warmer().unwrap();
+    let fetched = || metrics.fetch_bytes.get_or_create(&KindLabels { kind: "warm" }).get();
+    registry.push(std::slice::from_ref(&first)).await;
+    last(&mut warmer.warm(warm(&registry, Share::All)).await.unwrap()).await;
+    let once = fetched();
+    assert!(once > 20 * 40_000 && metrics.cache_reused_bytes.get() <= 16, "{once}");
+    registry.push(std::slice::from_ref(&second)).await;
+    // What is hot of it is there: four files of the other layer.
+    let report = last(&mut warmer.warm(warm(&registry, Share::Hot)).await.unwrap()).await;
+    assert_eq!(states(&report), [LayerState::Resident]);
+    assert!(fetched() - once < 1000, "{once} and then {}", fetched());
+    let reused = metrics.cache_reused_bytes.get();
+    assert!(
+        (4 * 50_000..6 * 50_000).contains(&reused),
+        "{reused}: no more than the share"
+    );
+    let report = last(&mut warmer.warm(warm(&registry, Share::All)).await.unwrap()).await;
+    assert_eq!(states(&report), [LayerState::Resident]);
+    let twice = fetched() - once;
+    assert!(twice < 2 * 60_000, "two files are new, and {twice} bytes were fetched");
+    assert!(metrics.cache_reused_bytes.get() >= 18 * 50_000);
+    let cached = layers.shared.store.load(&second.toc_digest).unwrap().unwrap();
+    assert!(cached.residency().is_complete());
+    crate::layer::testing::assert_only_verified(&cached);
+    layers.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_warm_leaves_what_is_free_to_others_and_says_so() {
+    let registry = Registry::start();
+    let samples = samples();
+    registry.push(&samples[..1]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (roomy, metrics) = layers(dir.path());
+    last(&mut roomy.warmer().unwrap().warm(warm(&registry, Share::All)).await.unwrap()).await;
+    roomy.shutdown().await;
+    assert!(content_requests(&metrics) > 0);
+    registry.push(&samples).await;
+    let mut config = config(dir.path());
+    config.cache.min_free = crate::layer::cache::limits::Amount::Percent(100);
+    let metrics = Metrics::unregistered();
+    let full = super::super::Layers::new(&config, metrics.clone(), tokio::runtime::Handle::current()).unwrap();
+    for share in [Share::Toc, Share::All] {
+        let report = last(&mut full.warmer().unwrap().warm(warm(&registry, share)).await.unwrap()).await;
+        // What is there is there.
+        assert_eq!(
+            states(&report),
+            [LayerState::Resident, LayerState::Failed],
+            "{report:?}"
+        );
+        let (reason, text) = report.layers[1].problem.clone().unwrap();
+        assert!(reason == "no_room" && text.contains("cache.min_free"), "{text}");
+    }
+    assert_eq!((toc_requests(&metrics), content_requests(&metrics)), (0, 0));
+    full.shutdown().await;
 }
