@@ -102,6 +102,7 @@ mod tests {
             size,
             toc_digest: None,
             position: None,
+            toc_offset: None,
             toc_of,
         };
         let (one, two, none) = (Digest::of("1"), Digest::of("2"), Digest::of("3"));
