@@ -173,12 +173,11 @@ async fn check_told(node: &mut LazyNode, image: &Published, name: &str, told: To
             assert!(known && failure["at_unix_ms"].as_u64() > Some(0), "{name}: {layer:#}");
         }
         Told::Wait => {
-            assert!(
-                layer["cost"]["longest_stall_ms"].as_u64() >= Some(300),
-                "{name}: {layer:#}"
-            );
+            // Most of the delay: the answer may have been asked for ahead of its reader.
+            let longest = layer["cost"]["longest_stall_ms"].as_u64();
+            assert!(longest >= Some(100), "{name}: {layer:#}");
             let waited = counted(&metrics, "hullspeed_read_stall_seconds_sum");
-            assert!(waited >= 0.3, "{name}: readers waited {waited} s");
+            assert!(waited >= 0.1, "{name}: readers waited {waited} s");
         }
         Told::Way => {
             assert_eq!(lines.len(), 1, "{name}: it is told once: {lines:#?}");
