@@ -73,7 +73,7 @@ pub const MAX_XATTR_NAME_BYTES: usize = 255;
 pub const MAX_XATTR_VALUE_BYTES: usize = 64 << 10;
 /// Most bytes of attribute names on one file, a NUL behind each; the kernel's XATTR_LIST_MAX.
 pub const MAX_XATTR_LIST_BYTES: usize = 64 << 10;
-/// Largest chunk in bytes, 64 MiB: 16 times what writers use by default. A chunk is the unit of verification, so it
+/// Largest chunk in bytes, 64 MiB: 16 times what the reference writer uses by default. A chunk is the unit of verification, so it
 /// has to fit in memory several times over.
 pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
 /// Deepest path in components. Bounds every walk from a file up to the root.

@@ -25,8 +25,10 @@ use emit::Item;
 use scan::{Scanned, Source};
 use spool::Spool;
 
-/// Uncompressed size of a chunk unless told otherwise, the reference writer's.
-pub const DEFAULT_CHUNK_SIZE: u32 = 4 << 20;
+/// Uncompressed size of a chunk unless told otherwise. A chunk is fetched and verified whole before a byte of it is read: with the
+/// reference writer's 4 MiB a page fault in a large library costs 170 ms on a link of 200 Mbit/s, with these a quarter. The demo's
+/// image, 86.5 MB, grows by 0.04 % for it.
+pub const DEFAULT_CHUNK_SIZE: u32 = 1 << 20;
 /// Deflate level unless told otherwise: libdeflate at 6 already makes smaller layers than the reference writer at its 9
 /// (97.4 against 98.2 MB for 213 MB of binaries, Python and documents) in a tenth of its processor time; our 9 gains
 /// another 0.5 % for twice the time.

@@ -13,7 +13,7 @@ use crate::layout::{ImageConfig, Layer, LayoutWriter};
 /// Its name in a layout.
 pub const TAG: &str = "fixture";
 
-/// Path of a file of several chunks when layers are converted with 4 MiB chunks; see [`large_content`].
+/// Path of a file of several chunks when layers are converted with 1 MiB chunks; see [`large_content`].
 pub const LARGE_FILE: &str = "data/large.bin";
 
 /// Bytes of [`LARGE_FILE`].

@@ -12,7 +12,7 @@ use hullspeed_tests::scenario::{CONVERTED, Scenario};
 use serde_json::Value;
 
 /// Bytes of a chunk, as the converter makes them.
-const CHUNK: usize = 4 << 20;
+const CHUNK: usize = 1 << 20;
 
 /// The index of a layer that was mounted.
 fn index(directory: &std::path::Path) -> LayerIndex<Vec<u8>> {

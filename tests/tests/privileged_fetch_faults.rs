@@ -35,8 +35,6 @@ enum Outcome {
 enum Told {
     /// A failure, in these words.
     Failure(&'static str),
-    /// Likewise, of a body that had brought something. The line of the log does not name the host; `explain` does.
-    Interruption(&'static str),
     /// Nothing failed; readers waited.
     Wait,
     /// Nothing failed; the registry's way costs more than others.
@@ -156,9 +154,9 @@ async fn check_told(node: &mut LazyNode, image: &Published, name: &str, told: To
     let layer = explained(node, image);
     let failure = &layer["cost"]["last_failure"];
     let metrics = node.snapshotter.metrics().await.unwrap();
-    let (lines, failed) = (lines_of(node, image, told), failed_requests(&metrics));
+    let (lines, failed) = (lines_of(node, image), failed_requests(&metrics));
     match told {
-        Told::Failure(cause) | Told::Interruption(cause) => {
+        Told::Failure(cause) => {
             let of_cause = |record: &&Value| record["error"].as_str().is_some_and(|error| error.contains(cause));
             assert!(
                 lines.iter().any(|record| of_cause(&record)),
@@ -185,7 +183,7 @@ async fn check_told(node: &mut LazyNode, image: &Published, name: &str, told: To
         }
         Told::Nothing => assert!(lines.is_empty(), "{name}: {lines:#?}"),
     }
-    if !matches!(told, Told::Failure(_) | Told::Interruption(_)) {
+    if !matches!(told, Told::Failure(_)) {
         assert!(failure.is_null() && failed == 0.0, "{name}: {layer:#}");
     }
 }
@@ -199,13 +197,10 @@ fn explained(node: &LazyNode, image: &Published) -> Value {
 }
 
 /// Lines that name the image, its layer and the host.
-fn lines_of(node: &LazyNode, image: &Published, told: Told) -> Vec<Value> {
+fn lines_of(node: &LazyNode, image: &Published) -> Vec<Value> {
     let (reference, layer, host) = (node.reference(image), image.layer(0).unwrap(), node.host().to_string());
     let mut records = node.snapshotter.log_records().unwrap();
-    records.retain(|record| {
-        let names_host = record["host"] == host || matches!(told, Told::Interruption(_));
-        record["image"] == reference && record["layer"] == layer && names_host
-    });
+    records.retain(|record| record["image"] == reference && record["layer"] == layer && record["host"] == host);
     records
 }
 
@@ -241,14 +236,8 @@ async fn passing_faults_do_not_reach_the_reader() {
         passing("reset", Fault::Reset, "no connection"),
         passing("silent", Fault::Silent, "no progress"),
         passing("cut-at-once", Fault::Truncate(0), "connection broke"),
-        Case {
-            told: Told::Interruption("connection broke"),
-            ..passing("cut", Fault::Truncate(300_000), "")
-        },
-        Case {
-            told: Told::Interruption("no progress"),
-            ..passing("stall", Fault::Stall(300_000), "")
-        },
+        passing("cut", Fault::Truncate(300_000), "connection broke"),
+        passing("stall", Fault::Stall(300_000), "no progress"),
         Case {
             told: Told::Wait,
             ..passing("slow", Fault::Slow(Duration::from_millis(300)), "")

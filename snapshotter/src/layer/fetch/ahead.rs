@@ -22,8 +22,8 @@ use super::sequence::Sequence;
 
 /// Requests of one sequence on their way at once.
 const PIPELINE: usize = 4;
-/// Length of one of them.
-const RANGE: u64 = 2 << 20;
+/// Length of one of them: chunks of 2 MiB together, and what they have more where they do not compress.
+const RANGE: u64 = (2 << 20) + (64 << 10);
 /// How far ahead of its reader a sequence is fetched at first.
 const LEAST_REACH: u64 = 4 << 20;
 /// How far at most; claims and cache beyond it would be a guess.

@@ -70,8 +70,15 @@ impl LayerFetch {
         if let Err(failure) = &result
             && let FetchError::Deadline { .. } = **failure
         {
-            let dir = self.layer().dir().display();
-            tracing::error!(%dir, chunk = chunks.start, error = &**failure as &dyn std::error::Error, "a read gets an error");
+            let (names, failed) = (self.remotes().images(), self.counts().read().last_failure);
+            tracing::error!(
+                image = names.first().map(|names| &*names.image),
+                layer = names.first().map(|names| names.layer_digest.to_string()),
+                host = failed.map(|failed| failed.host),
+                chunk = chunks.start,
+                error = &**failure as &dyn std::error::Error,
+                "a read gets an error"
+            );
         }
         self.counts().stalled(began.elapsed());
         self.engine().metrics.read_stall.observe(began.elapsed().as_secs_f64());

@@ -344,7 +344,7 @@ impl Download {
             }
         } else if progressed {
             remote.host.broke_off();
-            tracing::debug!(image, %layer, error = cause, at = self.position, "asking for the rest again");
+            tracing::debug!(image, %layer, host = remote.host.name(), error = cause, at = self.position, "asking for the rest again");
         } else if remote.host.failed(&error) {
             tracing::warn!(image, %layer, host = remote.host.name(), error = cause, "a host fails and is put back for a while");
         }

@@ -178,13 +178,10 @@ impl Cutter {
 
     fn give_up(&mut self, error: FetchError, remote: Option<&Remote>) {
         let names = remote.map(|remote| &remote.names);
-        let (image, layer) = (
-            names.map(|names| &*names.image),
-            names.map(|names| names.layer_digest.to_string()),
-        );
         tracing::error!(
-            image,
-            layer,
+            image = names.map(|names| &*names.image),
+            layer = names.map(|names| names.layer_digest.to_string()),
+            host = remote.map(|remote| remote.host.name()),
             members = self.claims.len(),
             error = &error as &dyn std::error::Error,
             "a range of the layer cannot be fetched"

@@ -41,6 +41,8 @@ pub struct LayerFetch {
     counts: Counts,
     /// Whether it is being completed.
     completing: AtomicBool,
+    /// Whether residency could not be made durable last time.
+    checkpoint_failed: AtomicBool,
     /// Whether all of it was looked for on the node, or nobody has asked for that.
     pub(super) looked_around: AtomicBool,
     tasks: TaskTracker,
@@ -73,6 +75,7 @@ impl LayerFetch {
             pipes: Pipes::default(),
             counts,
             completing: AtomicBool::new(false),
+            checkpoint_failed: AtomicBool::new(false),
             looked_around: AtomicBool::new(true),
             tasks: TaskTracker::new(),
             stop,
@@ -222,9 +225,16 @@ impl LayerFetch {
     pub async fn checkpoint(&self) {
         let layer = self.layer.clone();
         let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
-        if let Ok(Err(error)) = result {
-            let dir = self.layer.dir().display();
-            tracing::error!(%dir, %error, "cannot make durable which chunks are in the cache");
+        // It is tried again at every interval; a disk that is full is said once.
+        let dir = self.layer.dir().display();
+        match result {
+            Ok(Err(error)) if !self.checkpoint_failed.swap(true, Ordering::Relaxed) => {
+                tracing::error!(%dir, %error, "cannot make durable which chunks are in the cache");
+            }
+            Ok(Ok(_)) if self.checkpoint_failed.swap(false, Ordering::Relaxed) => {
+                tracing::info!(%dir, "it is durable again which chunks are in the cache");
+            }
+            Ok(_) | Err(_) => {}
         }
     }
 
