@@ -6,7 +6,7 @@
 //! - [`layer`] mounts and warms eStargz layers; `snapshot` sees it only through [`layer::LayerMounts`];
 //! - [`explain`] tells operators why both do what they do; [`control`] is the translation of that and of warming to our own API, and
 //!   [`client`] the command line's end of it;
-//! - [`config`], [`cli`] and [`metrics`] are the daemon's frame, on top of `hullspeed_daemon`.
+//! - [`config`], [`cli`], [`metrics`] and [`heap`] are the daemon's frame, on top of `hullspeed_daemon`.
 //!
 //! No module keeps state in a global: what a part needs is handed to it by [`run`].
 
@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 pub mod explain;
 pub mod grpc;
+pub mod heap;
 pub mod layer;
 pub mod metrics;
 pub mod run;

@@ -8,9 +8,9 @@ use hullspeed_daemon::cli::{EX_USAGE, mistake};
 use hullspeed_daemon::error::chain;
 use hullspeed_daemon::{signal, telemetry};
 use hullspeed_snapshotter::cli::{Cli, Command, ask};
-use hullspeed_snapshotter::client::Client;
 use hullspeed_snapshotter::config::{self, Config};
 use hullspeed_snapshotter::run::{self, RunError};
+use hullspeed_snapshotter::{client::Client, heap};
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
@@ -61,6 +61,7 @@ async fn ask(command: &Command, config: &Config) -> ExitCode {
 }
 
 fn serve(config: Config) -> Result<(), RunError> {
+    heap::share();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -36,17 +36,3 @@ pub(super) fn map_read_only(file: &File) -> io::Result<Mapped> {
     // rename, never written or truncated, in a directory that only root may enter and that one daemon holds locked.
     unsafe { Mmap::map(file) }.map(|map| Mapped(Arc::new(map)))
 }
-
-/// Gives freed memory back to the kernel.
-#[cfg(target_env = "gnu")]
-#[expect(unsafe_code, reason = "a call of the C library")]
-pub(super) fn give_back_memory() {
-    // SAFETY: the call takes no pointer and may be made at any time from any thread.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
-/// Other C libraries give it back by themselves.
-#[cfg(not(target_env = "gnu"))]
-pub(super) fn give_back_memory() {}

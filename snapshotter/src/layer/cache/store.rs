@@ -20,6 +20,7 @@ use super::limits::Limits;
 use super::residency::{Binding, Residency};
 use super::reuse::{Found, Search};
 use super::shelf::{Pin, Shelf, UNFINISHED};
+use crate::heap;
 use crate::layer::Usage;
 use crate::layer::sys::{self, Mapped};
 use crate::metrics::Metrics;
@@ -190,7 +191,7 @@ impl LayerStore {
         self.shelf.tidy();
         let rested = self.shelf.all_open().iter().filter(|layer| layer.rest()).count();
         if rested > 0 {
-            sys::give_back_memory();
+            heap::give_back();
         }
     }
 
