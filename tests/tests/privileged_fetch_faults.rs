@@ -362,7 +362,7 @@ async fn refusals_of_a_mount_name_the_host_and_the_cause() {
             "{name}: {layer:#}"
         );
         assert!(layer["error"].as_str().unwrap().contains(cause), "{name}: {layer:#}");
-        let lines = lines_of(&node, &image, Told::Failure(cause));
+        let lines = lines_of(&node, &image);
         let told = |record: &Value| {
             record["level"] == "WARN" && record["error"].as_str().is_some_and(|error| error.contains(cause))
         };

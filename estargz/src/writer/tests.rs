@@ -470,7 +470,7 @@ fn a_layer_larger_than_memory_allows_goes_through_the_spool_file() {
     assert!(convert(&tar, &options(3)) == one);
     assert_eq!(
         verify_layer(one.0, None, Some(one.1.diff_id)).unwrap().chunks,
-        1 + 9 + 9 + 1
+        1 + 33 + 33 + 1
     );
 }
 
