@@ -127,8 +127,7 @@ impl LayerFetch {
                 self.counts().background(BackgroundState::Paused);
                 tokio::time::sleep(NO_ROOM).await;
             }
-            let is_patient = Instant::now() < patient_until;
-            match self.fetch_hole(next, is_patient).await {
+            match self.fetch_hole(next, patient_until).await {
                 Ok(Outcome::Went(end)) => {
                     next = end;
                     failures = 0;
@@ -160,10 +159,11 @@ impl LayerFetch {
     }
 
     /// One request for what is missing from member `next` on; an error if the next one would fail in the same way.
-    async fn fetch_hole(self: &Arc<Self>, next: u32, is_patient: bool) -> Result<Outcome, Failure> {
+    async fn fetch_hole(self: &Arc<Self>, next: u32, patient_until: Instant) -> Result<Outcome, Failure> {
         // The slot comes first: claims that wait for one would keep readers waiting.
-        let slot = self.enter(&Lane::Background { is_patient }, &Urgency::default()).await;
-        let Some((group, end)) = self.claim_hole(next, is_patient) else {
+        let lane = Lane::Background { patient_until };
+        let slot = self.enter(&lane, &Urgency::default()).await;
+        let Some((group, end)) = self.claim_hole(next, lane) else {
             return Ok(Outcome::Nothing);
         };
         self.counts().background(BackgroundState::Running);
@@ -178,7 +178,7 @@ impl LayerFetch {
         lasting.map_or(Ok(Outcome::Went(end)), Err)
     }
 
-    fn claim_hole(&self, from: u32, is_patient: bool) -> Option<(Group, u32)> {
+    fn claim_hole(&self, from: u32, lane: Lane) -> Option<(Group, u32)> {
         let mut flights = self.flights().hold();
         let free = |member: u32| !flights.contains(member) && self.is_missing(member);
         let most = if self.remotes().ignore_ranges() {
@@ -193,7 +193,6 @@ impl LayerFetch {
         let urgency = Urgency::default();
         let claims = members.into_iter().filter_map(|member| flights.claim(member, &urgency));
         let claims = claims.collect();
-        let lane = Lane::Background { is_patient };
         Some((Group::new(self, claims, lane, urgency), end))
     }
 

@@ -196,6 +196,9 @@ impl LayerFetch {
         // A server that sends all that lies before a range is asked once for all that is missing.
         let (around, max) = if self.remotes().ignore_ranges() {
             (u64::MAX, u64::MAX)
+        } else if !self.layer().has_room() {
+            // It would not be kept, and fetched again when it is read.
+            (0, self.engine().options.max_range)
         } else {
             (window.length, self.engine().options.max_range)
         };
@@ -217,6 +220,7 @@ impl LayerFetch {
     fn go_on(self: &Arc<Self>, chunks: &Range<u32>, reading: Reading, planned: Planned) {
         let index = self.layer().index();
         let goes_on = planned.is_contiguous || reading == Reading::Front;
+        let goes_on = goes_on && !self.remotes().ignore_ranges() && self.layer().has_room();
         let Some(last) = planned.groups.last().filter(|_| goes_on) else {
             return;
         };

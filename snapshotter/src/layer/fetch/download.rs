@@ -136,7 +136,7 @@ impl Download {
     /// The next that happens to the range.
     pub(super) async fn next(&mut self) -> Result<Step, FetchError> {
         while self.position < self.end {
-            if !self.is_urgent() {
+            if !self.is_urgent() && !self.permit.as_ref().is_some_and(Permit::is_wanted) {
                 self.fetch.engine().stand_aside(&self.lane, &self.urgency).await;
             }
             if self.body.is_none() && !self.is_ready()? {
@@ -160,7 +160,8 @@ impl Download {
         if matches!(choice, Choice::Nobody) || Instant::now() >= self.give_up_at {
             return Err(self.error());
         }
-        if let (Choice::Ask(remote), Some(_)) = (choice, &self.slot) {
+        let has_slot = self.slot.as_ref().is_some_and(|slot| !slot.is_lent());
+        if let (Choice::Ask(remote), true) = (choice, has_slot) {
             let kept = self.permit.take().filter(|permit| permit.is_for(&remote.host));
             self.permit = kept.or_else(|| remote.host.try_enter(self.is_urgent()));
             if self.permit.is_some() {
@@ -294,7 +295,8 @@ impl Download {
         if let Some(expected) = &mut self.expected {
             expected.came(length);
         }
-        if self.trickle >= PROGRESS || self.position == self.end {
+        // An empty piece: a server that ignores ranges is on its way to this one.
+        if length == 0 || self.trickle >= PROGRESS || self.position == self.end {
             self.trickle = 0;
             self.waited = Duration::ZERO;
             self.give_up_at = Instant::now() + self.fetch.engine().options.read_deadline;
@@ -400,6 +402,10 @@ impl Download {
                         () = tokio::time::sleep(left.min(LOOK_AGAIN)) => continue,
                     }
                     let slot = self.fetch.enter(&self.lane, &self.urgency).await;
+                    if !is_urgent {
+                        // It waited for others and not for a source.
+                        self.give_up_at = Instant::now() + self.fetch.engine().options.read_deadline;
+                    }
                     if remote.host.pause().is_some() {
                         continue;
                     }
@@ -417,6 +423,14 @@ impl Download {
     pub(super) fn rewind(&mut self, position: u64) {
         debug_assert!(self.body.is_none(), "a body cannot go back");
         self.position = self.position.min(position);
+    }
+
+    pub(super) fn lane(&self) -> &Lane {
+        &self.lane
+    }
+
+    pub(super) fn urgency(&self) -> &Urgency {
+        &self.urgency
     }
 
     /// Where the bytes given last came from.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use estargz::digest::Digest;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::background::Completion;
@@ -89,6 +89,8 @@ pub struct Engine {
     /// What opening layers has cost, until they are used.
     opened: Mutex<VecDeque<(Digest, Opening)>>,
     opening: Arc<Semaphore>,
+    /// Held by the one who copies much from one layer to another.
+    copying: Semaphore,
     decoders: Arc<Semaphore>,
     memory: Arc<Semaphore>,
     /// Units of memory in all.
@@ -119,6 +121,7 @@ impl Engine {
             pace: Pace::new(options.completion.bandwidth),
             opened: Mutex::default(),
             opening: Arc::new(Semaphore::new(memory_units(OPENING_BUDGET) as usize)),
+            copying: Semaphore::new(1),
             decoders: Arc::new(Semaphore::new(options.decoders.max(1))),
             memory: Arc::new(Semaphore::new(units as usize)),
             units,
@@ -187,6 +190,11 @@ impl Engine {
     /// Units of the budget for `bytes`; never more than there are, so that waiting always ends.
     fn memory_units(&self, bytes: u64) -> u32 {
         memory_units(bytes).min(self.units)
+    }
+
+    /// The turn to copy a piece of a layer for which nobody waits.
+    pub(super) async fn copying(&self) -> Option<SemaphorePermit<'_>> {
+        self.copying.acquire().await.ok()
     }
 
     /// Tells that a layer is opened or mounted: what is read next comes before the rest of others.

@@ -37,8 +37,8 @@ pub(super) enum Lane {
     Warm,
     /// The rest of a layer.
     Background {
-        /// It waits for readers, however long; and no longer once its deadline is over.
-        is_patient: bool,
+        /// Until when it waits for others, however long; then no longer.
+        patient_until: Instant,
     },
 }
 
@@ -90,6 +90,7 @@ pub(super) struct Share(Arc<Semaphore>);
 /// The right to one request.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
+    is_lent: bool,
     _slot: Option<OwnedSemaphorePermit>,
     _ahead_slot: Option<OwnedSemaphorePermit>,
     _lane_slot: Option<OwnedSemaphorePermit>,
@@ -99,9 +100,16 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// Gives the slot up while the request goes on: what does not move uses nothing that others could.
+    /// Gives the slot up while the request goes on: what does not move uses nothing that others could. The next request needs another.
     pub(super) fn lend(&mut self) {
-        *self = Self::default();
+        self.is_lent = true;
+        self._slot = None;
+        self._share = None;
+    }
+
+    /// Whether it was given up.
+    pub(super) fn is_lent(&self) -> bool {
+        self.is_lent
     }
 }
 
@@ -234,18 +242,11 @@ impl Gate {
     pub(super) async fn enter_ahead(&self, lane: &Lane) -> Slot {
         let is_background = matches!(lane, Lane::Background { .. });
         let active = (!is_background).then(|| Active::new(&self.activity));
-        let lane_slots = match lane {
+        let lane_slot = match lane {
             Lane::Demand(_) | Lane::Ahead(_) | Lane::Prefetch => None,
-            Lane::Warm => Some(&self.warm_slots),
-            Lane::Background { .. } => Some(&self.background_slots),
+            Lane::Warm => self.warm_slots.clone().acquire_owned().await.ok(),
+            Lane::Background { patient_until } => self.calm_slot(*patient_until).await,
         };
-        let lane_slot = match lane_slots {
-            Some(slots) => slots.clone().acquire_owned().await.ok(),
-            None => None,
-        };
-        if matches!(lane, Lane::Background { is_patient: true }) {
-            self.calm().await;
-        }
         let ahead_slot = self.ahead_slots.clone().acquire_owned().await.ok();
         self.stand_aside(lane, &Urgency::default()).await;
         Slot {
@@ -257,7 +258,26 @@ impl Gate {
         }
     }
 
-    /// Waits until nothing else has been asked for during [`CALM`], however long that takes.
+    /// The right to complete a layer, when nothing else has been asked for during [`CALM`] or it has been waited for long enough. Who
+    /// waits keeps it from nobody.
+    async fn calm_slot(&self, patient_until: Instant) -> Option<OwnedSemaphorePermit> {
+        loop {
+            tokio::select! {
+                () = self.calm() => {}
+                () = tokio::time::sleep_until(patient_until.into()) => {}
+            }
+            let slot = self.background_slots.clone().acquire_owned().await.ok()?;
+            if Instant::now() >= patient_until || self.is_calm() {
+                return Some(slot);
+            }
+        }
+    }
+
+    fn is_calm(&self) -> bool {
+        *self.activity.requests.borrow() == 0 && self.activity.calm_in().is_zero()
+    }
+
+    /// Waits until nothing else has been asked for during [`CALM`].
     async fn calm(&self) {
         let mut requests = self.activity.requests.subscribe();
         loop {
@@ -272,6 +292,9 @@ impl Gate {
 
     /// Waits while other readers' requests are under way, though not for long, and not once a reader waits for this very fetch.
     pub(super) async fn stand_aside(&self, lane: &Lane, urgency: &Urgency) {
+        if matches!(lane, Lane::Background { patient_until } if Instant::now() >= *patient_until) {
+            return;
+        }
         let own = || match lane {
             Lane::Demand(_) => usize::MAX,
             Lane::Ahead(sequence) => sequence.demand(),
@@ -295,7 +318,11 @@ mod tests {
 
     use super::*;
 
-    const BACKGROUND: Lane = Lane::Background { is_patient: true };
+    fn background(patience: Duration) -> Lane {
+        Lane::Background {
+            patient_until: Instant::now() + patience,
+        }
+    }
 
     fn sequence() -> Sequence {
         Sequence::default()
@@ -337,7 +364,7 @@ mod tests {
     #[tokio::test]
     async fn warming_and_completion_leave_prefetch_its_slots_and_completion_waits_for_calm() {
         let gate = Gate::new(16);
-        let hurried = Lane::Background { is_patient: false };
+        let hurried = background(Duration::ZERO);
         let _warm = [gate.enter_ahead(&Lane::Warm).await, gate.enter_ahead(&Lane::Warm).await];
         assert!(gate.enter_ahead(&Lane::Warm).now_or_never().is_none());
         let completion = [gate.enter_ahead(&hurried).await, gate.enter_ahead(&hurried).await];
@@ -356,7 +383,8 @@ mod tests {
                 Lane::Demand(sequence) => gate.enter_demand(&share, sequence).await,
                 ahead => gate.enter_ahead(ahead).await,
             };
-            let mut waiting = Box::pin(gate.enter_ahead(&BACKGROUND));
+            let patient = background(Duration::from_secs(3600));
+            let mut waiting = Box::pin(gate.enter_ahead(&patient));
             tokio::time::timeout(2 * CALM, &mut waiting).await.unwrap_err();
             drop(slot);
             let over = Instant::now();
@@ -364,8 +392,24 @@ mod tests {
             assert!(over.elapsed() >= CALM, "{others:?}");
             // A mount is followed by reads.
             gate.note_activity();
-            assert!(gate.enter_ahead(&BACKGROUND).now_or_never().is_none());
+            assert!(gate.enter_ahead(&patient).now_or_never().is_none());
         }
+    }
+
+    #[tokio::test]
+    async fn completion_whose_deadline_is_over_waits_for_nobody_and_not_for_those_who_do() {
+        let gate = Gate::new(16);
+        let share = gate.share();
+        let _demand = gate.enter_demand(&share, &sequence()).await;
+        let patient = background(Duration::from_secs(3600));
+        let mut waiting = [(); 2 * MAX_BACKGROUND].map(|()| Box::pin(gate.enter_ahead(&patient)));
+        for waiting in &mut waiting {
+            assert!(waiting.as_mut().now_or_never().is_none());
+        }
+        let (soon, calm) = (background(CALM / 4), Urgency::default());
+        gate.enter_ahead(&soon).await;
+        assert!(gate.stand_aside(&soon, &calm).now_or_never().is_some());
+        assert!(gate.stand_aside(&patient, &calm).now_or_never().is_none());
     }
 
     #[tokio::test]
@@ -381,12 +425,14 @@ mod tests {
         assert!(waiting.as_mut().now_or_never().is_none());
         assert!(gate.is_starved());
         held[0].lend();
+        assert!(held[0].is_lent() && !held[1].is_lent());
+        assert_eq!(*gate.demand.borrow(), 3, "its reader still waits");
         assert!(waiting.as_mut().now_or_never().is_some());
         drop(waiting);
         assert!(!gate.is_starved());
         // Another layer finds the other half.
         drop(gate.enter_demand(&gate.share(), &own).await);
-        assert_eq!(*gate.demand.borrow(), 1);
+        assert_eq!(*gate.demand.borrow(), 2);
         drop(held);
         assert_eq!((*gate.demand.borrow(), own.demand()), (0, 0));
     }

@@ -19,7 +19,7 @@ use super::gate::{Lane, Slot};
 use super::layer::LayerFetch;
 use super::plan;
 use super::remotes::Remote;
-use super::sequence::{Expected, Sequence};
+use super::sequence::Expected;
 
 /// Members to fetch together; in blob order.
 pub(super) struct Group {
@@ -68,6 +68,9 @@ struct Cutter {
     /// Reserved for the member at the front.
     memory: Option<OwnedSemaphorePermit>,
     jobs: JoinSet<()>,
+    /// For what has to be asked for once more.
+    lane: Lane,
+    urgency: Urgency,
 }
 
 /// Fetches a group and settles every claim of it.
@@ -85,6 +88,8 @@ pub(super) async fn run(fetch: Arc<LayerFetch>, group: Group, slot: Slot) {
         start: range.start,
         memory: None,
         jobs: JoinSet::new(),
+        lane: download.lane().clone(),
+        urgency: download.urgency().clone(),
     };
     let result = loop {
         cutter.cut(download.remote()).await;
@@ -170,7 +175,8 @@ impl Cutter {
 
     fn start_job(&mut self, ready: Vec<Received>) {
         if !ready.is_empty() {
-            self.jobs.spawn(settle(self.fetch.clone(), ready));
+            let (lane, urgency) = (self.lane.clone(), self.urgency.clone());
+            self.jobs.spawn(settle(self.fetch.clone(), ready, lane, urgency));
         }
         // Forgets the jobs that are over.
         while self.jobs.try_join_next().is_some() {}
@@ -224,7 +230,7 @@ pub(super) async fn pause(
 }
 
 /// Stores what was received; what is wrong is asked for once more.
-async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
+async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>, lane: Lane, urgency: Urgency) {
     let layer = fetch.layer().clone();
     let metrics = fetch.engine().metrics.clone();
     let store = move || {
@@ -252,7 +258,7 @@ async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
     for (claim, from, error) in wrong {
         let Some(from) = from else { continue };
         fetch.note_corruption(&from, &error, "wrong bytes from the registry; asking once more");
-        let result = refetch(&fetch, claim.member(), &from).await;
+        let result = refetch(&fetch, claim.member(), &from, (&lane, &urgency)).await;
         if let Err(error) = &result {
             fetch.note_corruption(
                 &from,
@@ -265,10 +271,15 @@ async fn settle(fetch: Arc<LayerFetch>, ready: Vec<Received>) {
 }
 
 /// Asks for one member alone, from scratch: the other sources, and last the one whose bytes were wrong.
-async fn refetch(fetch: &Arc<LayerFetch>, member: u32, culprit: &Arc<Remote>) -> Result<(), FetchError> {
+async fn refetch(
+    fetch: &Arc<LayerFetch>,
+    member: u32,
+    culprit: &Arc<Remote>,
+    turn: (&Lane, &Urgency),
+) -> Result<(), FetchError> {
     let mut wrong = vec![culprit.clone()];
     while fetch.remotes().all().iter().any(|remote| !is_among(&wrong, remote)) {
-        let (from, result) = refetch_from(fetch, member, Whom::AnyBut(wrong.clone())).await;
+        let (from, result) = refetch_from(fetch, member, Whom::AnyBut(wrong.clone()), turn).await;
         match (from, result) {
             (Some(from), Ok(())) => {
                 fetch.remotes().promote(&from);
@@ -282,7 +293,7 @@ async fn refetch(fetch: &Arc<LayerFetch>, member: u32, culprit: &Arc<Remote>) ->
             (Some(_), Err(local)) => return Err(local),
         }
     }
-    let (_, result) = refetch_from(fetch, member, Whom::Only(culprit.clone())).await;
+    let (_, result) = refetch_from(fetch, member, Whom::Only(culprit.clone()), turn).await;
     result
 }
 
@@ -295,13 +306,14 @@ async fn refetch_from(
     fetch: &Arc<LayerFetch>,
     member: u32,
     whom: Whom,
+    (lane, urgency): (&Lane, &Urgency),
 ) -> (Option<Arc<Remote>>, Result<(), FetchError>) {
     let engine = fetch.engine();
     let range = plan::member_range(fetch.layer().index(), member);
     let size = (range.end - range.start) + plan::unfolded_size(fetch.layer().index(), member);
-    let (lane, urgency, start) = (Lane::Demand(Sequence::default()), Urgency::default(), range.start);
-    let slot = fetch.enter(&lane, &urgency).await;
-    let mut download = Download::new(fetch.clone(), whom, range, lane, urgency, slot);
+    let start = range.start;
+    let slot = fetch.enter(lane, urgency).await;
+    let mut download = Download::new(fetch.clone(), whom, range, lane.clone(), urgency.clone(), slot);
     let mut memory = None;
     let mut bytes = BytesMut::new();
     loop {

@@ -84,8 +84,12 @@ pub(in crate::layer) struct Host {
 struct State {
     /// Failures since the last success.
     failures: u32,
-    /// When it may be asked again.
+    /// When it may be asked again after failures.
     until: Option<Instant>,
+    /// When it may be asked again because it said so; no success of a request made before changes that.
+    asked_until: Option<Instant>,
+    /// Readers who wait until it bears one more request.
+    readers: usize,
     /// Requests at once that it seems to bear.
     limit: f64,
     under_way: usize,
@@ -101,6 +105,32 @@ pub(super) struct Permit(Arc<Host>);
 impl Permit {
     pub(super) fn is_for(&self, host: &Arc<Host>) -> bool {
         Arc::ptr_eq(&self.0, host)
+    }
+
+    /// Whether a reader waits for it.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.0.state().readers > 0
+    }
+}
+
+/// A reader who waits for a host, counted as long as it lives.
+struct Reader<'a>(&'a Host);
+
+impl<'a> Reader<'a> {
+    fn new(host: &'a Host) -> Self {
+        host.state().readers += 1;
+        Self(host)
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        {
+            let mut state = self.0.state();
+            state.readers = state.readers.saturating_sub(1);
+        }
+        // Those whom it kept away look again.
+        self.0.freed.notify_waiters();
     }
 }
 
@@ -119,6 +149,8 @@ impl Host {
         let state = State {
             failures: 0,
             until: None,
+            asked_until: None,
+            readers: 0,
             limit: bound(most),
             under_way: 0,
             reduced: None,
@@ -148,7 +180,10 @@ impl Host {
 
     /// How long it is still to be left alone; nothing if it may be asked now.
     pub(in crate::layer) fn pause(&self) -> Option<Duration> {
-        let until = self.state().until?;
+        let until = {
+            let state = self.state();
+            state.until.max(state.asked_until)?
+        };
         let left = until.saturating_duration_since(Instant::now());
         (!left.is_zero()).then_some(left)
     }
@@ -165,6 +200,7 @@ impl Host {
 
     /// Waits until it bears one more request; somebody else may be quicker then.
     pub(super) async fn room(&self, is_demand: bool) {
+        let _reader = is_demand.then(|| Reader::new(self));
         loop {
             let mut freed = std::pin::pin!(self.freed.notified());
             // From here on no end of a request is missed.
@@ -202,21 +238,20 @@ impl Host {
     pub(in crate::layer) fn failed(&self, error: &SourceError) -> bool {
         let mut state = self.state();
         state.failures = state.failures.saturating_add(1);
-        let mut pause = jittered(state.failures);
+        let now = Instant::now();
+        let until = now + jittered(state.failures);
         state.reduce(0.5);
         if let Some(asked) = error.overload().and_then(|overload| overload.retry_after) {
-            pause = pause.max(asked.min(LONGEST_RETRY_AFTER));
+            state.asked_until = state.asked_until.max(Some(now + asked.min(LONGEST_RETRY_AFTER)));
         }
-        let until = Instant::now() + pause;
-        state.until = Some(state.until.map_or(until, |before| before.max(until)));
+        state.until = state.until.max(Some(until));
         state.failures == 1
     }
 
     /// A body broke that had brought something: asked again soon, and not counted as a failure.
     pub(super) fn broke_off(&self) {
         let mut state = self.state();
-        let until = Instant::now() + jittered(1);
-        state.until = Some(state.until.map_or(until, |before| before.max(until)));
+        state.until = state.until.max(Some(Instant::now() + jittered(1)));
     }
 
     #[cfg(test)]
@@ -227,10 +262,11 @@ impl Host {
 
 impl State {
     fn has_room(&self, is_demand: bool) -> bool {
-        let limit = if is_demand {
-            self.limit
-        } else {
-            (self.limit / 2.0).max(1.0)
+        let limit = match (is_demand, self.readers) {
+            (true, _) => self.limit,
+            (false, 0) => (self.limit / 2.0).max(1.0),
+            // What is free is for those who wait.
+            (false, _) => 0.0,
         };
         bound(self.under_way) + 1.0 <= limit
     }
@@ -304,9 +340,15 @@ mod tests {
         assert!(one.pause().unwrap() > Duration::from_secs(29));
         one.failed(&busy(100_000));
         assert!(one.pause().unwrap() <= LONGEST_RETRY_AFTER);
-        assert!(hosts.of("b.test").pause().is_none());
+        // Nor does a success of a request that was made before it said so.
         one.delivered();
-        assert!(same.pause().is_none());
+        assert!(same.pause().is_some());
+        let other = hosts.of("b.test");
+        assert!(other.pause().is_none());
+        other.failed(&SourceError::transient("cut"));
+        assert!(other.pause().is_some());
+        other.delivered();
+        assert!(other.pause().is_none());
     }
 
     #[test]
@@ -338,10 +380,17 @@ mod tests {
         assert!(host.try_enter(true).is_none());
         let mut waiting = Box::pin(host.room(true));
         assert!(waiting.as_mut().now_or_never().is_none());
+        let first = ahead.into_iter().next().unwrap();
+        assert!(first.is_wanted());
+        drop(first);
+        assert!(host.try_enter(false).is_none(), "what is free is the reader's");
         drop(demand);
         assert!(waiting.as_mut().now_or_never().is_some());
-        assert!(host.try_enter(true).is_some_and(|permit| permit.is_for(&host)));
-        drop(ahead);
+        drop(waiting);
+        assert!(
+            host.try_enter(true)
+                .is_some_and(|permit| permit.is_for(&host) && !permit.is_wanted())
+        );
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub(super) fn run<B: AsRef<[u8]>>(
 }
 
 /// The free members from `from` on that one request of at most `max` bytes fetches; what is resident between them is fetched
-/// again as long as it is hardly anything.
+/// again as long as it is hardly anything, or whatever it is where the length of a request is no matter.
 pub(super) fn holes<B: AsRef<[u8]>>(
     index: &LayerIndex<B>,
     from: u32,
@@ -110,13 +110,14 @@ pub(super) fn holes<B: AsRef<[u8]>>(
         if !free(next) {
             bridged += size(next);
             // Even all that the request may hold would not make up for it.
-            if bridged > max / BRIDGED_SHARE {
+            if max != u64::MAX && bridged > max / BRIDGED_SHARE {
                 break;
             }
             continue;
         }
         let would = wanted + size(next);
-        if member_range(index, next).end - start > max || bridged > would / BRIDGED_SHARE {
+        let is_dear = max != u64::MAX && bridged > would / BRIDGED_SHARE;
+        if member_range(index, next).end - start > max || is_dear {
             break;
         }
         wanted = would;

@@ -143,13 +143,13 @@ impl LayerFetch {
     fn claim_run(&self, from: u32, until: u64, lane: Lane) -> Option<(Group, Range<u32>)> {
         let mut flights = self.flights().hold();
         let free = |member: u32| !flights.contains(member) && self.is_missing(member);
-        let members = plan::run(
-            self.layer().index(),
-            from,
-            until,
-            free,
-            self.engine().options.prefetch_range,
-        )?;
+        // A server that sends all that lies before a range is asked once for all of it.
+        let most = if self.remotes().ignore_ranges() {
+            u64::MAX
+        } else {
+            self.engine().options.prefetch_range
+        };
+        let members = plan::run(self.layer().index(), from, until, free, most)?;
         let urgency = Urgency::default();
         let claims = members
             .clone()

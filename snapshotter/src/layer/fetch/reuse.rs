@@ -10,11 +10,14 @@ use std::sync::atomic::Ordering;
 use super::layer::LayerFetch;
 use crate::layer::cache::{StoreError, reuse};
 
-/// Chunks looked for in one piece of work: between two of them others use the decompression threads.
+/// Chunks looked for in one piece of work, and their bytes: between two of them others use the decompression threads.
 const PIECE: u32 = 256;
-/// Chunks before and behind a reader's that are looked for with them, since they would be fetched with them.
+const PIECE_BYTES: u64 = 4 << 20;
+/// Chunks before and behind a reader's that are looked for with them, since they would be fetched with them; no more than so many
+/// bytes, since the reader waits for it.
 const BEFORE: u32 = 8;
 const BEHIND: u32 = 128;
+const NEAR_BYTES: u64 = 1 << 20;
 
 impl LayerFetch {
     /// Takes over all that other layers of the node have of this one.
@@ -37,12 +40,32 @@ impl LayerFetch {
 
     /// Takes over what there is of the first chunks; whether all of them were looked for.
     async fn reuse_up_to(self: &Arc<Self>, end: u32) -> bool {
-        for start in (0..end).step_by(PIECE as usize) {
-            if !self.layer().has_room() || !self.reuse_of(start..start.saturating_add(PIECE).min(end)).await {
+        let mut start = 0;
+        while start < end {
+            let piece = self.stretch(start..end, PIECE, PIECE_BYTES);
+            start = piece.end;
+            // All layers that are mounted together copy one piece after the other, so readers find a thread.
+            let _turn = self.engine().copying().await;
+            if !self.layer().has_room() || !self.reuse_of(piece).await {
                 return false;
             }
         }
         true
+    }
+
+    /// The first of `chunks`: at least one, and not many.
+    fn stretch(&self, chunks: Range<u32>, most: u32, bytes: u64) -> Range<u32> {
+        let index = self.layer().index();
+        let size = |chunk: u32| index.chunk(chunk).map_or(0, |chunk| u64::from(chunk.size));
+        let (start, mut end, mut sum) = (chunks.start, chunks.start, 0);
+        while end < chunks.end && end - start < most {
+            sum += size(end);
+            if end > start && sum > bytes {
+                break;
+            }
+            end += 1;
+        }
+        start..end
     }
 
     /// Takes over what a reader waits for, if it has not been looked for yet.
@@ -50,9 +73,19 @@ impl LayerFetch {
         if self.looked_around.load(Ordering::Acquire) {
             return;
         }
-        let count = self.layer().index().chunk_count();
-        let near = chunks.start.saturating_sub(BEFORE)..chunks.end.saturating_add(BEHIND).min(count);
-        self.reuse_of(near).await;
+        // First what it waits for: there may be room for no more.
+        self.reuse_of(chunks.clone()).await;
+        let (count, residency) = (self.layer().index().chunk_count(), self.layer().residency());
+        if residency.contains_all(chunks.clone()) || !self.layer().has_room() {
+            return;
+        }
+        let behind = chunks.end..chunks.end.saturating_add(BEHIND).min(count);
+        let before = chunks.start.saturating_sub(BEFORE)..chunks.start;
+        for near in [behind, before] {
+            if !near.is_empty() {
+                self.reuse_of(self.stretch(near, BEHIND, NEAR_BYTES)).await;
+            }
+        }
     }
 
     /// Whether it is of use to go on.

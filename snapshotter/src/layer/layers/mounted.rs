@@ -51,7 +51,12 @@ impl Shared {
             self.renew_source(&fetch, names);
             fetch
         } else {
-            let layer = match self.load_sound(toc_digest, request.layer_digest).await? {
+            let found = {
+                // What came with its TOC is being stored; nobody is to fetch that again.
+                let _turn = slot.opening.lock().await;
+                self.load_sound(toc_digest, request.layer_digest).await?
+            };
+            let layer = match found {
                 Some(layer) => layer,
                 None => self.open_and_load(slot, toc_digest, request).await?,
             };

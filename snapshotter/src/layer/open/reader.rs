@@ -18,6 +18,8 @@ use crate::metrics::defs::{FetchLabels, KindLabels};
 
 /// Requests to each source for one part.
 const MAX_ATTEMPTS: u32 = 5;
+/// Bytes that count as progress.
+const PROGRESS: usize = 16 << 10;
 /// Longest pause at a time; who asked for the layer has its own limit on all of it.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -274,9 +276,10 @@ impl<'a> Sources<'a> {
         let (source, host) = (candidate.source.clone(), candidate.host.clone());
         self.requests += 1;
         let asked = Instant::now();
+        let until = asked + self.engine.stall_timeout();
         let body = match part.tail {
             Some(length) => {
-                let tail = self.in_time(source.read_tail(length)).await?;
+                let tail = self.in_time(until, source.read_tail(length)).await?;
                 // A source that gives more than was asked for would be read without a bound.
                 part.wanted = tail.start..tail.blob_size.min(tail.start.saturating_add(length));
                 if part.wanted.end != tail.blob_size {
@@ -285,13 +288,15 @@ impl<'a> Sources<'a> {
                 part.tail = None;
                 tail.body
             }
-            None => self.in_time(source.read(part.left(), Priority::Demand)).await?,
+            None => self.in_time(until, source.read(part.left(), Priority::Demand)).await?,
         };
         host.answered(asked.elapsed());
         self.collect(number, body, part).await
     }
 
     async fn collect(&mut self, number: usize, mut body: ByteStream, part: &mut Part) -> Result<(), SourceError> {
+        let stall = self.engine.stall_timeout();
+        let (mut until, mut trickle) = (Instant::now() + stall, 0);
         loop {
             let left = part.left();
             if left.is_empty() {
@@ -302,7 +307,12 @@ impl<'a> Sources<'a> {
                     .await
                     .unwrap_or_else(|| Err(SourceError::transient("the body ended early")))
             };
-            let mut piece = self.in_time(next).await?;
+            let mut piece = self.in_time(until, next).await?;
+            trickle += piece.len();
+            // A few bytes now and then are none; an empty piece is a server on its way to the range.
+            if piece.is_empty() || trickle >= PROGRESS {
+                (until, trickle) = (Instant::now() + stall, 0);
+            }
             self.bytes += piece.len() as u64;
             let metrics = self.engine.metrics();
             metrics
@@ -317,11 +327,18 @@ impl<'a> Sources<'a> {
         }
     }
 
-    async fn in_time<T>(&self, ask: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
-        let stall = self.engine.stall_timeout();
-        match tokio::time::timeout(stall, ask).await {
+    /// Waits for what is to come by `until`.
+    async fn in_time<T>(
+        &self,
+        until: Instant,
+        ask: impl Future<Output = Result<T, SourceError>>,
+    ) -> Result<T, SourceError> {
+        match tokio::time::timeout_at(until.into(), ask).await {
             Ok(result) => result,
-            Err(_) => Err(SourceError::transient(format!("no progress within {stall:?}"))),
+            Err(_) => {
+                let stall = self.engine.stall_timeout();
+                Err(SourceError::transient(format!("no progress within {stall:?}")))
+            }
         }
     }
 }

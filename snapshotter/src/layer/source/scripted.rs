@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use tokio::sync::Semaphore;
 
 use super::{BlobSource, ByteStream, Overload, Priority, SourceError, Tail};
@@ -46,6 +46,8 @@ pub(crate) struct Scripted {
     /// Whether it has stopped answering for good.
     gone: AtomicBool,
     ignores_ranges: bool,
+    /// How long it goes by what lies before a range, a hundredth of it at a time.
+    skips_for: Duration,
 }
 
 impl Scripted {
@@ -61,6 +63,7 @@ impl Scripted {
             host: "registry.test".to_owned(),
             gone: AtomicBool::new(false),
             ignores_ranges: false,
+            skips_for: Duration::ZERO,
         }
     }
 
@@ -73,6 +76,12 @@ impl Scripted {
     /// Says that it sends all that lies before a range.
     pub(crate) fn that_ignores_ranges(mut self) -> Self {
         self.ignores_ranges = true;
+        self
+    }
+
+    /// It takes so long to go by what lies before a range.
+    pub(crate) fn that_skips_for(mut self, time: Duration) -> Self {
+        self.skips_for = time;
         self
     }
 
@@ -197,7 +206,12 @@ impl BlobSource for std::sync::Arc<Scripted> {
         let fault = fault.unwrap_or(if gone { Fault::Transient } else { Fault::None });
         let pieces: VecDeque<_> = self.body(range, fault)?.into();
         let this = self.clone();
-        Ok(Box::pin(stream::unfold(
+        let (skips, pause) = (if self.skips_for.is_zero() { 0 } else { 100 }, self.skips_for / 100);
+        let skipped = stream::iter(0..skips).then(move |_| async move {
+            tokio::time::sleep(pause).await;
+            Ok(Bytes::new())
+        });
+        Ok(Box::pin(skipped.chain(stream::unfold(
             (this, pieces),
             move |(this, mut pieces)| async move {
                 tokio::task::yield_now().await;
@@ -213,7 +227,7 @@ impl BlobSource for std::sync::Arc<Scripted> {
                     None => None,
                 }
             },
-        )))
+        ))))
     }
 
     async fn read_tail(&self, length: u64) -> Result<Tail, SourceError> {

@@ -270,6 +270,28 @@ async fn a_reader_in_time_gets_the_bytes_of_a_source_that_comes_back_and_readers
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_on_its_way_to_the_range_does_not_stand_still() {
+    let options = FetchOptions {
+        stall_timeout: Duration::from_millis(400),
+        ..FetchOptions::default()
+    };
+    let bench = Bench::with_options(Sample::uniform(10, 20_000, Packing::default()), options, |source| {
+        source.that_ignores_ranges().that_skips_for(Duration::from_millis(1500))
+    });
+    bench.assert_file("dir0/file0000").await;
+    assert_eq!(bench.source.requests().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_to_be_warm_is_one_request_to_a_server_that_ignores_ranges() {
+    let bench = Bench::new(Sample::uniform(60, 200_000, Packing::default()), |source| {
+        source.that_ignores_ranges()
+    });
+    bench.fs.fetch().warm(u64::MAX).await.unwrap();
+    assert_eq!(bench.source.requests().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_ignores_ranges_is_asked_once_for_all_that_is_missing() {
     let bench = Bench::new(Sample::uniform(60, 200_000, Packing::default()), |source| {
         source.that_ignores_ranges()
