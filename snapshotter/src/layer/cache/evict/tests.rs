@@ -310,6 +310,35 @@ fn readers_never_see_a_hole_while_chunks_come_and_go() {
     assert_only_verified(&layer);
 }
 
+/// The reader has seen the bit just before it is cleared, and reads when the hole is there.
+#[test]
+fn a_reader_that_was_overtaken_while_bits_were_cleared_is_served_no_hole() {
+    let (test, sample) = (TestStore::new(), sample(1, 4));
+    let layer = full(&test.store, &sample);
+    let (seen, sees) = std::sync::mpsc::channel();
+    let (punched, hole) = std::sync::mpsc::channel();
+    let read = std::thread::scope(|scope| {
+        let mut reader = None;
+        let given_up = layer.give_up_after(&[0, 1, 2, 3], || {
+            let layer = layer.clone();
+            reader = Some(scope.spawn(move || {
+                let chunk = layer.index().chunk(3).unwrap();
+                let place = chunk.data_offset..chunk.data_offset + u64::from(chunk.size);
+                layer.read_resident_by(place, 3..4, |place| {
+                    seen.send(()).unwrap();
+                    hole.recv().unwrap();
+                    layer.read(place)
+                })
+            }));
+            sees.recv().unwrap();
+        });
+        assert!(given_up.unwrap() > 0);
+        punched.send(()).unwrap();
+        reader.unwrap().join().unwrap()
+    });
+    assert!(read.unwrap().is_none());
+}
+
 /// What happens to a layer.
 #[derive(Debug, Clone)]
 enum Step {
