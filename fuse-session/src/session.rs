@@ -102,7 +102,7 @@ impl Session {
             session.end(Duration::ZERO);
             return Err(error);
         }
-        tracing::debug!(target = %session.target.display(), minor = session.device.minor, "mounted");
+        tracing::debug!(mount_point = %session.target.display(), minor = session.device.minor, "mounted");
         Ok(session)
     }
 
@@ -242,10 +242,10 @@ impl Session {
         let mut left = self.lifetime.wait(grace);
         if left > 0 {
             match crate::abort::abort(self.device) {
-                Ok(()) => tracing::debug!(target = %self.target.display(), "connection cut off, mount was in use"),
+                Ok(()) => tracing::debug!(mount_point = %self.target.display(), "connection cut off, mount was in use"),
                 // The connection vanished between the two calls.
                 Err(Errno::NOENT) => {}
-                Err(errno) => tracing::warn!(target = %self.target.display(), %errno, "cannot cut the connection off"),
+                Err(errno) => tracing::warn!(mount_point = %self.target.display(), %errno, "cannot cut the connection off"),
             }
             // Frees workers that wait for room; those that read see the end themselves.
             self.pending.end();
