@@ -3,13 +3,13 @@
 //! Whole layers go for the quota, for a full disk and for what is to be left free on the disk; parts of mounted layers only for the
 //! first two, and only for a reader, since they are needed again. One thread makes room at a time; what the others wait for is then there.
 
-use std::fs;
 use std::io;
 use std::sync::PoisonError;
 use std::time::Instant;
 
 use super::layer::CachedLayer;
 use super::shelf::{FRUITLESS, Shelf};
+use super::stale::remove_layer;
 use crate::metrics::defs::EvictedLabels;
 
 /// What is made free at least when the disk is full.
@@ -124,7 +124,7 @@ impl Shelf {
                 }
             };
             self.digests.forget(&layer);
-            if let Err(error) = fs::remove_dir_all(&path) {
+            if let Err(error) = remove_layer(&path) {
                 tracing::warn!(path = %path.display(), %error, "what is left of a layer stays until the next start");
                 dropped.failed += 1;
                 continue;

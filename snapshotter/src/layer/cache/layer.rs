@@ -27,6 +27,7 @@ use super::heat::Heat;
 use super::hold::{Held, Holds};
 use super::residency::{Binding, Residency, Snapshot};
 use super::shelf::Shelf;
+use super::stale::MOUNT_POINT;
 use crate::layer::sys::Mapped;
 
 /// File with the checkpointed bitmap.
@@ -182,7 +183,7 @@ impl OpenLayer {
 
     /// Where the layer is to be mounted.
     pub fn mount_point(&self) -> PathBuf {
-        self.dir.join("mnt")
+        self.dir.join(MOUNT_POINT)
     }
 
     /// What is where in the layer.

@@ -135,6 +135,90 @@ fn unused_layers_go_first_the_one_used_longest_ago_before_the_others() {
     );
 }
 
+/// Mounts something that is in the way of a removal, as a dead mount is.
+fn mount_on(path: &Path) {
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", path, "tmpfs", flags, Some(c"size=64k")).unwrap();
+}
+
+#[test]
+fn privileged_dead_mounts_keep_no_layer_from_going() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples: Vec<_> = (0..4).map(|seed| sample(seed, 4)).collect();
+    let (store, _) = limited(dir.path(), "0B");
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    let layers = dir.path().join("layers");
+    let mount_point = |sample: &Sample| store.path(&sample.toc_digest).join("mnt");
+    // What was left of one that was being removed.
+    fs::rename(store.path(&samples[0].toc_digest), layers.join(".new-0")).unwrap();
+    mount_on(&layers.join(".new-0/mnt"));
+    mount_on(&mount_point(&samples[1]));
+    mount_on(&mount_point(&samples[1]));
+    let mounted = || {
+        let table = fs::read_to_string("/proc/self/mounts").unwrap();
+        table.matches(layers.to_str().unwrap()).count()
+    };
+    assert_eq!(mounted(), 3);
+    let (store, _) = limited(dir.path(), "0B");
+    assert_eq!((mounted(), fs::read_dir(&layers).unwrap().count()), (0, 3));
+    // And what came since.
+    mount_on(&mount_point(&samples[2]));
+    mount_on(&mount_point(&samples[3]));
+    store.discard(&samples[3].toc_digest).unwrap();
+    store.settle();
+    let dropped = store.prune(true);
+    assert_eq!((dropped.layers, dropped.failed), (2, 0));
+    assert_eq!((mounted(), fs::read_dir(&layers).unwrap().count()), (0, 0));
+}
+
+#[test]
+fn privileged_a_layer_that_cannot_go_counts_and_lets_others_go_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples: Vec<_> = (0..3).map(|seed| sample(seed, 4)).collect();
+    let (store, _) = limited(dir.path(), "0B");
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    drop(store);
+    for (number, days) in [(0, 9), (1, 8), (2, 7)] {
+        set_last_use(dir.path(), &samples[number], days);
+    }
+    let (store, metrics) = limited(dir.path(), "0B");
+    store.settle();
+    let before = metrics.cache_bytes.get();
+    // A directory that is a mount point is not renamed; and one is gone by somebody's hand.
+    let stuck = store.path(&samples[0].toc_digest);
+    mount_on(&stuck);
+    fs::remove_dir_all(store.path(&samples[1].toc_digest)).unwrap();
+    let dropped = store.prune(true);
+    assert_eq!((dropped.layers, dropped.failed), (0, 1));
+    assert_eq!(metrics.cache_bytes.get(), before);
+    let dropped = store.prune(true);
+    assert_eq!((dropped.layers, dropped.failed), (1, 1));
+    assert!(!store.contains(&samples[2].toc_digest));
+    assert!((1..before / 2).contains(&metrics.cache_bytes.get()));
+    rustix::mount::unmount(&stuck, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert_eq!(store.prune(true).layers, 1);
+    assert_eq!(metrics.cache_bytes.get(), 0);
+}
+
+#[test]
+fn a_layer_that_is_made_anew_is_kept_and_pinned_as_before() {
+    let (test, sample) = (TestStore::new(), sample(1, 4));
+    let store = &test.store;
+    store.settle();
+    drop(full(store, &sample));
+    store.keep(&sample.toc_digest);
+    let first = store.pin(&sample.toc_digest);
+    store.discard(&sample.toc_digest).unwrap();
+    drop(full(store, &sample));
+    assert_eq!(store.prune(true).layers, 0, "a snapshot refers to it");
+    store.let_go(&sample.toc_digest);
+    let second = store.pin(&sample.toc_digest);
+    drop(first);
+    assert_eq!(store.prune(true).layers, 0, "somebody is about to open it");
+    drop(second);
+    assert_eq!(store.prune(true).layers, 1);
+}
+
 /// A verification opens every layer and reads all of it.
 #[test]
 fn what_is_only_looked_at_keeps_its_place_in_the_queue() {
