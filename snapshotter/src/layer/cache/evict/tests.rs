@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use estargz::digest::Digest;
 use proptest::prelude::*;
 
+use super::Need;
 use crate::layer::cache::limits::{Amount, Limits};
 use crate::layer::cache::{CachedLayer, LayerStore, StoreError};
 use crate::layer::testing::{Packing, Sample, SmallDisk, TestStore, assert_only_verified};
@@ -584,6 +585,28 @@ fn what_nobody_waits_for_stops_before_the_quota_and_is_not_started_by_what_reade
     }
     store_.tidy();
     assert!(!layer.has_room());
+}
+
+/// As with blocks that other files share.
+#[test]
+fn privileged_what_is_given_up_and_frees_nothing_is_no_room() {
+    let disk = SmallDisk::new(c"size=4m");
+    let (store, _) = limited(disk.path(), "0B");
+    let samples = [sample(1, 8), sample(2, 8)];
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    set_last_use(disk.path(), &samples[0], 1);
+    store.settle();
+    let elsewhere: Vec<_> = samples
+        .iter()
+        .flat_map(|sample| fs::read_dir(store.path(&sample.toc_digest)).unwrap())
+        .map(|entry| fs::File::open(entry.unwrap().path()).unwrap())
+        .collect();
+    disk.fill();
+    let shelf = store.shelf_for_test();
+    assert!(!shelf.make_room_on_disk(1, Need::Reader));
+    assert!(shelf.making_room.lock().unwrap().is_some(), "it is tried again at once");
+    drop(elsewhere);
+    full(&store, &samples[0]);
 }
 
 #[test]
