@@ -1,11 +1,13 @@
 //! One mounted layer, from its directory in the cache to its FUSE session and back.
 
+use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use estargz::digest::Digest;
+use estargz::index::Chunk;
 use fuse_session::{MountConfig, Session};
 
 use super::{Shared, Slot, cache_error};
@@ -23,6 +25,20 @@ const SHORT_DIGEST: usize = 16;
 pub(super) struct Mounted {
     session: Session,
     fetch: Arc<LayerFetch>,
+}
+
+impl Slot {
+    /// Makes the kernel forget a chunk that it may have read, if the layer is mounted. Blocks.
+    pub(super) fn forget_pages(&self, chunk: &Chunk) -> io::Result<()> {
+        // The lock is not held while the kernel waits for reads under way.
+        let notifier = self
+            .mounted
+            .blocking_lock()
+            .as_ref()
+            .map(|mounted| mounted.session.notifier());
+        let range = chunk.file_offset..chunk.file_offset.saturating_add(u64::from(chunk.size));
+        notifier.map_or(Ok(()), |notifier| Ok(notifier.forget_pages(chunk.ino, range)?))
+    }
 }
 
 impl Shared {
