@@ -576,18 +576,18 @@ fn a_database_is_not_opened_again_under_a_transaction() {
     let tx = store.writing().unwrap();
     // Closed under it, which leaves the file locked until the transaction ends.
     drop(store.db.write().unwrap().take());
-    let (removed, is_removed) = std::sync::mpsc::channel();
+    let (found, is_found) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        let removing = scope.spawn(|| {
-            let result = store.remove("first");
-            let _ = removed.send(());
+        let finding = scope.spawn(|| {
+            let result = store.find("first");
+            let _ = found.send(());
             result
         });
         // The other either fails at once or waits for this one; then nothing comes.
-        let _ = is_removed.recv_timeout(std::time::Duration::from_millis(300));
+        let _ = is_found.recv_timeout(std::time::Duration::from_millis(300));
         drop(tx);
-        removing.join().unwrap().unwrap();
+        finding.join().unwrap().unwrap();
     });
     create("second").unwrap();
-    assert_eq!(count(&store), 1);
+    assert_eq!(count(&store), 2);
 }
