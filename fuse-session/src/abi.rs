@@ -78,6 +78,9 @@ pub(crate) const RELEASE_FLUSH: u32 = 1 << 0;
 /// need something negotiated first (passthrough needs a backing id), so they never pass.
 pub(crate) const OPEN_FLAGS_ALLOWED: u32 = 0x3f;
 
+/// Code of the notification that an inode's pages are to be dropped; it stands where answers have their error.
+pub(crate) const NOTIFY_INVAL_INODE: i32 = 2;
+
 /// Head of every request.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -330,6 +333,15 @@ pub(crate) struct LseekOut {
     pub(crate) offset: u64,
 }
 
+/// Notification that an inode's pages are to be dropped.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub(crate) struct NotifyInvalInodeOut {
+    pub(crate) ino: u64,
+    pub(crate) off: i64,
+    pub(crate) len: i64,
+}
+
 /// Fixed part of a directory entry; the name and padding to eight bytes follow.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -359,6 +371,7 @@ mod tests {
         assert_eq!(size_of::<ReleaseIn>(), 24);
         assert_eq!(size_of::<FlushIn>(), 24);
         assert_eq!(size_of::<Dirent>(), 24);
+        assert_eq!(size_of::<NotifyInvalInodeOut>(), 24);
         assert_eq!(std::mem::offset_of!(InitOut, flags2), 32);
     }
 }

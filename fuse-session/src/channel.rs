@@ -69,14 +69,18 @@ impl Channel {
         }
     }
 
+    /// Tells the kernel what it did not ask for.
+    pub(crate) fn notify(&self, code: i32, record: &[u8]) -> Result<(), Errno> {
+        self.write_message(0, code, record)
+    }
+
     fn write(&self, unique: u64, reply: &Reply) -> Result<(), Errno> {
-        let payload = reply.payload();
+        self.write_message(unique, reply.error_code(), reply.payload())
+    }
+
+    fn write_message(&self, unique: u64, error: i32, payload: &[u8]) -> Result<(), Errno> {
         let len = u32::try_from(size_of::<OutHeader>() + payload.len()).map_err(|_| Errno::INVAL)?;
-        let header = OutHeader {
-            len,
-            error: reply.error_code(),
-            unique,
-        };
+        let header = OutHeader { len, error, unique };
         let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(payload)];
         let parts = if payload.is_empty() { &parts[..1] } else { &parts[..] };
         loop {

@@ -1,5 +1,6 @@
 //! One mounted, served file system.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -15,7 +16,9 @@ use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use thiserror::Error;
 use tokio::runtime::Handle;
+use zerocopy::IntoBytes as _;
 
+use crate::abi;
 use crate::channel::Channel;
 use crate::lifetime::{End, Lifetime};
 use crate::mount::{self, Detached, DeviceNumber, MountConfig, MountError};
@@ -102,7 +105,7 @@ impl Session {
             session.end(Duration::ZERO);
             return Err(error);
         }
-        tracing::debug!(target = %session.target.display(), minor = session.device.minor, "mounted");
+        tracing::debug!(mount_point = %session.target.display(), minor = session.device.minor, "mounted");
         Ok(session)
     }
 
@@ -197,6 +200,13 @@ impl Session {
         }
     }
 
+    /// What tells the kernel to forget what it has read; it does not keep the session from ending.
+    pub fn notifier(&self) -> Notifier {
+        Notifier {
+            channel: Arc::clone(&self.channel),
+        }
+    }
+
     /// Unmounts: the mount point is free at once, processes with open files get `unmount_grace` to finish and errors
     /// after it, workers are joined. Blocks up to the grace and five seconds: `spawn_blocking` in async code.
     ///
@@ -242,10 +252,12 @@ impl Session {
         let mut left = self.lifetime.wait(grace);
         if left > 0 {
             match crate::abort::abort(self.device) {
-                Ok(()) => tracing::debug!(target = %self.target.display(), "connection cut off, mount was in use"),
+                Ok(()) => tracing::debug!(mount_point = %self.target.display(), "connection cut off, mount was in use"),
                 // The connection vanished between the two calls.
                 Err(Errno::NOENT) => {}
-                Err(errno) => tracing::warn!(target = %self.target.display(), %errno, "cannot cut the connection off"),
+                Err(errno) => {
+                    tracing::warn!(mount_point = %self.target.display(), %errno, "cannot cut the connection off")
+                }
             }
             // Frees workers that wait for room; those that read see the end themselves.
             self.pending.end();
@@ -259,6 +271,38 @@ impl Session {
             }
         }
         left
+    }
+}
+
+/// Tells the kernel what of a mount's content it must forget.
+#[derive(Debug, Clone)]
+pub struct Notifier {
+    channel: Arc<Channel>,
+}
+
+impl Notifier {
+    /// Drops `range` of a file from the page cache, mapped or not: whoever reads it again asks the file system.
+    ///
+    /// Blocks until reads of those pages that are under way have been answered: never call it from a handler.
+    ///
+    /// # Errors
+    /// When the kernel refuses. That it does not know the inode, or that the session is over, is none: there is nothing to drop.
+    pub fn forget_pages(&self, inode: u64, range: Range<u64>) -> Result<(), Errno> {
+        let (Ok(off), Ok(len)) = (
+            i64::try_from(range.start),
+            i64::try_from(range.end.saturating_sub(range.start)),
+        ) else {
+            return Err(Errno::INVAL);
+        };
+        if len == 0 {
+            // To the kernel that would be the rest of the file.
+            return Ok(());
+        }
+        let record = abi::NotifyInvalInodeOut { ino: inode, off, len };
+        match self.channel.notify(abi::NOTIFY_INVAL_INODE, record.as_bytes()) {
+            Err(Errno::NOENT | Errno::NODEV | Errno::NOTCONN | Errno::CONNABORTED) => Ok(()),
+            told => told,
+        }
     }
 }
 

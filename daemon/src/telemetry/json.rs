@@ -18,6 +18,13 @@ use crate::error::chain;
 /// Fields in which records of the crate `log` say where they are from.
 const OF_LOG: &str = "log.";
 
+/// Names in every line that are no fields of the event.
+const OWN: [&str; 3] = ["timestamp", "level", "target"];
+/// Name of the event's text.
+const MESSAGE: &str = "message";
+/// Put before a field's name that the line has already.
+const COLLIDING: &str = "field.";
+
 /// One object per line; spans are not told.
 pub(super) struct JsonLines;
 
@@ -32,6 +39,7 @@ where
         let mut line = Line {
             text: String::from("{"),
             target: None,
+            has_message: false,
         };
         line.add("timestamp", time);
         line.add("level", event.metadata().level().as_str());
@@ -47,6 +55,7 @@ struct Line {
     text: String,
     /// The target, if it is not the event's own.
     target: Option<String>,
+    has_message: bool,
 }
 
 impl Line {
@@ -61,7 +70,15 @@ impl Line {
     fn field(&mut self, field: &Field, value: impl Into<Value>) {
         let name = field.name();
         if !name.starts_with(OF_LOG) {
-            self.add(name.strip_prefix("r#").unwrap_or(name), value);
+            let name = name.strip_prefix("r#").unwrap_or(name);
+            // The event's text comes before its fields.
+            let is_taken = OWN.contains(&name) || name == MESSAGE && self.has_message;
+            self.has_message |= name == MESSAGE;
+            if is_taken {
+                self.add(&format!("{COLLIDING}{name}"), value);
+            } else {
+                self.add(name, value);
+            }
         } else if name == "log.target"
             && let Value::String(target) = value.into()
         {
@@ -126,6 +143,33 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("outer \"{0}\"")]
     struct Outer(&'static str, #[source] io::Error);
+
+    #[test]
+    fn no_name_is_twice_in_a_line() {
+        let kept = Kept::default();
+        let writer = kept.clone();
+        let lines = tracing_subscriber::fmt().with_writer(move || writer.clone());
+        with_default(lines.event_format(JsonLines).finish(), || {
+            tracing::info!(target = "a", level = 1, timestamp = "now", "said");
+        });
+        let text = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
+        let names = ["timestamp", "level", "target", "message"];
+        assert!(
+            names
+                .iter()
+                .all(|name| text.matches(&format!("\"{name}\":")).count() == 1),
+            "{text}"
+        );
+        let line: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            (&line["level"], &line["target"]),
+            (&json!("INFO"), &json!(module_path!()))
+        );
+        assert_eq!(
+            (&line["field.target"], &line["field.level"], &line["field.timestamp"]),
+            (&json!("a"), &json!(1), &json!("now"))
+        );
+    }
 
     #[test]
     fn a_line_is_an_object_and_tells_the_causes_of_errors() {

@@ -29,6 +29,7 @@ mod residency;
 pub mod reuse;
 mod room;
 mod shelf;
+mod stale;
 mod store;
 
 #[cfg(test)]
@@ -41,4 +42,5 @@ pub use report::CacheLimits;
 pub use residency::{Residency, ResidencyError};
 pub use room::NoRoom;
 pub use shelf::Pin;
+pub use stale::detach_stale;
 pub use store::{CacheError, LayerStore, Origin};

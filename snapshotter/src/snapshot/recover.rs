@@ -3,11 +3,12 @@
 //! The service answers while this runs; a request that needs a layer mounts it itself. Nothing here is fatal: what
 //! cannot be mounted now is tried again when a snapshot of it is used.
 
-use hullspeed_daemon::error::chain;
 use std::collections::HashMap;
+use std::time::Duration;
 
 use estargz::digest::Digest;
 use futures_util::{StreamExt, stream};
+use hullspeed_daemon::error::chain;
 
 use super::service::Service;
 use super::{Error, Kind};
@@ -16,6 +17,10 @@ use crate::metrics::defs::ResultLabels;
 
 /// Snapshots looked at in one go.
 const PAGE: usize = 256;
+/// Pause before the layers are read again where they cannot be read, at first; it doubles.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+/// And at most.
+const LAST_RETRY: Duration = Duration::from_secs(60);
 
 /// What a restore came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,21 +32,11 @@ pub struct Restored {
 }
 
 impl Service {
-    /// Mounts all layers that snapshots refer to, several at once, then sweeps orphaned directories.
+    /// Mounts all layers that snapshots refer to, several at once, then sweeps orphaned directories. Goes on until it is known which
+    /// they are.
     pub async fn restore(&self) -> Restored {
-        let uses = self
-            .blocking(|inner| layer_uses(inner.store(), inner.directories()))
-            .await;
-        let uses = match uses {
-            Ok(uses) => {
-                self.inner.layers.in_use(&uses.keys().copied().collect::<Vec<_>>());
-                uses
-            }
-            Err(error) => {
-                tracing::error!(error = %chain(&error), "the layers to mount again cannot be read");
-                HashMap::new()
-            }
-        };
+        let uses = self.layer_uses().await;
+        self.inner.layers.in_use(&uses.keys().copied().collect::<Vec<_>>());
         let results = stream::iter(uses.into_values())
             .map(|layer| async move { self.restore_use(layer).await })
             .buffer_unordered(self.inner.restore_parallelism)
@@ -61,6 +56,24 @@ impl Service {
             tracing::warn!(error = %chain(&error), "orphaned directories are not swept");
         }
         restored
+    }
+
+    /// What snapshots refer to, as soon as it can be read: until it is known no layer is given up.
+    async fn layer_uses(&self) -> HashMap<Digest, LayerUse> {
+        let mut wait = FIRST_RETRY;
+        loop {
+            let uses = self
+                .blocking(|inner| layer_uses(inner.store(), inner.directories()))
+                .await;
+            match uses {
+                Ok(uses) => return uses,
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), retry_in = ?wait, "the layers to mount again cannot be read");
+                }
+            }
+            tokio::time::sleep(wait).await;
+            wait = wait.saturating_mul(2).min(LAST_RETRY);
+        }
     }
 
     async fn restore_use(&self, layer: LayerUse) -> bool {
@@ -166,4 +179,58 @@ fn layer_uses(
         }
     }
     Ok(uses)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::snapshot::Labels;
+    use crate::snapshot::no_layers::NoLayers;
+    use crate::snapshot::service::ServiceOptions;
+
+    fn service(root: &std::path::Path) -> Service {
+        Service::open(ServiceOptions {
+            root: root.to_owned(),
+            layers: Arc::new(NoLayers),
+            metrics: Metrics::unregistered(),
+            mount_timeout: Duration::from_secs(1),
+            restore_parallelism: 1,
+        })
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn layers_that_cannot_be_read_at_the_start_are_read_later() {
+        let root = tempfile::tempdir().unwrap();
+        let service = service(root.path());
+        service.inner.store().put_for_test("bad", Some(b"no record"));
+        let restoring = tokio::spawn({
+            let service = service.clone();
+            async move { service.restore().await }
+        });
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!restoring.is_finished());
+        service.inner.store().put_for_test("bad", None);
+        assert_eq!(restoring.await.unwrap(), Restored::default());
+    }
+
+    #[tokio::test]
+    async fn the_directory_of_a_snapshot_that_is_there_is_not_undone() {
+        let root = tempfile::tempdir().unwrap();
+        let service = service(root.path());
+        service.prepare("key".to_owned(), None, Labels::new()).await.unwrap();
+        let id = service.inner.store().find("key").unwrap().id;
+        let place = service.inner.directories().snapshot(id);
+        service.inner.undo(Some(id), true);
+        assert!(place.is_dir());
+        service.inner.store().remove("key").unwrap();
+        service.inner.undo(Some(id), false);
+        service.inner.undo(None, true);
+        assert!(place.is_dir());
+        service.inner.undo(Some(id), true);
+        assert!(!place.exists());
+    }
 }

@@ -47,7 +47,7 @@ impl Service {
             Err(error) => {
                 self.count(PrepareResult::fallback, error.reason());
                 // Not a warning: an import or an image without annotations is nothing that went wrong.
-                tracing::info!(key, target, reason = error.reason(), error = %chain(&error),
+                tracing::info!(key, snapshot = target, reason = error.reason(), error = %chain(&error),
                     "remote-snapshot-prepared" = "false", "layer is not offered for lazy use");
                 return Ok(self.refused_as(target, None, Fallback::now(error.reason(), chain(&error))));
             }
@@ -56,7 +56,7 @@ impl Service {
             Ok(outcome) => {
                 self.count(PrepareResult::lazy, "");
                 self.inner.decisions.lazy(target);
-                tracing::info!(key, target, image = request.image, layer = %request.layer_digest,
+                tracing::info!(key, snapshot = target, image = request.image, layer = %request.layer_digest,
                     toc = %outcome, "remote-snapshot-prepared" = "true", "layer is mounted lazily");
                 Err(Error::TargetExists {
                     target: target.to_owned(),
@@ -65,7 +65,7 @@ impl Service {
             Err(Refusal::NotLazy(error)) => {
                 self.count(PrepareResult::fallback, error.reason());
                 let host = Some(error.host()).filter(|host| !host.is_empty());
-                tracing::warn!(key, target, image = request.image, layer = %request.layer_digest, host,
+                tracing::warn!(key, snapshot = target, image = request.image, layer = %request.layer_digest, host,
                     reason = error.reason(), error = %chain(&error), "remote-snapshot-prepared" = "false",
                     "layer cannot be mounted lazily and will be unpacked");
                 Ok(self.refused_as(target, Some(&request), Fallback::from(&error)))

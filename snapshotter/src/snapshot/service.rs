@@ -378,11 +378,18 @@ impl Inner {
         mounts(chain, &self.directories, self.features)
     }
 
-    /// Removes a directory whose snapshot did not come to be.
+    /// Removes a directory whose snapshot did not come to be. A commit that failed may be on disk all the same; so what is there is
+    /// looked up, and where that cannot be told the directory stays.
     pub(super) fn undo(&self, made: Option<u64>, failed: bool) {
-        if let Some(id) = made.filter(|_| failed)
-            && let Err(error) = self.directories.remove_path(&self.directories.snapshot(id))
-        {
+        let Some(id) = made.filter(|_| failed) else { return };
+        let undone = self.store.with_ids(|ids| ids.contains(&id)).and_then(|is_there| {
+            if is_there {
+                tracing::warn!(id, "a snapshot is there although its commit failed");
+                return Ok(());
+            }
+            self.directories.remove_path(&self.directories.snapshot(id))
+        });
+        if let Err(error) = undone {
             tracing::warn!(error = %error_chain(&error), "a failed snapshot's directory stays until the next cleanup");
         }
     }

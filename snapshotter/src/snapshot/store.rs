@@ -10,8 +10,8 @@
 //! - `layers`: (TOC digest, id of snapshot) → nothing, the uses of each lazy layer.
 
 use std::path::{Path, PathBuf};
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::SystemTime;
 
 use estargz::digest::Digest;
@@ -100,6 +100,8 @@ pub enum LabelChange {
 pub struct Store {
     /// None after it was closed and could not be opened again.
     db: RwLock<Option<Database>>,
+    /// Held while a transaction writes, and while the database is opened again; locked before `db`.
+    writer: Mutex<()>,
     path: PathBuf,
     /// Least directory number to give next. Numbers are not reused within a run even if a transaction fails, because
     /// the directory of the failed one may be under removal.
@@ -111,6 +113,7 @@ impl Store {
     pub fn open(path: &Path, floor: u64) -> Result<Self, StoreError> {
         let store = Self {
             db: RwLock::new(Some(open_database(path)?)),
+            writer: Mutex::default(),
             path: path.to_owned(),
             floor: AtomicU64::new(floor),
         };
@@ -399,6 +402,19 @@ impl Store {
             let first = uses.next().transpose().map_err(failed)?;
             Ok(first.map(|(used, _)| used.value().1))
         })
+    }
+
+    /// Writes a record as it is, or removes it.
+    #[cfg(test)]
+    pub(super) fn put_for_test(&self, name: &str, bytes: Option<&[u8]>) {
+        let tx = self.writing().unwrap();
+        let mut table = tx.open_table(SNAPSHOTS).unwrap();
+        match bytes {
+            Some(bytes) => drop(table.insert(name, bytes).unwrap()),
+            None => drop(table.remove(name).unwrap()),
+        }
+        drop(table);
+        tx.commit().unwrap();
     }
 
     fn next_id(&self, tx: &WriteTransaction) -> Result<u64, Error> {

@@ -3,13 +3,14 @@
 //! Whole layers go for the quota, for a full disk and for what is to be left free on the disk; parts of mounted layers only for the
 //! first two, and only for a reader, since they are needed again. One thread makes room at a time; what the others wait for is then there.
 
-use std::fs;
 use std::io;
 use std::sync::PoisonError;
 use std::time::Instant;
 
 use super::layer::CachedLayer;
+use super::room::Room;
 use super::shelf::{FRUITLESS, Shelf};
+use super::stale::remove_layer;
 use crate::metrics::defs::EvictedLabels;
 
 /// What is made free at least when the disk is full.
@@ -37,6 +38,15 @@ pub(super) enum Need {
     Reader,
 }
 
+/// What tells whether room was made.
+#[derive(Debug, Clone, Copy)]
+enum Gain {
+    /// What the layers have is less.
+    Counted,
+    /// More is free on the disk: blocks that are shared, or in use, come free with the last who has them.
+    OnDisk,
+}
+
 impl Shelf {
     /// Keeps to the limits: counts, and gives up what is too much. Called every now and then.
     pub(super) fn tidy(&self) {
@@ -44,10 +54,10 @@ impl Shelf {
         let room = self.room();
         if room.excess(0) > 0 {
             self.retry();
-            self.make_room(|shelf| shelf.room().excess(0), Need::Reader);
+            self.make_room(|shelf| shelf.room().excess(0), Need::Reader, Gain::Counted);
         }
         if room.shortage() > 0 {
-            self.make_room(|shelf| shelf.room().shortage(), Need::Nobody);
+            self.make_room(|shelf| shelf.room().shortage(), Need::Nobody, Gain::OnDisk);
         }
         self.note_room();
     }
@@ -59,40 +69,45 @@ impl Shelf {
 
     /// Makes room for so many bytes in the quota.
     pub(super) fn make_room_in_quota(&self, bytes: u64, need: Need) {
-        self.make_room(|shelf| shelf.room().excess(bytes), need);
+        self.make_room(|shelf| shelf.room().excess(bytes), need, Gain::Counted);
     }
 
     /// Makes room on a full disk; whether some was made.
     pub(super) fn make_room_on_disk(&self, bytes: u64, need: Need) -> bool {
         let wanted = bytes.max(LEAST_ON_DISK);
-        self.make_room(|_| wanted, need) > 0
+        self.make_room(|_| wanted, need, Gain::OnDisk)
     }
 
-    fn make_room(&self, wanted: impl Fn(&Self) -> u64, need: Need) -> u64 {
+    /// Whether room was made.
+    fn make_room(&self, wanted: impl Fn(&Self) -> u64, need: Need, gain: Gain) -> bool {
         let mut fruitless = self.making_room.lock().unwrap_or_else(PoisonError::into_inner);
-        let used = self.room().used;
+        let Room { used, free, .. } = self.room();
         if need == Need::Reader && fruitless.is_some_and(|(at, then)| at.elapsed() < FRUITLESS && used == then) {
-            return 0;
+            return false;
         }
         // Somebody else may have made it meanwhile.
         self.count();
         let wanted = wanted(self);
         if wanted == 0 {
-            return 0;
+            return false;
         }
         let mut freed = self.drop_layers(wanted).bytes;
         if freed < wanted && need == Need::Reader {
             freed += self.drop_parts(wanted - freed);
         }
         self.count();
+        let has_gained = match gain {
+            Gain::Counted => freed > 0,
+            Gain::OnDisk => self.room().free > free,
+        };
         if need == Need::Reader {
             // Until something is stored, which could be given up.
-            *fruitless = (freed == 0).then(|| (Instant::now(), self.room().used));
+            *fruitless = (!has_gained).then(|| (Instant::now(), self.room().used));
         }
         if freed > 0 {
-            tracing::info!(wanted, freed, ?need, "made room in the layer cache");
+            tracing::info!(wanted, freed, ?need, has_gained, "made room in the layer cache");
         }
-        freed
+        has_gained
     }
 
     /// Removes layers that nobody uses, on somebody's demand: all of them, or as many as the limits ask for.
@@ -124,7 +139,7 @@ impl Shelf {
                 }
             };
             self.digests.forget(&layer);
-            if let Err(error) = fs::remove_dir_all(&path) {
+            if let Err(error) = remove_layer(&path) {
                 tracing::warn!(path = %path.display(), %error, "what is left of a layer stays until the next start");
                 dropped.failed += 1;
                 continue;

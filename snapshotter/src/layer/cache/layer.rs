@@ -1,7 +1,7 @@
 //! One layer of the cache: its index, its data, and which of it is resident.
 //!
 //! Bytes leave `data` again while the layer is mounted and read ([`OpenLayer::give_up`]). What keeps a reader from seeing a hole:
-//! - bits are cleared durably, then in memory, and only then the hole is punched; nothing is stored in between;
+//! - bits are cleared durably, then in memory, then a count rises, and only then the hole is punched; nothing is stored in between;
 //! - [`OpenLayer::read_resident`] looks at the bits, reads, and looks whether anything was given up meanwhile; if so, what it read
 //!   does not count;
 //! - whoever waits for chunks holds them ([`OpenLayer::hold`]), and held chunks are not given up.
@@ -13,7 +13,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -27,6 +27,7 @@ use super::heat::Heat;
 use super::hold::{Held, Holds};
 use super::residency::{Binding, Residency, Snapshot};
 use super::shelf::Shelf;
+use super::stale::MOUNT_POINT;
 use crate::layer::sys::Mapped;
 
 /// File with the checkpointed bitmap.
@@ -93,9 +94,9 @@ pub struct OpenLayer {
     residency: Residency,
     pub(super) heat: Heat,
     holds: Holds,
-    /// Held for reading while a chunk is written and marked, for writing while chunks are given up.
+    /// Held for reading while a chunk is written and marked, for writing while chunks are given up or lost. Locked after `synced`.
     writing: RwLock<()>,
-    /// How often chunks were given up.
+    /// How often chunks were given up or lost.
     given_up: AtomicU64,
     /// Changes of the bitmap.
     changes: AtomicU64,
@@ -182,7 +183,7 @@ impl OpenLayer {
 
     /// Where the layer is to be mounted.
     pub fn mount_point(&self) -> PathBuf {
-        self.dir.join("mnt")
+        self.dir.join(MOUNT_POINT)
     }
 
     /// What is where in the layer.
@@ -225,14 +226,24 @@ impl OpenLayer {
 
     /// The bytes of `data` at `range`, which lies in `chunks`, if those are resident and stay so while it is read.
     pub fn read_resident(&self, range: Range<u64>, chunks: Range<u32>) -> io::Result<Option<Bytes>> {
+        self.read_resident_by(range, chunks, |range| self.read(range))
+    }
+
+    pub(super) fn read_resident_by(
+        &self,
+        range: Range<u64>,
+        chunks: Range<u32>,
+        read: impl FnOnce(Range<u64>) -> io::Result<Bytes>,
+    ) -> io::Result<Option<Bytes>> {
         let before = self.given_up.load(Ordering::SeqCst);
         if !self.residency.contains_all(chunks.clone()) {
             return Ok(None);
         }
         self.note_use(chunks);
-        let bytes = self.read(range)?;
-        // The count rises before the first bit is cleared, and a hole is punched after the last one. So if it has not risen, no hole
-        // that concerns these chunks was there yet.
+        let bytes = read(range)?;
+        // The count rises after the last bit is cleared and before a hole is punched. Who saw the new count before saw no bit of what
+        // went; who saw the old one, and sees it still, has read before there was a hole.
+        fence(Ordering::SeqCst);
         Ok((self.given_up.load(Ordering::SeqCst) == before).then_some(bytes))
     }
 
@@ -387,8 +398,10 @@ impl OpenLayer {
         }
         let now = self.residency.snapshot();
         if let Err(error) = sync(&self.data) {
-            self.given_up.fetch_add(1, Ordering::SeqCst);
+            // Who has written before the sync has marked it by now, and loses the mark with the others.
+            let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
             self.residency.fall_back(&synced);
+            self.given_up.fetch_add(1, Ordering::SeqCst);
             return Err(error);
         }
         let bitmap = self.residency.encode(&now, &self.binding);

@@ -272,24 +272,41 @@ impl Shelf {
             return Ok(None);
         }
         let mut layers = self.layers();
-        let least = layers
-            .iter()
-            .filter(|(_, entry)| entry.may_go() && entry.bytes > 0)
-            .min_by_key(|(_, entry)| entry.last_use);
-        let Some((&layer, entry)) = least else { return Ok(None) };
-        let (bytes, path) = (entry.bytes, self.unfinished(&layer));
-        // With the table held, so that nobody opens it meanwhile; and whole, so that half a layer is never found under its name.
-        let renamed = fs::rename(self.path(&layer), &path);
-        layers.remove(&layer);
-        match renamed {
-            Ok(()) => Ok(Some((layer, path, bytes))),
-            Err(error) => Err(error),
+        loop {
+            let least = layers
+                .iter_mut()
+                .filter(|(_, entry)| entry.may_go() && entry.bytes > 0)
+                .min_by_key(|(_, entry)| entry.last_use);
+            let Some((&layer, entry)) = least else { return Ok(None) };
+            let (bytes, path) = (entry.bytes, self.unfinished(&layer));
+            // With the table held, so that nobody opens it meanwhile; and whole, so that half a layer is never found under its name.
+            match fs::rename(self.path(&layer), &path) {
+                Ok(()) => {
+                    layers.remove(&layer);
+                    return Ok(Some((layer, path, bytes)));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    layers.remove(&layer);
+                }
+                Err(error) => {
+                    // It still counts, and the others come before it the next time.
+                    entry.last_use = self.now();
+                    return Err(error);
+                }
+            }
         }
     }
 
-    /// Forgets a layer whose directory is gone.
+    /// Forgets what is on disk of a layer whose directory is gone; who pins it, or refers to it, does so still.
     pub(super) fn forget(&self, layer: &Digest) {
-        self.layers().remove(layer);
+        let mut layers = self.layers();
+        if let Some(entry) = layers.get_mut(layer) {
+            (entry.bytes, entry.uncounted) = (0, false);
+            if entry.may_go() {
+                layers.remove(layer);
+            }
+        }
+        drop(layers);
         self.digests.forget(layer);
     }
 

@@ -20,6 +20,7 @@ use super::limits::Limits;
 use super::residency::{Binding, Residency};
 use super::reuse::{Found, Search};
 use super::shelf::{Pin, Shelf, UNFINISHED};
+use super::stale::{MOUNT_POINT, detach_stale, remove_layer};
 use crate::heap;
 use crate::layer::Usage;
 use crate::layer::sys::{self, Mapped};
@@ -122,7 +123,8 @@ impl LayerStore {
         Self::within(root, Limits::NONE, Metrics::unregistered())
     }
 
-    /// Opens `<root>/layers`, making it if it is not there, and removes what an interrupted creation or removal left.
+    /// Opens `<root>/layers`, making it if it is not there, removes what an interrupted creation or removal left, and detaches what a
+    /// process that was killed left mounted.
     pub fn within(root: &Path, limits: Limits, metrics: Metrics) -> Result<Self, CacheError> {
         let root = root.join("layers");
         fs::create_dir_all(&root).map_err(io_error("create", &root))?;
@@ -137,10 +139,14 @@ impl LayerStore {
             if name.starts_with(UNFINISHED) {
                 let path = entry.path();
                 // In nobody's way but the disk's: names of new ones differ.
-                if let Err(error) = fs::remove_dir_all(&path) {
+                if let Err(error) = remove_layer(&path) {
                     tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
                 }
             } else if let Ok(layer) = Digest::from_str(&format!("sha256:{name}")) {
+                // Of one that no snapshot refers to nobody would.
+                if let Err(error) = detach_stale(&entry.path().join(MOUNT_POINT)) {
+                    tracing::warn!(path = %entry.path().display(), %error, "what an earlier process mounted here stays");
+                }
                 found.push(layer);
             } else {
                 tracing::warn!(path = %entry.path().display(), "this is no layer and is left alone");
@@ -267,7 +273,7 @@ impl LayerStore {
         // Renamed first: half a layer must never be found under the layer's name.
         fs::rename(&path, &temporary).map_err(io_error("rename", &path))?;
         self.shelf.forget(toc_digest);
-        fs::remove_dir_all(&temporary).map_err(io_error("remove", &temporary))
+        remove_layer(&temporary).map_err(io_error("remove", &temporary))
     }
 
     /// Where a cached layer came from.
@@ -296,7 +302,8 @@ fn write_layer(dir: &Path, toc: &[u8], index: &[u8], origin: &Origin) -> Result<
     for (name, bytes) in [("toc", toc), ("index", index), ("origin", &encode_origin(origin))] {
         fs::write(dir.join(name), bytes).map_err(io_error("write", &dir.join(name)))?;
     }
-    fs::create_dir(dir.join("mnt")).map_err(io_error("create", &dir.join("mnt")))?;
+    let mount_point = dir.join(MOUNT_POINT);
+    fs::create_dir(&mount_point).map_err(io_error("create", &mount_point))?;
     // All files first, so that the first sync takes most of the others along.
     for name in ["toc", "index", "origin", "data"] {
         let path = dir.join(name);
@@ -337,7 +344,7 @@ fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<OpenLayer, Cach
         reset_data(&dir, &data, index.data_size())?;
         Residency::empty(index.chunk_count())
     };
-    let mount_point = dir.join("mnt");
+    let mount_point = dir.join(MOUNT_POINT);
     match fs::create_dir(&mount_point) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("create", &mount_point)(error)),
         _ => {

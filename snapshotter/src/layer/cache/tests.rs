@@ -162,6 +162,38 @@ fn what_a_failed_sync_may_have_lost_is_not_resident_any_more() {
     assert_eq!(resident(&layer), [true, true, false]);
 }
 
+/// A store has written its bytes when the sync fails, and marks them when it can: they are lost all the same.
+#[test]
+fn what_was_written_and_not_yet_marked_when_a_sync_failed_is_not_resident() {
+    let (test, sample) = (TestStore::new(), sample());
+    let layer = sample.create(&test.store);
+    store(&sample, &layer, 0).unwrap();
+    let (written, is_written) = std::sync::mpsc::channel();
+    let (checkpointed, is_checkpointed) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let storing = scope.spawn(|| {
+            let is_checkpointed = std::sync::Mutex::new(is_checkpointed);
+            layer.with_room(1, 1, || {
+                written.send(()).unwrap();
+                // The checkpoint either has ended meanwhile or waits for this store; then nothing comes.
+                let _ = is_checkpointed
+                    .lock()
+                    .unwrap()
+                    .recv_timeout(std::time::Duration::from_millis(300));
+                Ok(true)
+            })
+        });
+        let failed = layer.checkpoint_after(|_| {
+            is_written.recv().unwrap();
+            Err(std::io::Error::from_raw_os_error(libc::EIO))
+        });
+        assert!(failed.is_err());
+        let _ = checkpointed.send(());
+        assert!(storing.join().unwrap().unwrap());
+    });
+    assert_eq!(layer.residency().count(), 0);
+}
+
 #[test]
 fn only_root_may_enter_the_directory_of_layers() {
     use std::os::unix::fs::PermissionsExt as _;

@@ -48,13 +48,20 @@ pub(super) fn store_member(
     for chunk in missing {
         let result = store_chunk(layer, metrics, chunk, &bytes, shortage.as_ref());
         if let Err(error) = result {
-            let worse = matches!(error, FetchError::Store(_));
-            if failure.is_none() || worse {
-                failure = Some(error);
-            }
+            failure = Some(worse(failure, error));
         }
     }
     failure.map_or(Ok(()), Err)
+}
+
+/// What is told of two failures: the disk's before the source's, and that there is no room for what nobody waits for last.
+fn worse(known: Option<FetchError>, error: FetchError) -> FetchError {
+    let is_no_room = |error: &FetchError| matches!(error, FetchError::Store(StoreError::NoRoom { .. }));
+    let is_disk = matches!(error, FetchError::Store(_)) && !is_no_room(&error);
+    match known {
+        Some(known) if is_no_room(&error) || !(is_disk || is_no_room(&known)) => known,
+        _ => error,
+    }
 }
 
 /// Stores the members that lie wholly in `bytes`, which begin at `start` of the blob; wrong ones are left to be fetched.
@@ -157,6 +164,30 @@ mod tests {
             }
         }
         assert_eq!(metrics.verify_failures.get(), 0);
+    }
+
+    #[test]
+    fn that_there_is_no_room_for_nobody_hides_no_other_failure() {
+        let disk = |chunk| {
+            let (path, source) = ("data".into(), std::io::Error::from_raw_os_error(libc::ENOSPC));
+            FetchError::Store(StoreError::Write { chunk, path, source })
+        };
+        let no_room = |chunk| FetchError::Store(StoreError::NoRoom { chunk });
+        let wrong = |chunk| FetchError::Corrupt {
+            chunk,
+            reason: Corruption::Inflate(Arc::new(MemberError::Short { have: 0, want: 1 })),
+        };
+        let told = |errors: Vec<FetchError>| {
+            let told = errors.into_iter().fold(None, |known, error| Some(worse(known, error)));
+            format!("{:?}", told.unwrap())
+        };
+        let is = |error: FetchError| format!("{error:?}");
+        assert_eq!(told(vec![disk(0), no_room(1)]), is(disk(0)));
+        assert_eq!(told(vec![no_room(0), disk(1), no_room(2)]), is(disk(1)));
+        assert_eq!(told(vec![wrong(0), no_room(1)]), is(wrong(0)));
+        assert_eq!(told(vec![no_room(0), wrong(1)]), is(wrong(1)));
+        assert_eq!(told(vec![wrong(0), disk(1), wrong(2)]), is(disk(1)));
+        assert_eq!(told(vec![no_room(0), no_room(1)]), is(no_room(0)));
     }
 
     #[test]

@@ -7,19 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use estargz::digest::Digest;
+use estargz::index::Chunk;
 use fuse_session::{MountConfig, Session};
-use rustix::mount::UnmountFlags;
 
 use super::{Shared, Slot, cache_error};
-use crate::layer::cache::{CacheError, CachedLayer};
+use crate::layer::cache::{CacheError, CachedLayer, detach_stale};
 use crate::layer::fetch::{LayerFetch, LayerNames};
 use crate::layer::fs::LayerFs;
 use crate::layer::fuse::LayerFuse;
 use crate::layer::source::BlobSource;
 use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
 
-/// Mounts stacked on one mount point that are cleared away; more than one only after crashes in between.
-const MAX_STALE_MOUNTS: usize = 16;
 /// Digits of the TOC digest in the mount table.
 const SHORT_DIGEST: usize = 16;
 
@@ -27,6 +25,20 @@ const SHORT_DIGEST: usize = 16;
 pub(super) struct Mounted {
     session: Session,
     fetch: Arc<LayerFetch>,
+}
+
+impl Slot {
+    /// Makes the kernel forget a chunk that it may have read, if the layer is mounted. Blocks.
+    pub(super) fn forget_pages(&self, chunk: &Chunk) -> io::Result<()> {
+        // The lock is not held while the kernel waits for reads under way.
+        let notifier = self
+            .mounted
+            .blocking_lock()
+            .as_ref()
+            .map(|mounted| mounted.session.notifier());
+        let range = chunk.file_offset..chunk.file_offset.saturating_add(u64::from(chunk.size));
+        notifier.map_or(Ok(()), |notifier| Ok(notifier.forget_pages(chunk.ino, range)?))
+    }
 }
 
 impl Shared {
@@ -182,13 +194,6 @@ impl Shared {
             };
             tracing::warn!(toc = %toc_digest, error = &error as &dyn std::error::Error,
                 "the cached layer is damaged; fetching its TOC again");
-            let path = shared.store.path(&toc_digest).join("mnt");
-            // A mount left there would keep the directory from being removed.
-            detach_stale(&path).map_err(|source| CacheError::Io {
-                action: "detach what is mounted at",
-                path,
-                source,
-            })?;
             shared.store.discard(&toc_digest).map(|()| None)
         })
         .await
@@ -308,19 +313,4 @@ async fn close_unused(slot: &Slot, fetch: &LayerFetch, is_mounted: bool) {
 fn mount_session(fuse: LayerFuse, path: &Path, config: MountConfig) -> Result<Session, crate::layer::Cause> {
     detach_stale(path)?;
     Ok(Session::mount(fuse, path, config)?)
-}
-
-/// Detaches what a predecessor that was killed left on the mount point.
-fn detach_stale(path: &Path) -> io::Result<()> {
-    for _ in 0..MAX_STALE_MOUNTS {
-        match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            Ok(()) => tracing::info!(path = %path.display(), "detached a mount left by an earlier process"),
-            // Not a mount point: nothing is left.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Err(io::Error::other(format!(
-        "more than {MAX_STALE_MOUNTS} mounts are stacked there"
-    )))
 }

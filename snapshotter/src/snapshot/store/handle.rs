@@ -6,9 +6,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 
 use redb::{Database, ReadTransaction, ReadableDatabase as _, WriteTransaction};
 use rustix::fs::FallocateFlags;
@@ -23,6 +24,31 @@ const LEAST_SPARE: u64 = 1 << 20;
 const MOST_SPARE: u64 = 32 << 20;
 /// Unit of `st_blocks`.
 const BLOCK: u64 = 512;
+
+/// A transaction that writes, the only one; the database is not opened again as long as it lives.
+pub(super) struct Writing<'a> {
+    // Dropped first.
+    tx: WriteTransaction,
+    _alone: MutexGuard<'a, ()>,
+}
+
+impl Deref for Writing<'_> {
+    type Target = WriteTransaction;
+
+    fn deref(&self) -> &WriteTransaction {
+        &self.tx
+    }
+}
+
+impl Writing<'_> {
+    pub(super) fn commit(self) -> Result<(), redb::CommitError> {
+        self.tx.commit()
+    }
+
+    pub(super) fn abort(self) -> Result<(), redb::StorageError> {
+        self.tx.abort()
+    }
+}
 
 /// Whether the database has to be opened again before anything else will succeed.
 fn refuses(error: &redb::Error) -> bool {
@@ -53,7 +79,7 @@ impl Store {
 
     /// Begins to write what is more than before. It is refused where the file has nothing in reserve, since what is there is for
     /// removals.
-    pub(super) fn growing(&self) -> Result<WriteTransaction, Error> {
+    pub(super) fn growing(&self) -> Result<Writing<'_>, Error> {
         match reserve(&self.path) {
             // Where a filesystem knows no reserves it must do without.
             Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(failed(error)),
@@ -62,18 +88,20 @@ impl Store {
     }
 
     /// Begins to write.
-    pub(super) fn writing(&self) -> Result<WriteTransaction, Error> {
+    pub(super) fn writing(&self) -> Result<Writing<'_>, Error> {
         let begin = || self.begin_write();
         let begun = self.or_again(begin)?;
         begun.map_err(|error| failed(*error))
     }
 
-    pub(super) fn begin_write(&self) -> Result<WriteTransaction, Box<redb::Error>> {
-        self.with(|db| db.begin_write().map_err(|error| Box::new(error.into())))
+    pub(super) fn begin_write(&self) -> Result<Writing<'_>, Box<redb::Error>> {
+        let alone = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let tx = self.with(|db| db.begin_write().map_err(|error| Box::new(error.into())))?;
+        Ok(Writing { tx, _alone: alone })
     }
 
     /// Commits what was written. That may cut the file, and what it had in reserve with it.
-    pub(super) fn commit_transaction(&self, tx: WriteTransaction) -> Result<(), Error> {
+    pub(super) fn commit_transaction(&self, tx: Writing<'_>) -> Result<(), Error> {
         tx.commit().map_err(failed)?;
         self.keep_reserve();
         Ok(())
@@ -106,8 +134,9 @@ impl Store {
 
     /// Closes the database and opens it, unless somebody else just did.
     fn open_again(&self) -> Result<(), Error> {
+        // A transaction under way would keep the file locked after the database is closed.
+        let _alone = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut slot = self.db.write().unwrap_or_else(PoisonError::into_inner);
-        // This waits for a transaction under way, which would keep the file locked.
         let works = |db: &Database| db.begin_write().is_ok_and(|tx| tx.abort().is_ok());
         if slot.as_ref().is_some_and(works) {
             return Ok(());

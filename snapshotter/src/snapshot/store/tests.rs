@@ -566,3 +566,28 @@ fn privileged_a_database_that_refuses_after_a_failed_write_is_opened_again() {
     drop((listing, store));
     assert_eq!(count(&Store::open(&path, 1).unwrap()), 1);
 }
+
+#[test]
+fn a_database_is_not_opened_again_under_a_transaction() {
+    let place = tempfile::tempdir().unwrap();
+    let store = Store::open(&place.path().join("meta.redb"), 1).unwrap();
+    let create = |key: &str| store.create(Kind::Active, key, None, &Labels::new(), None, |_| Ok(()));
+    create("first").unwrap();
+    let tx = store.writing().unwrap();
+    // Closed under it, which leaves the file locked until the transaction ends.
+    drop(store.db.write().unwrap().take());
+    let (found, is_found) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let finding = scope.spawn(|| {
+            let result = store.find("first");
+            let _ = found.send(());
+            result
+        });
+        // The other either fails at once or waits for this one; then nothing comes.
+        let _ = is_found.recv_timeout(std::time::Duration::from_millis(300));
+        drop(tx);
+        finding.join().unwrap().unwrap();
+    });
+    create("second").unwrap();
+    assert_eq!(count(&store), 2);
+}

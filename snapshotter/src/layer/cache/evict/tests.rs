@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use estargz::digest::Digest;
 use proptest::prelude::*;
 
+use super::Need;
 use crate::layer::cache::limits::{Amount, Limits};
 use crate::layer::cache::{CachedLayer, LayerStore, StoreError};
 use crate::layer::testing::{Packing, Sample, SmallDisk, TestStore, assert_only_verified};
@@ -133,6 +134,90 @@ fn unused_layers_go_first_the_one_used_longest_ago_before_the_others() {
         2,
         "nothing is left of them"
     );
+}
+
+/// Mounts something that is in the way of a removal, as a dead mount is.
+fn mount_on(path: &Path) {
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", path, "tmpfs", flags, Some(c"size=64k")).unwrap();
+}
+
+#[test]
+fn privileged_dead_mounts_keep_no_layer_from_going() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples: Vec<_> = (0..4).map(|seed| sample(seed, 4)).collect();
+    let (store, _) = limited(dir.path(), "0B");
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    let layers = dir.path().join("layers");
+    let mount_point = |sample: &Sample| store.path(&sample.toc_digest).join("mnt");
+    // What was left of one that was being removed.
+    fs::rename(store.path(&samples[0].toc_digest), layers.join(".new-0")).unwrap();
+    mount_on(&layers.join(".new-0/mnt"));
+    mount_on(&mount_point(&samples[1]));
+    mount_on(&mount_point(&samples[1]));
+    let mounted = || {
+        let table = fs::read_to_string("/proc/self/mounts").unwrap();
+        table.matches(layers.to_str().unwrap()).count()
+    };
+    assert_eq!(mounted(), 3);
+    let (store, _) = limited(dir.path(), "0B");
+    assert_eq!((mounted(), fs::read_dir(&layers).unwrap().count()), (0, 3));
+    // And what came since.
+    mount_on(&mount_point(&samples[2]));
+    mount_on(&mount_point(&samples[3]));
+    store.discard(&samples[3].toc_digest).unwrap();
+    store.settle();
+    let dropped = store.prune(true);
+    assert_eq!((dropped.layers, dropped.failed), (2, 0));
+    assert_eq!((mounted(), fs::read_dir(&layers).unwrap().count()), (0, 0));
+}
+
+#[test]
+fn privileged_a_layer_that_cannot_go_counts_and_lets_others_go_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples: Vec<_> = (0..3).map(|seed| sample(seed, 4)).collect();
+    let (store, _) = limited(dir.path(), "0B");
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    drop(store);
+    for (number, days) in [(0, 9), (1, 8), (2, 7)] {
+        set_last_use(dir.path(), &samples[number], days);
+    }
+    let (store, metrics) = limited(dir.path(), "0B");
+    store.settle();
+    let before = metrics.cache_bytes.get();
+    // A directory that is a mount point is not renamed; and one is gone by somebody's hand.
+    let stuck = store.path(&samples[0].toc_digest);
+    mount_on(&stuck);
+    fs::remove_dir_all(store.path(&samples[1].toc_digest)).unwrap();
+    let dropped = store.prune(true);
+    assert_eq!((dropped.layers, dropped.failed), (0, 1));
+    assert_eq!(metrics.cache_bytes.get(), before);
+    let dropped = store.prune(true);
+    assert_eq!((dropped.layers, dropped.failed), (1, 1));
+    assert!(!store.contains(&samples[2].toc_digest));
+    assert!((1..before / 2).contains(&metrics.cache_bytes.get()));
+    rustix::mount::unmount(&stuck, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert_eq!(store.prune(true).layers, 1);
+    assert_eq!(metrics.cache_bytes.get(), 0);
+}
+
+#[test]
+fn a_layer_that_is_made_anew_is_kept_and_pinned_as_before() {
+    let (test, sample) = (TestStore::new(), sample(1, 4));
+    let store = &test.store;
+    store.settle();
+    drop(full(store, &sample));
+    store.keep(&sample.toc_digest);
+    let first = store.pin(&sample.toc_digest);
+    store.discard(&sample.toc_digest).unwrap();
+    drop(full(store, &sample));
+    assert_eq!(store.prune(true).layers, 0, "a snapshot refers to it");
+    store.let_go(&sample.toc_digest);
+    let second = store.pin(&sample.toc_digest);
+    drop(first);
+    assert_eq!(store.prune(true).layers, 0, "somebody is about to open it");
+    drop(second);
+    assert_eq!(store.prune(true).layers, 1);
 }
 
 /// A verification opens every layer and reads all of it.
@@ -310,6 +395,35 @@ fn readers_never_see_a_hole_while_chunks_come_and_go() {
     assert_only_verified(&layer);
 }
 
+/// The reader has seen the bit just before it is cleared, and reads when the hole is there.
+#[test]
+fn a_reader_that_was_overtaken_while_bits_were_cleared_is_served_no_hole() {
+    let (test, sample) = (TestStore::new(), sample(1, 4));
+    let layer = full(&test.store, &sample);
+    let (seen, sees) = std::sync::mpsc::channel();
+    let (punched, hole) = std::sync::mpsc::channel();
+    let read = std::thread::scope(|scope| {
+        let mut reader = None;
+        let given_up = layer.give_up_after(&[0, 1, 2, 3], || {
+            let layer = layer.clone();
+            reader = Some(scope.spawn(move || {
+                let chunk = layer.index().chunk(3).unwrap();
+                let place = chunk.data_offset..chunk.data_offset + u64::from(chunk.size);
+                layer.read_resident_by(place, 3..4, |place| {
+                    seen.send(()).unwrap();
+                    hole.recv().unwrap();
+                    layer.read(place)
+                })
+            }));
+            sees.recv().unwrap();
+        });
+        assert!(given_up.unwrap() > 0);
+        punched.send(()).unwrap();
+        reader.unwrap().join().unwrap()
+    });
+    assert!(read.unwrap().is_none());
+}
+
 /// What happens to a layer.
 #[derive(Debug, Clone)]
 enum Step {
@@ -471,6 +585,28 @@ fn what_nobody_waits_for_stops_before_the_quota_and_is_not_started_by_what_reade
     }
     store_.tidy();
     assert!(!layer.has_room());
+}
+
+/// As with blocks that other files share.
+#[test]
+fn privileged_what_is_given_up_and_frees_nothing_is_no_room() {
+    let disk = SmallDisk::new(c"size=4m");
+    let (store, _) = limited(disk.path(), "0B");
+    let samples = [sample(1, 8), sample(2, 8)];
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    set_last_use(disk.path(), &samples[0], 1);
+    store.settle();
+    let elsewhere: Vec<_> = samples
+        .iter()
+        .flat_map(|sample| fs::read_dir(store.path(&sample.toc_digest)).unwrap())
+        .map(|entry| fs::File::open(entry.unwrap().path()).unwrap())
+        .collect();
+    disk.fill();
+    let shelf = store.shelf_for_test();
+    assert!(!shelf.make_room_on_disk(1, Need::Reader));
+    assert!(shelf.making_room.lock().unwrap().is_some(), "it is tried again at once");
+    drop(elsewhere);
+    full(&store, &samples[0]);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use rustix::fs::FallocateFlags;
 
 use super::{OpenLayer, RESIDENT};
 use crate::layer::cache::files;
-use crate::layer::cache::residency::Residency;
+use crate::layer::cache::residency::{Residency, Snapshot};
 
 /// Extents in `data` begin at multiples of this.
 const EXTENT_ALIGN: u64 = 4096;
@@ -24,8 +24,16 @@ impl OpenLayer {
     /// Gives up chunks that nobody holds: clears their bits, on disk first, and punches holes where they were. How many bytes the
     /// disk got back.
     pub(in crate::layer::cache) fn give_up(&self, chunks: &[u32]) -> io::Result<u64> {
+        self.give_up_after(chunks, || ())
+    }
+
+    /// Like [`Self::give_up`]; `forgotten` is called when the disk has forgotten the chunks and memory has not.
+    pub(in crate::layer::cache) fn give_up_after(&self, chunks: &[u32], forgotten: impl FnOnce()) -> io::Result<u64> {
+        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
         let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
-        let gone = self.forget(chunks)?;
+        self.forget_on_disk(&mut synced, chunks)?;
+        forgotten();
+        let gone = self.forget(chunks);
         if gone.is_empty() {
             return Ok(0);
         }
@@ -34,30 +42,36 @@ impl OpenLayer {
         Ok(before.saturating_sub(self.data.metadata()?.blocks()) * BLOCK)
     }
 
-    /// Clears bits, on disk first; those that were cleared in memory.
-    fn forget(&self, chunks: &[u32]) -> io::Result<Vec<u32>> {
-        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
-        if chunks.iter().any(|&chunk| synced.contains(chunk)) {
-            let mut left = synced.clone();
-            chunks.iter().for_each(|&chunk| left.remove(chunk));
-            let bitmap = self.residency.encode(&left, &self.binding);
-            if files::replace(&self.dir, RESIDENT, &bitmap).is_err() {
-                // A full disk has no room for another bitmap. Without one nothing is resident after an unclean stop, until the
-                // next checkpoint.
-                files::remove(&self.dir, RESIDENT)?;
-                left = Residency::empty(self.index().chunk_count()).snapshot();
-            }
-            *synced = left;
+    /// Clears bits on disk.
+    fn forget_on_disk(&self, synced: &mut Snapshot, chunks: &[u32]) -> io::Result<()> {
+        if !chunks.iter().any(|&chunk| synced.contains(chunk)) {
+            return Ok(());
         }
+        let mut left = synced.clone();
+        chunks.iter().for_each(|&chunk| left.remove(chunk));
+        let bitmap = self.residency.encode(&left, &self.binding);
+        if files::replace(&self.dir, RESIDENT, &bitmap).is_err() {
+            // A full disk has no room for another bitmap. Without one nothing is resident after an unclean stop, until the
+            // next checkpoint.
+            files::remove(&self.dir, RESIDENT)?;
+            left = Residency::empty(self.index().chunk_count()).snapshot();
+        }
+        *synced = left;
+        Ok(())
+    }
+
+    /// Clears bits in memory; those of them that were set and that nobody holds.
+    fn forget(&self, chunks: &[u32]) -> Vec<u32> {
         let held = self.holds.fix();
-        self.given_up.fetch_add(1, Ordering::SeqCst);
         let gone = chunks
             .iter()
             .copied()
             .filter(|&chunk| !held.contains(chunk) && self.residency.remove(chunk))
             .collect();
+        // Not before: who sees the new count must see no bit of what is about to go.
+        self.given_up.fetch_add(1, Ordering::SeqCst);
         self.changes.fetch_add(1, Ordering::AcqRel);
-        Ok(gone)
+        gone
     }
 
     /// Where a chunk lies in `data`, with the padding behind it if it is its file's last.

@@ -151,6 +151,33 @@ async fn privileged_wrong_bytes_are_found_dropped_and_fetched_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn privileged_wrong_bytes_that_were_read_leave_the_page_cache() {
+    let registry = Registry::start();
+    let samples = samples();
+    let manifest = registry.push(&samples).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, _) = layers(dir.path());
+    let inspector = layers.inspector().unwrap();
+    warm(&layers, &registry).await;
+    let request = request(&registry, &samples[1], Some(manifest));
+    let path = layers.mount(request).await.unwrap().path;
+    let cached = layers.shared.store.load(&samples[1].toc_digest).unwrap().unwrap();
+    let chunk = cached.index().chunk(3).unwrap();
+    let data = File::options().write(true).open(cached.dir().join("data")).unwrap();
+    data.write_all_at(b"!", chunk.data_offset + 7).unwrap();
+    drop(cached);
+    let read = async || {
+        let path = path.clone();
+        blocking(move || contents(&path)).await
+    };
+    assert!(read().await != samples[1].files);
+    let report = verified(&inspector, Some(samples[1].toc_digest)).await;
+    assert_eq!((report.wrong, report.failed), (1, 0), "{report:?}");
+    assert!(read().await == samples[1].files);
+    layers.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn privileged_verified_layers_are_as_old_as_before() {
     let registry = Registry::start();
     registry.push(&samples()).await;

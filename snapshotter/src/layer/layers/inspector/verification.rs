@@ -14,7 +14,7 @@ use super::Inspector;
 use crate::layer::NotLazy;
 use crate::layer::cache::CachedLayer;
 use crate::layer::fetch::LayerNames;
-use crate::layer::layers::{Shared, Used};
+use crate::layer::layers::{Shared, Slot, Used};
 
 /// Wrong chunks that are named; the others are counted.
 pub const MAX_WRONG_TOLD: usize = 32;
@@ -174,11 +174,13 @@ impl Shared {
             Err(error) => return Err(hullspeed_daemon::error::chain(&error)),
         };
         let (layer, sender, stop) = (fetch.layer().clone(), sender.clone(), stop.clone());
+        let slot = used.slot.clone();
         let metrics = self.metrics.clone();
         let verified = tokio::task::spawn_blocking(move || {
             verify_layer(&layer, &stop, |chunk, wrong| {
-                if wrong.is_some() {
+                if let Some(wrong) = &wrong {
                     metrics.verify_failures.inc();
+                    forget_pages(&slot, &layer, wrong);
                 }
                 sender.send_modify(|report| note(report, chunk, wrong));
             })
@@ -215,6 +217,15 @@ fn drop_wrong(layer: &CachedLayer, chunk: u32) -> std::io::Result<()> {
     Err(std::io::Error::other(format!(
         "chunk {chunk} is wrong and is being read all the time; it stays for now"
     )))
+}
+
+/// Makes the kernel forget what it read of a wrong chunk before that was dropped.
+fn forget_pages(slot: &Slot, layer: &CachedLayer, wrong: &WrongChunk) {
+    let forgotten = layer.index().chunk(wrong.chunk).map(|chunk| slot.forget_pages(&chunk));
+    if let Some(Err(error)) = forgotten {
+        tracing::error!(toc = %wrong.toc_digest, chunk = wrong.chunk, file = wrong.file, %error,
+            "wrong bytes that were read already stay in the kernel's page cache; drop it, or start the containers of this image anew");
+    }
 }
 
 /// Looks at every resident chunk, and tells the length of each and whether it was wrong. Blocks.
