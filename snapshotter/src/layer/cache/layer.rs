@@ -213,7 +213,7 @@ impl OpenLayer {
         &self.residency
     }
 
-    /// Whether what nobody waits for may be stored: see [`super::LayerStore::has_room`].
+    /// Whether what nobody waits for may be stored: see [`super::LayerStore::no_room`].
     pub fn has_room(&self) -> bool {
         self.shelf.has_room()
     }
