@@ -97,6 +97,21 @@ async fn tokens_are_asked_for_once_per_scope_and_again_when_they_end() {
 }
 
 #[tokio::test]
+async fn a_source_of_logins_that_cannot_be_read_is_none() {
+    let server = token_registry(300, |_| true, |_| answer(200, &[], "")).await;
+    let client = Client::new(ClientOptions {
+        credentials: Credentials::anonymous().with_file("/nonexistent/auth.json"),
+        ..ClientOptions::default()
+    })
+    .unwrap();
+    for _ in 0..2 {
+        let found = client.blob_exists(&server.image("a"), &Digest::of("")).await;
+        assert!(found.unwrap());
+    }
+    assert_eq!(server.count("/token"), 1);
+}
+
+#[tokio::test]
 async fn a_revoked_token_is_renewed_once_from_scratch() {
     // Token 0 works for one request, token 1 for ever.
     let uses = counter();
