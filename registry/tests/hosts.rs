@@ -178,6 +178,24 @@ async fn each_host_has_a_handle_of_its_own_and_only_those_that_may_pull() {
 }
 
 #[tokio::test]
+async fn a_registry_that_is_listed_is_not_asked_twice() {
+    for (server, capabilities, asked) in [
+        ("", "", 1),
+        ("server = 'http://localhost:1/'", "", 1),
+        // One that may do less there is still needed for the rest.
+        ("", "capabilities = ['pull']", 2),
+        ("server = 'http://localhost:1'", "capabilities = ['pull']", 2),
+    ] {
+        let certs = Certs::new();
+        let toml = format!("{server}\n[host.'http://localhost:1']\n{capabilities}\n");
+        certs.write("localhost_1_", "hosts.toml", &toml);
+        let client = certs.client(Credentials::anonymous());
+        let hosts = client.hosts(&image("localhost:1/app:1")).unwrap();
+        assert_eq!(hosts.len(), asked, "{toml}");
+    }
+}
+
+#[tokio::test]
 async fn whoever_keeps_hosts_can_find_out_that_they_are_others_now() {
     let certs = Certs::new();
     let client = certs.client(Credentials::anonymous());
