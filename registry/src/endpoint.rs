@@ -98,6 +98,15 @@ impl Endpoint {
 
     /// Adds what goes to this host and to no other.
     pub(crate) fn identify(&self, url: &Url, request: RequestBuilder, auth: Option<&Authorization>) -> RequestBuilder {
+        let request = self.with_headers(url, request, auth.is_some());
+        match auth.filter(|_| self.is_own(url)) {
+            Some(auth) => auth.apply(request),
+            None => request,
+        }
+    }
+
+    /// Adds the headers that go to this host and to no other; none that would be a login in the place of one that is there.
+    pub(crate) fn with_headers(&self, url: &Url, request: RequestBuilder, has_login: bool) -> RequestBuilder {
         if !self.is_own(url) {
             return request;
         }

@@ -354,6 +354,49 @@ async fn a_final_address_that_is_refused_is_found_anew() {
     }
 }
 
+/// A proxy in front of both may want its headers with each request, whatever login that has.
+#[tokio::test]
+async fn headers_of_a_host_go_to_its_own_token_server() {
+    let basic = "Basic bWlycm9yOnB3";
+    for (login, given) in [
+        (None, Some("Basic configured")),
+        (Some(login("mirror")), Some(basic)),
+        (Some(Login::IdentityToken("refresh".to_owned())), None),
+    ] {
+        let address = Arc::new(std::sync::OnceLock::<String>::new());
+        let own = Arc::clone(&address);
+        let host = Scripted::start(move |seen| {
+            if seen.path == "/token" {
+                return answer(200, &[], r#"{"token":"t","expires_in":300}"#);
+            }
+            if seen.authorization.as_deref() == Some("Bearer t") {
+                return answer(200, &[], "");
+            }
+            let realm = format!(r#"Bearer realm="http://{}/token",service="s""#, own.get().unwrap());
+            answer(401, &[("www-authenticate", &realm)], "")
+        })
+        .await;
+        address.set(host.host.clone()).unwrap();
+        let certs = Certs::new();
+        let toml = format!(
+            "server = 'http://{}'\n[header]\nx-extra = 'token'\nauthorization = 'Basic configured'\n",
+            host.host
+        );
+        certs.write("_default", "hosts.toml", &toml);
+        let credentials = Credentials::anonymous();
+        let credentials = match login {
+            Some(login) => credentials.with_login(host.host.as_str(), login),
+            None => credentials,
+        };
+        let client = certs.client(credentials);
+        assert!(client.blob_exists(&host.image("app"), &Digest::of("")).await.unwrap());
+        let asked: Vec<_> = host.seen().into_iter().filter(|seen| seen.path == "/token").collect();
+        assert_eq!(asked.len(), 1);
+        assert_eq!(asked[0].extra.as_deref(), Some("token"));
+        assert_eq!(asked[0].authorization.as_deref(), given);
+    }
+}
+
 /// A bearer registry below a path, as a proxy project is: its challenge names the repository as it knows it.
 #[tokio::test]
 async fn a_token_is_for_the_repository_as_the_mirror_names_it() {
