@@ -516,7 +516,11 @@ impl Authority {
 /// A docker-registry that speaks TLS, and wants a client certificate of the authority if `mutual`. Linux connects 0.0.0.0 to itself,
 /// and that is no loopback address to the client.
 fn tls_registry(authority: &Authority, mutual: bool) -> (Registry, String) {
-    let name = Ipv4Addr::UNSPECIFIED;
+    tls_registry_at(authority, Ipv4Addr::UNSPECIFIED, mutual)
+}
+
+/// One that is asked for at the address `name`.
+fn tls_registry_at(authority: &Authority, name: Ipv4Addr, mutual: bool) -> (Registry, String) {
     authority.issue(
         "server",
         &format!("subjectAltName=IP:{name}\nbasicConstraints=critical,CA:FALSE\n"),
@@ -588,6 +592,26 @@ async fn certificates_of_a_host_count_for_it() {
     refused(reach(&certs, &host).await, "connection");
     copy("ca.crt", "own.crt");
     reach(&certs, &host).await.unwrap();
+}
+
+/// Where the system's authorities are is a variable of the process, so the client is another one: this test again.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_systems_authorities_count_on_loopback_too() {
+    const HOST: &str = "HULLSPEED_TEST_TLS_HOST";
+    if let Ok(host) = std::env::var(HOST) {
+        let certs = Certs::new();
+        certs.write(&host, "hosts.toml", &format!("server = 'https://{host}'\n"));
+        return reach(&certs, &host).await.unwrap();
+    }
+    let authority = Authority::new();
+    let (_registry, host) = tls_registry_at(&authority, Ipv4Addr::LOCALHOST, false);
+    let again = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_systems_authorities_count_on_loopback_too"])
+        .env(HOST, host)
+        .env("SSL_CERT_FILE", authority.path("ca.crt"))
+        .output()
+        .unwrap();
+    assert!(again.status.success(), "{again:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
