@@ -100,6 +100,11 @@ impl HostHandle {
         };
         self.client.range_at(endpoint, &self.image, digest, range, 1).await
     }
+
+    /// Forgets to where this host sent for a blob: what came from there was wrong.
+    pub fn forget_address(&self, digest: &Digest) {
+        self.client.forget_address(&self.key, &self.image, digest);
+    }
 }
 
 impl Client {

@@ -406,6 +406,42 @@ async fn bodies_that_break_or_stall_are_transient_errors() {
 }
 
 #[tokio::test]
+async fn a_final_address_whose_body_fails_is_found_anew() {
+    let bytes = content(100);
+    let digest = Digest::of(&bytes);
+    let whole = bytes.clone();
+    // The first edge breaks each body, the second one gives wrong bytes as far as the caller can tell.
+    let store = Scripted::start(move |seen| match seen.uri.as_str() {
+        "/edge?0" => broken(206, &[("content-range", "bytes 0-99/100")], content(40), 100),
+        _ => serve_range(&whole, seen.range.as_deref()),
+    })
+    .await;
+    let (target, issued) = (store.host.clone(), counter());
+    let server = Scripted::start(move |_| {
+        let location = format!("http://{target}/edge?{}", issued.fetch_add(1, Ordering::SeqCst));
+        answer(307, &[("location", &location)], "")
+    })
+    .await;
+    let image = server.image("a");
+    let host = client(&server.host, None).hosts(&image).unwrap().remove(0);
+    let read = async || host.blob_range(&digest, RangeSpec::From(0..100)).await?.bytes().await;
+    assert_eq!(read().await.unwrap_err().class(), ErrorClass::Transient);
+    for _ in 0..2 {
+        assert_eq!(read().await.unwrap(), bytes);
+    }
+    host.forget_address(&digest);
+    let response = host.blob_range(&digest, RangeSpec::From(0..100)).await.unwrap();
+    let said = format!("{response:?}");
+    assert!(!said.contains("edge?"), "{said}");
+    let asked: Vec<_> = store.seen().into_iter().map(|seen| seen.uri).collect();
+    assert_eq!(asked, ["/edge?0", "/edge?1", "/edge?1", "/edge?2"]);
+    // One that is given up before its end says nothing of the edge.
+    drop(response);
+    assert_eq!(read().await.unwrap(), bytes);
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
 async fn pulls_resume_where_they_broke_and_check_the_digest() {
     let bytes = content(500_000);
     let (served, breaks) = (bytes.clone(), counter());
