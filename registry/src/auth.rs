@@ -258,15 +258,16 @@ impl Client {
             match self.grant_of(endpoint, scope, challenge, source, since).await {
                 Ok(Some(grant)) => return Ok(grant),
                 Ok(None) => {}
+                Err(Fault::Credentials(error)) => {
+                    // What the registry says in the end tells nothing of it. Only a login that was refused is known.
+                    tracing::warn!(
+                        host = endpoint.name,
+                        error = &error as &dyn std::error::Error,
+                        "a source of logins cannot be used"
+                    );
+                    first.get_or_insert(Fault::Credentials(error));
+                }
                 Err(fault) if fault.class() == ErrorClass::Auth => {
-                    if let Fault::Credentials(error) = &fault {
-                        // What the registry says in the end tells nothing of it.
-                        tracing::warn!(
-                            host = endpoint.name,
-                            error = error as &dyn std::error::Error,
-                            "a source of logins cannot be used"
-                        );
-                    }
                     known = true;
                     first.get_or_insert(fault);
                 }

@@ -89,16 +89,26 @@ impl HostHandle {
         &self.name
     }
 
+    /// Tells hosts apart that have one name: by scheme, by path, and by the registry that is meant.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     /// Asks this host for a part of a blob, once, and no other as long as the image may be asked for there: whoever has several hosts
     /// decides which one is asked next, and counts those that fail. If `hosts.toml` lists it no longer, those
     /// that it lists are asked in its place. See [`Client::blob_range`].
     pub async fn blob_range(&self, digest: &Digest, range: RangeSpec) -> Result<RangeResponse, Error> {
         let endpoints = self.client.endpoints(&self.image)?;
-        let own = endpoints.iter().find(|endpoint| endpoint.key() == self.key);
-        let Some(endpoint) = own.filter(|endpoint| endpoint.capabilities.pull) else {
+        let is_own = |endpoint: &&Arc<Endpoint>| endpoint.key() == self.key && endpoint.capabilities.pull;
+        let Some(endpoint) = endpoints.iter().find(is_own) else {
             return self.client.blob_range(&self.image, digest, range).await;
         };
         self.client.range_at(endpoint, &self.image, digest, range, 1).await
+    }
+
+    /// Forgets to where this host sent for a blob: what came from there was wrong.
+    pub fn forget_address(&self, digest: &Digest) {
+        self.client.forget_address(&self.key, &self.image, digest);
     }
 }
 

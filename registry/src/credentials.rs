@@ -5,6 +5,7 @@
 
 mod docker;
 mod logins;
+mod program;
 mod providers;
 
 use std::fmt;
@@ -17,7 +18,7 @@ use zeroize::Zeroize as _;
 
 use crate::handed_over::{HandedOver, InUse, Place, Stamp};
 use crate::limits::{HELPER_TIMEOUT, MAX_HELPERS};
-use docker::DockerConfig;
+use docker::{DockerConfig, Known};
 
 pub use logins::check_credentials_file;
 pub use providers::{ProviderError, Providers};
@@ -103,14 +104,11 @@ impl Helpers {
         }
     }
 
-    /// Runs `ask` on a thread of its own, once there is a place for it; `None` if it panicked.
-    ///
-    /// The place is held by the thread, not by the caller: nothing can stop a helper that hangs, so a caller that has lost
-    /// patience must not make room for another one.
-    async fn run<T: Send + 'static>(&self, ask: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    /// Asks, once there is a place for it; `None` if that panicked. It goes on, and ends in its time, whoever waits for it.
+    async fn run<T: Send + 'static>(&self, ask: impl Future<Output = T> + Send + 'static) -> Option<T> {
         let place = Arc::clone(&self.places).acquire_owned().await.ok()?;
-        let running = tokio::task::spawn_blocking(move || {
-            let answer = ask();
+        let running = tokio::spawn(async move {
+            let answer = ask.await;
             drop(place);
             answer
         });
@@ -327,18 +325,12 @@ impl Credentials {
 
     /// What one docker configuration says; `None` if the look-up broke down.
     async fn look_up(&self, source: DockerConfig, host: String) -> Option<Result<Option<Login>, CredentialError>> {
-        let reader = source.clone();
-        // Only what needs a helper waits for a place among them: one that hangs is no obstacle to any other login.
-        let chosen = tokio::task::spawn_blocking(move || match reader.choose(&host) {
-            Ok(Some(choice)) if choice.helper.is_some() => Err(choice),
-            Ok(Some(choice)) => Ok(reader.find(choice)),
-            Ok(None) => Ok(Ok(None)),
-            Err(error) => Ok(Err(error)),
-        });
-        match chosen.await.ok()? {
-            Ok(found) => Some(found),
-            // Helpers are programs that may ask a keychain or a cloud.
-            Err(choice) => self.helpers.run(move || source.find(choice)).await,
+        let known = tokio::task::spawn_blocking(move || source.look_up(&host));
+        match known.await.ok()? {
+            Ok(Known::Login(login)) => Some(Ok(login)),
+            // Helpers are programs that may ask a keychain or a cloud. Only what needs one waits for a place among them.
+            Ok(Known::Helper(helper)) => self.helpers.run(helper.ask(HELPER_TIMEOUT)).await,
+            Err(error) => Some(Err(error)),
         }
     }
 

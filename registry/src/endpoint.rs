@@ -98,15 +98,23 @@ impl Endpoint {
 
     /// Adds what goes to this host and to no other.
     pub(crate) fn identify(&self, url: &Url, request: RequestBuilder, auth: Option<&Authorization>) -> RequestBuilder {
+        let request = self.with_headers(url, request, auth.is_some());
+        match auth.filter(|_| self.is_own(url)) {
+            Some(auth) => auth.apply(request),
+            None => request,
+        }
+    }
+
+    /// Adds the headers that go to this host and to no other; none that would be a login in the place of one that is there.
+    pub(crate) fn with_headers(&self, url: &Url, request: RequestBuilder, has_login: bool) -> RequestBuilder {
         if !self.is_own(url) {
             return request;
         }
         let mut headers = self.headers.clone();
-        let Some(auth) = auth else {
-            return request.headers(headers);
-        };
-        headers.remove(AUTHORIZATION);
-        auth.apply(request.headers(headers))
+        if has_login {
+            headers.remove(AUTHORIZATION);
+        }
+        request.headers(headers)
     }
 
     /// Whether an address is at this host's origin.
@@ -119,8 +127,24 @@ impl Endpoint {
         let pools = self.pools.as_ref().map_err(|problem| Fault::Setup(problem.clone()))?;
         let loopback = url.host_str().is_some_and(is_loopback);
         // Its token server and its store are trusted as it is, but nobody else gets to see our certificate.
-        pools.client(loopback, self.is_own(url))
+        let way = match (loopback, url.scheme()) {
+            (false, _) => Way::Out,
+            (true, "https") => Way::LoopbackTls,
+            (true, _) => Way::LoopbackPlain,
+        };
+        pools.client(way, self.is_own(url))
     }
+}
+
+/// Where connections go, as far as they differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// To other machines.
+    Out,
+    /// To this machine, with TLS.
+    LoopbackTls,
+    /// To this machine.
+    LoopbackPlain,
 }
 
 /// Connection pools of one way to trust, each made when it is needed.
@@ -128,8 +152,8 @@ impl Endpoint {
 pub(crate) struct Pools {
     trust: Trust,
     connect_timeout: Duration,
-    /// By whether they are for loopback, and whether they show a client certificate.
-    made: [[OnceLock<Result<reqwest::Client, String>>; 2]; 2],
+    /// By where they go, and whether they show a client certificate.
+    made: [[OnceLock<Result<reqwest::Client, String>>; 2]; 3],
 }
 
 impl Pools {
@@ -141,16 +165,20 @@ impl Pools {
         }
     }
 
-    pub(crate) fn client(&self, loopback: bool, own: bool) -> Result<reqwest::Client, Fault> {
+    fn client(&self, way: Way, own: bool) -> Result<reqwest::Client, Fault> {
         let identified = own && self.trust.has_identities();
-        let place = &self.made[usize::from(loopback)][usize::from(identified)];
-        let made = place.get_or_init(|| self.make(loopback, identified));
+        let place = &self.made[way as usize][usize::from(identified)];
+        let made = place.get_or_init(|| self.make(way, identified));
         made.clone().map_err(Fault::Setup)
     }
 
-    /// Loopback needs no proxy, and none of the system's certificates, which a minimal machine lacks.
-    fn make(&self, loopback: bool, identified: bool) -> Result<reqwest::Client, String> {
-        let config = self.trust.config(!loopback, identified);
+    /// Loopback needs no proxy, and without TLS none of the system's certificates, which a minimal machine lacks; with TLS it can do
+    /// without them.
+    fn make(&self, way: Way, identified: bool) -> Result<reqwest::Client, String> {
+        let config = match (self.trust.config(way != Way::LoopbackPlain, identified), way) {
+            (Err(_), Way::LoopbackTls) => self.trust.config(false, identified),
+            (config, _) => config,
+        };
         let config = config.map_err(|error| format!("{error}; is ca-certificates installed?"))?;
         let builder = reqwest::Client::builder()
             .user_agent(concat!("hullspeed/", env!("CARGO_PKG_VERSION")))
@@ -159,7 +187,7 @@ impl Pools {
             .connect_timeout(self.connect_timeout)
             .tcp_nodelay(true)
             .tls_backend_preconfigured(config);
-        let builder = if loopback { builder.no_proxy() } else { builder };
+        let builder = if way == Way::Out { builder } else { builder.no_proxy() };
         builder.build().map_err(|error| chain(&error))
     }
 }

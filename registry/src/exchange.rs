@@ -187,7 +187,7 @@ impl Client {
             *held = match self.authenticate(endpoint, scope, &challenge, &[], None).await {
                 Ok(grant) => Some(grant),
                 // Nothing was asked of anybody. The registry wanted a login once, and may do without by now.
-                Err(Fault::Unauthorized { .. }) if challenge == Challenge::Basic => None,
+                Err(Fault::Unauthorized { .. } | Fault::Credentials(_)) if challenge == Challenge::Basic => None,
                 Err(fault) => return Err(fault),
             };
         }

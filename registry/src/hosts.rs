@@ -107,7 +107,7 @@ impl Hosts {
             };
         };
         let directory::Loaded { entries, seen, problem } = directory::load(root, registry);
-        let endpoints: Endpoints = entries.into_iter().map(|entry| Arc::new(make(entry))).collect();
+        let endpoints = each_once(entries.into_iter().map(make));
         let mut known = Known {
             sound: problem.is_none() && endpoints.iter().all(|endpoint| endpoint.problem().is_none()),
             endpoints,
@@ -146,4 +146,17 @@ impl Hosts {
         }
         known
     }
+}
+
+/// Leaves out what would only be asked twice: the registry, where the file lists it as a host that may do as much.
+fn each_once(endpoints: impl Iterator<Item = Endpoint>) -> Endpoints {
+    let mut kept: Vec<Arc<Endpoint>> = Vec::new();
+    for endpoint in endpoints {
+        let same =
+            |known: &Arc<Endpoint>| known.key() == endpoint.key() && known.capabilities.contains(endpoint.capabilities);
+        if !kept.iter().any(same) {
+            kept.push(Arc::new(endpoint));
+        }
+    }
+    kept.into()
 }

@@ -30,7 +30,9 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Time a credential helper has.
 pub const HELPER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Credential helpers that run at once. One that hangs cannot be stopped and keeps its place, and its thread, until it ends.
+/// Largest answer of a credential helper.
+pub const MAX_HELPER_ANSWER: u64 = 1 << 20;
+/// Credential helpers that run at once.
 pub const MAX_HELPERS: usize = 8;
 /// Piece size in which an upload is read from its file.
 pub const UPLOAD_CHUNK_BYTES: usize = 256 << 10;

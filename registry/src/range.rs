@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 use http::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE};
 use http::{HeaderMap, Method, StatusCode};
+use url::Url;
 
 use crate::auth::Scope;
 use crate::body;
@@ -38,7 +39,6 @@ impl fmt::Display for RangeSpec {
 }
 
 /// A part of a blob on its way: bytes `start..end` of it.
-#[derive(Debug)]
 pub struct RangeResponse {
     /// Offset of the first byte.
     pub start: u64,
@@ -55,9 +55,40 @@ pub struct RangeResponse {
     idle: Duration,
     host: String,
     asked: String,
+    /// Where the bytes come from, if that is not the host itself.
+    edge: Option<Box<Edge>>,
+}
+
+/// The kept address of a store, which is forgotten when its bytes are of no use.
+struct Edge {
+    client: Client,
+    blob: String,
+    url: Url,
+}
+
+impl fmt::Debug for RangeResponse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The address that answers may be signed.
+        let mut shown = f.debug_struct("RangeResponse");
+        let shown = shown.field("start", &self.start).field("end", &self.end);
+        shown.field("asked", &self.asked).finish_non_exhaustive()
+    }
+}
+
+/// What the address of a blob at a host is kept under.
+fn kept_as(key: &str, image: &Reference, digest: &Digest) -> String {
+    format!("{key} {}@{digest}", image.repository())
 }
 
 impl Client {
+    /// Forgets to where a host sent for a blob, so that it is asked anew: what came from there was wrong.
+    pub(crate) fn forget_address(&self, key: &str, image: &Reference, digest: &Digest) {
+        let blob = kept_as(key, image, digest);
+        if let Some(url) = self.urls().find(&blob) {
+            self.urls().drop_stale(&blob, &url);
+        }
+    }
+
     /// Asks for a part of a blob, one host of the image after the other. The bytes are unverified: the caller checks them against the
     /// layer's TOC.
     ///
@@ -96,7 +127,7 @@ impl Client {
         if matches!(&range, RangeSpec::From(range) if range.is_empty()) || range == RangeSpec::Suffix(0) {
             return Err(bad_range(&range, "it is empty").at(&endpoint.name, asked));
         }
-        let blob = format!("{} {}@{digest}", endpoint.key(), image.repository());
+        let blob = kept_as(endpoint.key(), image, digest);
         let origin_ask = blob_ask(endpoint, image, digest, asked)?;
         let value = HeaderValue::from_str(&range.to_string());
         let value = value.map_err(|_| bad_range(&range, "not a header").at(&endpoint.name, &origin_ask.asked))?;
@@ -111,8 +142,15 @@ impl Client {
                     if !endpoint.is_own(&answer.url) && kept.as_ref() != Some(&answer.url) {
                         self.urls().keep(blob.clone(), answer.url.clone());
                     }
+                    let edge = (!endpoint.is_own(&answer.url)).then(|| {
+                        Box::new(Edge {
+                            client: self.clone(),
+                            blob: blob.clone(),
+                            url: answer.url.clone(),
+                        })
+                    });
                     match self.fit(endpoint, &ask, &range, answer) {
-                        Ok(response) => return Ok(response),
+                        Ok(response) => return Ok(RangeResponse { edge, ..response }),
                         Err(fault) => fault,
                     }
                 }
@@ -155,6 +193,7 @@ impl Client {
             idle: self.idle(),
             host: endpoint.name.clone(),
             asked: ask.asked.clone(),
+            edge: None,
         })
     }
 }
@@ -187,7 +226,13 @@ impl RangeResponse {
     /// A piece may be empty: a server that ignores ranges sends much that is dropped, and a caller that bounds the time
     /// without progress has to see that there is some.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
-        self.piece().await.map_err(|fault| fault.at(&self.host, &self.asked))
+        self.piece().await.map_err(|fault| {
+            // The next request may be sent elsewhere, and need not fail in the same way.
+            if let Some(edge) = self.edge.take() {
+                edge.client.urls().drop_stale(&edge.blob, &edge.url);
+            }
+            fault.at(&self.host, &self.asked)
+        })
     }
 
     /// The whole part. Its size is what was asked for at most.

@@ -97,6 +97,21 @@ async fn tokens_are_asked_for_once_per_scope_and_again_when_they_end() {
 }
 
 #[tokio::test]
+async fn a_source_of_logins_that_cannot_be_read_is_none() {
+    let server = token_registry(300, |_| true, |_| answer(200, &[], "")).await;
+    let client = Client::new(ClientOptions {
+        credentials: Credentials::anonymous().with_file("/nonexistent/auth.json"),
+        ..ClientOptions::default()
+    })
+    .unwrap();
+    for _ in 0..2 {
+        let found = client.blob_exists(&server.image("a"), &Digest::of("")).await;
+        assert!(found.unwrap());
+    }
+    assert_eq!(server.count("/token"), 1);
+}
+
+#[tokio::test]
 async fn a_revoked_token_is_renewed_once_from_scratch() {
     // Token 0 works for one request, token 1 for ever.
     let uses = counter();
@@ -388,6 +403,42 @@ async fn bodies_that_break_or_stall_are_transient_errors() {
     let started = Instant::now();
     let error = part.bytes().await.unwrap_err();
     assert!(matches!(error.fault(), Fault::Stalled(_)) && started.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn a_final_address_whose_body_fails_is_found_anew() {
+    let bytes = content(100);
+    let digest = Digest::of(&bytes);
+    let whole = bytes.clone();
+    // The first edge breaks each body, the second one gives wrong bytes as far as the caller can tell.
+    let store = Scripted::start(move |seen| match seen.uri.as_str() {
+        "/edge?0" => broken(206, &[("content-range", "bytes 0-99/100")], content(40), 100),
+        _ => serve_range(&whole, seen.range.as_deref()),
+    })
+    .await;
+    let (target, issued) = (store.host.clone(), counter());
+    let server = Scripted::start(move |_| {
+        let location = format!("http://{target}/edge?{}", issued.fetch_add(1, Ordering::SeqCst));
+        answer(307, &[("location", &location)], "")
+    })
+    .await;
+    let image = server.image("a");
+    let host = client(&server.host, None).hosts(&image).unwrap().remove(0);
+    let read = async || host.blob_range(&digest, RangeSpec::From(0..100)).await?.bytes().await;
+    assert_eq!(read().await.unwrap_err().class(), ErrorClass::Transient);
+    for _ in 0..2 {
+        assert_eq!(read().await.unwrap(), bytes);
+    }
+    host.forget_address(&digest);
+    let response = host.blob_range(&digest, RangeSpec::From(0..100)).await.unwrap();
+    let said = format!("{response:?}");
+    assert!(!said.contains("edge?"), "{said}");
+    let asked: Vec<_> = store.seen().into_iter().map(|seen| seen.uri).collect();
+    assert_eq!(asked, ["/edge?0", "/edge?1", "/edge?1", "/edge?2"]);
+    // One that is given up before its end says nothing of the edge.
+    drop(response);
+    assert_eq!(read().await.unwrap(), bytes);
+    assert_eq!(server.seen().len(), 3);
 }
 
 #[tokio::test]

@@ -178,6 +178,24 @@ async fn each_host_has_a_handle_of_its_own_and_only_those_that_may_pull() {
 }
 
 #[tokio::test]
+async fn a_registry_that_is_listed_is_not_asked_twice() {
+    for (server, capabilities, asked) in [
+        ("", "", 1),
+        ("server = 'http://localhost:1/'", "", 1),
+        // One that may do less there is still needed for the rest.
+        ("", "capabilities = ['pull']", 2),
+        ("server = 'http://localhost:1'", "capabilities = ['pull']", 2),
+    ] {
+        let certs = Certs::new();
+        let toml = format!("{server}\n[host.'http://localhost:1']\n{capabilities}\n");
+        certs.write("localhost_1_", "hosts.toml", &toml);
+        let client = certs.client(Credentials::anonymous());
+        let hosts = client.hosts(&image("localhost:1/app:1")).unwrap();
+        assert_eq!(hosts.len(), asked, "{toml}");
+    }
+}
+
+#[tokio::test]
 async fn whoever_keeps_hosts_can_find_out_that_they_are_others_now() {
     let certs = Certs::new();
     let client = certs.client(Credentials::anonymous());
@@ -336,6 +354,49 @@ async fn a_final_address_that_is_refused_is_found_anew() {
     }
 }
 
+/// A proxy in front of both may want its headers with each request, whatever login that has.
+#[tokio::test]
+async fn headers_of_a_host_go_to_its_own_token_server() {
+    let basic = "Basic bWlycm9yOnB3";
+    for (login, given) in [
+        (None, Some("Basic configured")),
+        (Some(login("mirror")), Some(basic)),
+        (Some(Login::IdentityToken("refresh".to_owned())), None),
+    ] {
+        let address = Arc::new(std::sync::OnceLock::<String>::new());
+        let own = Arc::clone(&address);
+        let host = Scripted::start(move |seen| {
+            if seen.path == "/token" {
+                return answer(200, &[], r#"{"token":"t","expires_in":300}"#);
+            }
+            if seen.authorization.as_deref() == Some("Bearer t") {
+                return answer(200, &[], "");
+            }
+            let realm = format!(r#"Bearer realm="http://{}/token",service="s""#, own.get().unwrap());
+            answer(401, &[("www-authenticate", &realm)], "")
+        })
+        .await;
+        address.set(host.host.clone()).unwrap();
+        let certs = Certs::new();
+        let toml = format!(
+            "server = 'http://{}'\n[header]\nx-extra = 'token'\nauthorization = 'Basic configured'\n",
+            host.host
+        );
+        certs.write("_default", "hosts.toml", &toml);
+        let credentials = Credentials::anonymous();
+        let credentials = match login {
+            Some(login) => credentials.with_login(host.host.as_str(), login),
+            None => credentials,
+        };
+        let client = certs.client(credentials);
+        assert!(client.blob_exists(&host.image("app"), &Digest::of("")).await.unwrap());
+        let asked: Vec<_> = host.seen().into_iter().filter(|seen| seen.path == "/token").collect();
+        assert_eq!(asked.len(), 1);
+        assert_eq!(asked[0].extra.as_deref(), Some("token"));
+        assert_eq!(asked[0].authorization.as_deref(), given);
+    }
+}
+
 /// A bearer registry below a path, as a proxy project is: its challenge names the repository as it knows it.
 #[tokio::test]
 async fn a_token_is_for_the_repository_as_the_mirror_names_it() {
@@ -455,7 +516,11 @@ impl Authority {
 /// A docker-registry that speaks TLS, and wants a client certificate of the authority if `mutual`. Linux connects 0.0.0.0 to itself,
 /// and that is no loopback address to the client.
 fn tls_registry(authority: &Authority, mutual: bool) -> (Registry, String) {
-    let name = Ipv4Addr::UNSPECIFIED;
+    tls_registry_at(authority, Ipv4Addr::UNSPECIFIED, mutual)
+}
+
+/// One that is asked for at the address `name`.
+fn tls_registry_at(authority: &Authority, name: Ipv4Addr, mutual: bool) -> (Registry, String) {
     authority.issue(
         "server",
         &format!("subjectAltName=IP:{name}\nbasicConstraints=critical,CA:FALSE\n"),
@@ -527,6 +592,26 @@ async fn certificates_of_a_host_count_for_it() {
     refused(reach(&certs, &host).await, "connection");
     copy("ca.crt", "own.crt");
     reach(&certs, &host).await.unwrap();
+}
+
+/// Where the system's authorities are is a variable of the process, so the client is another one: this test again.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_systems_authorities_count_on_loopback_too() {
+    const HOST: &str = "HULLSPEED_TEST_TLS_HOST";
+    if let Ok(host) = std::env::var(HOST) {
+        let certs = Certs::new();
+        certs.write(&host, "hosts.toml", &format!("server = 'https://{host}'\n"));
+        return reach(&certs, &host).await.unwrap();
+    }
+    let authority = Authority::new();
+    let (_registry, host) = tls_registry_at(&authority, Ipv4Addr::LOCALHOST, false);
+    let again = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_systems_authorities_count_on_loopback_too"])
+        .env(HOST, host)
+        .env("SSL_CERT_FILE", authority.path("ca.crt"))
+        .output()
+        .unwrap();
+    assert!(again.status.success(), "{again:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

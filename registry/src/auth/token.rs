@@ -108,7 +108,8 @@ fn token_request(
             form.append_pair("service", service);
         }
         let request = endpoint.http(realm)?.request(Method::POST, realm.clone());
-        return Ok(request
+        return Ok(endpoint
+            .with_headers(realm, request, true)
             .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
             .body(form.finish()));
     }
@@ -118,9 +119,10 @@ fn token_request(
     url.query_pairs_mut()
         .extend_pairs(scopes.iter().map(|scope| ("scope", scope)));
     let request = endpoint.http(&url)?.request(Method::GET, url.clone());
+    // What hosts.toml has for the host may be what its token server wants, too.
+    let request = endpoint.with_headers(&url, request, login.is_some());
     Ok(match login {
         Some(Login::Basic { username, password }) => request.basic_auth(username, Some(password)),
-        // What hosts.toml has for the host may be what its token server wants, too.
-        _ => endpoint.identify(&url, request, None),
+        _ => request,
     })
 }

@@ -253,39 +253,58 @@ impl Shared {
         refused: Option<Instant>,
         generation: u64,
     ) -> Result<Said, Arc<ProviderError>> {
-        loop {
-            let flight = {
-                let mut table = self.table();
-                if let Some(said) = table.kept(provider, image, refused) {
-                    return Ok(said);
-                }
-                self.flight(&mut table, provider, image, true, generation)
-            };
-            let said = flight.await?;
-            // Somebody else's question has taught how far answers reach; the next one is asked for this image alone.
-            if said.answer.reach == Reach::Image && said.image != *image {
-                continue;
+        let asked = |alone: bool| {
+            let mut table = self.table();
+            if let Some(said) = table.kept(provider, image, refused) {
+                return Ok(said);
             }
+            let known = table.reaches.get(&provider.name).copied();
+            let reach = if alone {
+                Reach::Image
+            } else {
+                known.unwrap_or(Reach::Registry)
+            };
+            Err(self.flight(&mut table, provider, image, reach, true, generation))
+        };
+        let said = match asked(false) {
+            Ok(said) => return Ok(said),
+            Err(flight) => flight.await?,
+        };
+        if said.answer.reach != Reach::Image || said.image == *image {
             return Ok(said);
+        }
+        // Somebody else's question has taught how far answers reach; this one is asked for this image alone.
+        match asked(true) {
+            Ok(said) => Ok(said),
+            Err(flight) => flight.await,
         }
     }
 
-    /// A run of a program: the one that is under way, or a new one, which goes on whoever waits for it.
+    /// A run of a program: the one that is under way, or a new one, which goes on whoever waits for it. What is asked with another
+    /// configuration than the one that counts is shared with nobody.
     fn flight(
         self: &Arc<Self>,
         table: &mut Table,
         provider: &Arc<Provider>,
         image: &Arc<str>,
+        reach: Reach,
         wanted: bool,
         generation: u64,
     ) -> Flight {
-        let reach = table.reaches.get(&provider.name).copied().unwrap_or(Reach::Registry);
         let key = place(provider, reach, image);
-        if let Some(flight) = table.flights.get(&key) {
+        let shares = table.generation == generation;
+        if let Some(flight) = table.flights.get(&key).filter(|_| shares) {
             return flight.clone();
         }
-        let (shared, provider, image, filed) = (Arc::clone(self), Arc::clone(provider), Arc::clone(image), key.clone());
+        let (shared, provider, image) = (Arc::clone(self), Arc::clone(provider), Arc::clone(image));
+        let filed = Filed {
+            shared: Arc::clone(self),
+            key: key.clone(),
+            generation,
+        };
         let run = async move {
+            // Taken out however the run ends, and after what it said is kept.
+            let _filed = filed;
             let asked = match shared.running.acquire().await {
                 Ok(_place) => plugin::ask(&provider, &shared.programs, &image, PROVIDER_TIMEOUT)
                     .await
@@ -295,16 +314,14 @@ impl Shared {
                     reason: "was not asked".to_owned(),
                 })),
             };
-            let mut table = shared.table();
-            if table.generation == generation {
-                table.flights.remove(&filed);
-            }
             let answer = Arc::new(asked?);
-            let until = shared.keep(&mut table, &provider, &image, &answer, wanted, generation);
+            let until = shared.keep(&mut shared.table(), &provider, &image, &answer, wanted, generation);
             Ok(Said { answer, image, until })
         };
         let flight = run.boxed().shared();
-        table.flights.insert(key, flight.clone());
+        if shares {
+            table.flights.insert(key, flight.clone());
+        }
         tokio::spawn(flight.clone());
         flight
     }
@@ -355,6 +372,25 @@ impl Shared {
     }
 }
 
+/// The entry of a run among those that are under way; gone when the run is.
+struct Filed {
+    shared: Arc<Shared>,
+    key: (String, String),
+    generation: u64,
+}
+
+impl Drop for Filed {
+    fn drop(&mut self) {
+        let flight = {
+            let mut table = self.shared.table();
+            // Those of another configuration are gone already, and one that is there by now is somebody else's.
+            let own = table.generation == self.generation;
+            own.then(|| table.flights.remove(&self.key)).flatten()
+        };
+        drop(flight);
+    }
+}
+
 /// An answer that is to be asked for again.
 struct Renewal {
     shared: Weak<Shared>,
@@ -374,8 +410,10 @@ impl Renewal {
         let kept = table.answers.get(&self.key);
         let wanted = kept.is_some_and(|kept| kept.obtained == self.obtained && kept.used);
         if wanted && table.generation == self.generation {
+            let known = table.reaches.get(&self.provider.name).copied();
+            let reach = known.unwrap_or(Reach::Registry);
             // It runs by itself.
-            drop(shared.flight(&mut table, &self.provider, &self.image, false, self.generation));
+            drop(shared.flight(&mut table, &self.provider, &self.image, reach, false, self.generation));
         }
     }
 }

@@ -95,21 +95,20 @@ async fn helpers_are_asked_and_their_absence_is_reported() {
 }
 
 #[tokio::test]
-async fn helpers_that_hang_keep_their_places_and_bother_nobody_else() {
+async fn helpers_have_so_many_places_and_bother_nobody_else() {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
     let json = format!(r#"{{"auths":{{"r.io":{ENTRY}}},"credHelpers":{{"x.io":"hullspeed-absent"}}}}"#);
     let credentials = Credentials::anonymous().first(text(&json));
     let begun = Arc::new(AtomicUsize::new(0));
-    let (release, hang) = std::sync::mpsc::channel::<()>();
-    let hang = Arc::new(std::sync::Mutex::new(hang));
+    let release = Arc::new(Semaphore::new(0));
     let patience = Duration::from_millis(50);
     for _ in 0..MAX_HELPERS + 2 {
-        let (begun, hang) = (Arc::clone(&begun), Arc::clone(&hang));
-        let helper = credentials.helpers.run(move || {
+        let (begun, release) = (Arc::clone(&begun), Arc::clone(&release));
+        let helper = credentials.helpers.run(async move {
             begun.fetch_add(1, Ordering::SeqCst);
-            let _ended = hang.lock().map(|hang| hang.recv());
+            let _ = release.acquire().await;
         });
         assert!(tokio::time::timeout(patience, helper).await.is_err());
     }
@@ -123,7 +122,7 @@ async fn helpers_that_hang_keep_their_places_and_bother_nobody_else() {
     assert!(tokio::time::timeout(patience, login(&clone, "x.io")).await.is_err());
     let found = tokio::time::timeout(Duration::from_secs(10), login(&clone, "r.io")).await;
     assert_eq!(found.unwrap().unwrap(), basic("u", "p:w"));
-    drop(release);
+    release.close();
     let error = login(&clone, "x.io").await.unwrap_err();
     assert!(error.to_string().contains("$PATH"), "{error}");
 }

@@ -35,7 +35,8 @@ impl Capabilities {
         push: false,
     };
 
-    fn contains(self, other: Self) -> bool {
+    /// Whether a host may be asked for all that another one may.
+    pub(crate) fn contains(self, other: Self) -> bool {
         (self.pull || !other.pull) && (self.resolve || !other.resolve) && (self.push || !other.push)
     }
 }
@@ -126,23 +127,11 @@ pub(crate) fn parse(text: &str, directory: &Path) -> Result<Vec<HostEntry>, File
         entry.api = Some(address(name, overrides_path(table, &at)?).map_err(|reason| bad(&at, reason))?);
         hosts.push(entry);
     }
-    hosts.extend(server(root, directory)?.filter_listed(&hosts));
+    hosts.push(server(root, directory)?);
     Ok(hosts)
 }
 
-/// The last entry.
-struct Server(HostEntry);
-
-impl Server {
-    /// None if one of `hosts` is the same and may do as much: it would only be asked twice.
-    fn filter_listed(self, hosts: &[HostEntry]) -> Option<HostEntry> {
-        let Self(server) = self;
-        let same = |host: &HostEntry| host.api == server.api && host.capabilities.contains(server.capabilities);
-        (!hosts.iter().any(same)).then_some(server)
-    }
-}
-
-fn server(root: &DeTable<'_>, directory: &Path) -> Result<Server, FileError> {
+fn server(root: &DeTable<'_>, directory: &Path) -> Result<HostEntry, FileError> {
     let mut server = entry(root, "", directory)?;
     let text = match field(root, "server") {
         None => "",
@@ -155,7 +144,7 @@ fn server(root: &DeTable<'_>, directory: &Path) -> Result<Server, FileError> {
         let api = address(text, overrides_path(root, "")?).map_err(|reason| bad("server", reason))?;
         server.api = Some(api);
     }
-    Ok(Server(server))
+    Ok(server)
 }
 
 /// Everything of a host but its address.
@@ -282,7 +271,7 @@ fn headers(table: &DeTable<'_>, at: &str) -> Result<HeaderMap, FileError> {
 
 /// Headers that say what is asked or how the connection is used.
 fn is_ours(name: &HeaderName) -> bool {
-    const OURS: [HeaderName; 10] = [
+    const OURS: [HeaderName; 12] = [
         header::HOST,
         header::CONTENT_LENGTH,
         header::TRANSFER_ENCODING,
@@ -291,7 +280,9 @@ fn is_ours(name: &HeaderName) -> bool {
         header::TE,
         header::TRAILER,
         header::RANGE,
+        header::ACCEPT,
         header::ACCEPT_ENCODING,
+        header::CONTENT_TYPE,
         header::EXPECT,
     ];
     OURS.contains(name)

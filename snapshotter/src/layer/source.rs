@@ -129,6 +129,14 @@ pub trait BlobSource: Send + Sync + 'static {
     /// The host that is asked, as hosts.toml or the image reference names it. Sources of one host share its health.
     fn host(&self) -> &str;
 
+    /// Tells sources apart that ask one host in different ways: by scheme, or below another path.
+    fn identity(&self) -> &str {
+        self.host()
+    }
+
+    /// What came from here was wrong or stopped coming; whatever is known of the way there is to be found out anew.
+    fn distrust(&self) {}
+
     /// Size of the blob, where it is known without asking.
     fn size(&self) -> Option<u64>;
 

@@ -2,20 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::{Child, Command};
-use zeroize::Zeroize as _;
+use tokio::process::Command;
 
 use super::ProviderError;
 use super::config::Provider;
 use super::pattern;
+use crate::credentials::program::{self, ProgramError};
 use crate::credentials::{Login, is_hub};
 use crate::duration;
-use crate::limits::{MAX_ERROR_BYTES, MAX_PROVIDER_ANSWER, MAX_REASON_CHARS};
+use crate::limits::MAX_PROVIDER_ANSWER;
 
 /// What an answer is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,77 +108,15 @@ pub(super) async fn ask(
     let mut command = Command::new(directory.join(&provider.name));
     command
         .args(&provider.args)
-        .envs(provider.env.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        // What it starts is ended with it.
-        .process_group(0)
-        .kill_on_drop(true);
-    let mut child = command
-        .spawn()
-        .map_err(|error| failed(format!("cannot be run: {error}")))?;
-    let said = tokio::time::timeout(patience, talk(&mut child, &request)).await;
-    let said = said.unwrap_or_else(|_| Err(format!("gave no answer in {} s", patience.as_secs())));
-    if said.is_err() {
-        end(&mut child).await;
-    }
-    let mut said = said.map_err(failed)?;
-    let answer = answer(&said, provider);
-    said.zeroize();
-    answer
-}
-
-/// Everything that the program says until it ends well.
-async fn talk(child: &mut Child, request: &[u8]) -> Result<Vec<u8>, String> {
-    let (Some(mut stdin), Some(stdout), Some(stderr)) = (child.stdin.take(), child.stdout.take(), child.stderr.take())
-    else {
-        return Err("has no pipes".to_owned());
-    };
-    let write = async move {
-        // A program that does not read its request may still know the answer.
-        let _ = stdin.write_all(request).await;
-        drop(stdin);
-    };
-    let ((), said, complaint) = tokio::join!(write, read(stdout, MAX_PROVIDER_ANSWER), read(stderr, MAX_ERROR_BYTES));
-    let status = child.wait().await.map_err(|error| error.to_string())?;
-    let mut said = said.map_err(|error| error.to_string())?;
-    if !status.success() {
-        said.zeroize();
-        let complaint = complaint.unwrap_or_default();
-        return Err(format!("failed with {status}: {}", one_line(&complaint)));
-    }
-    if said.len() as u64 > MAX_PROVIDER_ANSWER {
-        said.zeroize();
-        return Err(format!("said more than {MAX_PROVIDER_ANSWER} bytes"));
-    }
-    Ok(said)
-}
-
-/// At most one byte more than `limit`; the rest is read and dropped, so that the writer does not hang.
-async fn read(mut pipe: impl AsyncRead + Unpin, limit: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    (&mut pipe).take(limit + 1).read_to_end(&mut bytes).await?;
-    tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await?;
-    Ok(bytes)
-}
-
-/// Ends a program and all that it has started.
-async fn end(child: &mut Child) {
-    let group = child
-        .id()
-        .and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()));
-    if let Some(group) = group {
-        // It has not been waited for, so the number is still its own.
-        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-    }
-    let _ = child.kill().await;
-}
-
-fn one_line(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
-    let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
-    printable.take(MAX_REASON_CHARS).collect::<String>().trim().to_owned()
+        .envs(provider.env.iter().map(|(name, value)| (name, value)));
+    let said = program::ask(command, &request, MAX_PROVIDER_ANSWER, patience).await;
+    let said = said.map_err(|error| {
+        failed(match error {
+            ProgramError::Start(cause) => format!("cannot be run: {cause}"),
+            error => error.to_string(),
+        })
+    })?;
+    answer(said.bytes(), provider)
 }
 
 /// What an answer says. No error quotes it.
@@ -213,21 +149,26 @@ fn answer(said: &[u8], provider: &Provider) -> Result<Answer, ProviderError> {
     Ok(Answer { reach, kept, auth })
 }
 
-/// A pattern without a scheme, and without the paths of APIs that docker writes behind registries.
+/// A pattern without a scheme, and without the beginnings of paths of APIs that docker writes behind registries. As in the kubelet,
+/// a slash at the end of a path is a part of it.
 fn usable(pattern: &str, entry: Auth) -> Option<(String, Login)> {
     let bare = pattern
         .strip_prefix("https://")
         .or_else(|| pattern.strip_prefix("http://"))
         .unwrap_or(pattern);
-    let bare = ["/v1", "/v2"]
-        .iter()
-        .find_map(|path| bare.strip_suffix('/').unwrap_or(bare).strip_suffix(path))
-        .unwrap_or(bare);
+    let (host, path) = bare.split_at(bare.find('/').unwrap_or(bare.len()));
+    let api = path.starts_with("/v1/") || path.starts_with("/v2/");
+    let path = if api { &path[3..] } else { path };
+    let bare = if path == "/" {
+        host.to_owned()
+    } else {
+        format!("{host}{path}")
+    };
     let login = Login::Basic {
         username: entry.username,
         password: entry.password,
     };
-    (login.problem().is_none() && pattern::is_usable(bare)).then(|| (bare.trim_end_matches('/').to_owned(), login))
+    (login.problem().is_none() && pattern::is_usable(&bare)).then_some((bare, login))
 }
 
 #[cfg(test)]
@@ -279,6 +220,24 @@ mod tests {
             .map(user),
             ["all", "team", "sub", "hub", "none", "none"]
         );
+    }
+
+    #[test]
+    fn only_the_beginning_of_a_path_is_an_apis() {
+        for (pattern, bare) in [
+            ("https://r.io/v2/", "r.io"),
+            ("r.io/", "r.io"),
+            ("r.io/v1/team", "r.io/team"),
+            ("r.io/team/v2", "r.io/team/v2"),
+            ("r.io/v2", "r.io/v2"),
+            ("r.io/team/", "r.io/team/"),
+        ] {
+            let entry = Auth {
+                username: "u".to_owned(),
+                password: "p".to_owned(),
+            };
+            assert_eq!(usable(pattern, entry).unwrap().0, bare, "{pattern}");
+        }
     }
 
     #[test]

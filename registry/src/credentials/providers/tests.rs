@@ -188,3 +188,26 @@ async fn programs_that_fail_are_told_of() {
     assert!(said.contains("cannot be run"), "{said}");
     assert!(fixture.providers.check().unwrap_err().to_string().contains("is not in"));
 }
+
+#[tokio::test]
+async fn a_run_for_a_configuration_that_is_gone_leaves_nothing_behind() {
+    let fixture = fixture(&answering("Image", "1h"));
+    let shared = Arc::clone(&fixture.providers.shared);
+    let (old, before) = shared.load().unwrap();
+    fixture.configure("  tokenAttributes: {requireServiceAccount: false}\n");
+    let (_, now) = shared.load().unwrap();
+    assert_ne!(before, now);
+    let (x, y): (Arc<str>, Arc<str>) = ("r.io/x".into(), "r.io/y".into());
+    for image in [&x, &y] {
+        let said = shared.said(&old[0], image, None, before);
+        let said = tokio::time::timeout(Duration::from_secs(30), said).await.unwrap();
+        let said = said.unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(said.image, *image);
+    }
+    let runs = fixture.runs().len();
+    assert!(shared.table().flights.is_empty() && shared.table().answers.is_empty());
+    // Those who ask with the one that counts join none of them.
+    assert!(fixture.user("r.io", "x").await.is_some());
+    assert_eq!((runs, fixture.runs().len()), (2, 3));
+    assert!(shared.table().flights.is_empty());
+}

@@ -53,15 +53,6 @@ fn without_a_server_the_registry_itself_is_last_with_what_the_root_says() {
 }
 
 #[test]
-fn a_server_that_is_listed_is_not_asked_twice() {
-    let listed = "server = 'https://r.example/'\n[host.'https://r.example']\n";
-    assert_eq!(apis(listed), ["https://r.example/v2/"]);
-    // One that may do less there is still needed for the rest.
-    let partly = "server = 'https://r.example'\n[host.'https://r.example']\ncapabilities = ['pull']\n";
-    assert_eq!(apis(partly).len(), 2);
-}
-
-#[test]
 fn paths_follow_the_rules_of_containerd() {
     for (address, plain, overridden) in [
         ("https://h", "https://h/v2/", "https://h/"),

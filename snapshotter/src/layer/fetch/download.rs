@@ -252,6 +252,9 @@ impl Download {
             match result {
                 Ok(done) => return Ok(done),
                 Err(_) if self.waited >= patience => {
+                    if let Some(remote) = &self.remote {
+                        remote.source.distrust();
+                    }
                     return Err(SourceError::transient(format!("no progress within {patience:?}")));
                 }
                 Err(_) => {

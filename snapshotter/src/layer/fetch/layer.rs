@@ -242,6 +242,7 @@ impl LayerFetch {
     pub(super) fn note_corruption(&self, from: &Remote, error: &FetchError, what: &'static str) {
         let (image, layer) = (from.names.image.as_str(), from.names.layer_digest);
         self.counts.failed(from.host.name(), chain(error), error.reason());
+        from.source.distrust();
         let FetchError::Corrupt { chunk, .. } = error else {
             tracing::error!(image, %layer, error = error as &dyn std::error::Error, "{what}");
             return;

@@ -35,9 +35,10 @@ impl Remote {
         })
     }
 
-    /// Whether both ask the same host for the same blob of the same image.
+    /// Whether both ask the same host in the same way for the same blob of the same image. One host may serve several roots, and
+    /// health is the host's.
     fn is_same(&self, other: &Self) -> bool {
-        self.names == other.names && self.host.name() == other.host.name()
+        self.names == other.names && self.source.identity() == other.source.identity()
     }
 
     /// Notes that verified bytes came from it.
@@ -73,7 +74,7 @@ impl Remotes {
     /// Asks `remotes` first from now on, in this order.
     pub(super) fn prefer(&self, remotes: Vec<Arc<Remote>>) {
         self.change(|list| {
-            for remote in remotes.into_iter().take(MAX_REMOTES).rev() {
+            for remote in bounded(remotes).into_iter().rev() {
                 if let Some(known) = list.iter().position(|known| known.is_same(&remote)) {
                     let known = list.remove(known);
                     remote.proven.fetch_or(known.is_proven(), Ordering::Relaxed);
@@ -94,13 +95,14 @@ impl Remotes {
                 .into_iter()
                 .partition(|known| known.names == *names);
             let known: Vec<Arc<Remote>> = known;
+            let remotes = bounded(remotes);
             for remote in &remotes {
                 let proven = known.iter().any(|known| known.is_same(remote) && known.is_proven());
                 remote.proven.fetch_or(proven, Ordering::Relaxed);
             }
             *list = others;
             // What was before the first of them is so still.
-            list.splice(at..at, remotes.into_iter().take(MAX_REMOTES));
+            list.splice(at..at, remotes);
             shorten(list);
         });
     }
@@ -154,12 +156,29 @@ impl LayerFetch {
     }
 }
 
+/// The remotes of one image, each once and not too many; the last of them is the registry itself, which has what no mirror has.
+fn bounded(remotes: Vec<Arc<Remote>>) -> Vec<Arc<Remote>> {
+    let mut kept: Vec<Arc<Remote>> = Vec::new();
+    for remote in remotes {
+        if kept.iter().all(|known| !known.is_same(&remote)) {
+            kept.push(remote);
+        }
+    }
+    if kept.len() > MAX_REMOTES {
+        kept.drain(MAX_REMOTES - 1..kept.len() - 1);
+    }
+    kept
+}
+
 /// Keeps a list within its limit, and its first.
 fn shorten(list: &mut Vec<Arc<Remote>>) {
     while list.len() > MAX_REMOTES {
-        // What nothing has come from yet is the least loss.
-        let unproven = list.iter().skip(1).rposition(|remote| !remote.is_proven());
-        list.remove(unproven.map_or(list.len() - 1, |at| at + 1));
+        // What nothing has come from yet is the least loss, and a mirror less than the registry behind it.
+        let is_last = |at: usize| list[at + 1..].iter().all(|other| other.names != list[at].names);
+        let least = (1..list.len())
+            .rev()
+            .min_by_key(|at| (list[*at].is_proven(), is_last(*at)));
+        list.remove(least.unwrap_or(list.len() - 1));
     }
 }
 
@@ -249,8 +268,44 @@ mod tests {
         remotes.renew(&names("c"), of("c", &["r"]));
         assert_eq!(order(&remotes), ["ar", "bx", "br", "by"]);
         remotes.renew(&names("a"), of("a", &["1", "2", "3", "4", "5", "6", "7", "8", "9"]));
-        // What has delivered stays.
-        assert_eq!(order(&remotes), ["a1", "a2", "a3", "a4", "a5", "a6", "a7", "br"]);
+        // What has delivered stays, and so does the last of each image, which is the registry itself.
+        assert_eq!(order(&remotes), ["a1", "a2", "a3", "a4", "a5", "a9", "br", "by"]);
         assert_eq!(remotes.images(), [names("a"), names("b")]);
+    }
+
+    #[test]
+    fn roots_of_one_host_are_asked_each() {
+        let hosts = Hosts::new(4);
+        let names = remote(&hosts, "a", "").names.clone();
+        let below = |path: &str| {
+            let source = Arc::new(Scripted::new(bytes::Bytes::new()).at("h").below(path));
+            Remote::new(Arc::new(source), names.clone(), &hosts)
+        };
+        let roots = || vec![below("v2/a"), below("v2/b"), below("v2/a"), remote(&hosts, "a", "r")];
+        let paths = |remotes: &Remotes| -> Vec<String> {
+            let path = |remote: &Arc<Remote>| remote.source.identity().to_owned();
+            remotes.all().iter().map(path).collect()
+        };
+        let remotes = Remotes::default();
+        remotes.prefer(roots());
+        remotes.offer(roots());
+        assert_eq!(paths(&remotes), ["h/v2/a", "h/v2/b", "r"]);
+        assert!(Arc::ptr_eq(&remotes.all()[0].host, &remotes.all()[1].host));
+        remotes.renew(&names, roots());
+        assert_eq!(paths(&remotes), ["h/v2/a", "h/v2/b", "r"]);
+    }
+
+    #[test]
+    fn of_too_many_hosts_the_registry_is_kept() {
+        let hosts = Hosts::new(4);
+        let all = || {
+            let names = ["1", "2", "3", "4", "5", "6", "7", "8", "r"];
+            names.map(|host| remote(&hosts, "a", host)).to_vec()
+        };
+        let remotes = Remotes::default();
+        remotes.prefer(all());
+        assert_eq!(order(&remotes), ["a1", "a2", "a3", "a4", "a5", "a6", "a7", "ar"]);
+        remotes.prefer(vec![remote(&hosts, "b", "r")]);
+        assert_eq!(order(&remotes), ["br", "a1", "a2", "a3", "a4", "a5", "a6", "ar"]);
     }
 }

@@ -193,6 +193,8 @@ async fn a_broken_body_goes_on_where_it_broke() {
         assert_eq!(Some(range.start), start.or(Some(position)));
         position = range.end;
     }
+    // Only the stall was given up without a word of the source's own.
+    assert_eq!(bench.source.distrusted(), 1);
     assert_only_verified(bench.fs.fetch().layer());
 }
 
@@ -320,6 +322,7 @@ async fn wrong_bytes_of_one_source_are_asked_of_another() {
     }
     assert_eq!((wrong.requests().len(), bench.source.requests().len()), (1, 2));
     assert_eq!(bench.metrics.verify_failures.get(), 1);
+    assert_eq!((wrong.distrusted(), bench.source.distrusted()), (1, 0));
     assert_only_verified(bench.fs.fetch().layer());
 }
 

@@ -197,6 +197,16 @@ impl BlobSource for RegistryBlob {
         self.host.as_ref().map_or_else(registry, HostHandle::host)
     }
 
+    fn identity(&self) -> &str {
+        self.host.as_ref().map_or_else(|| self.host(), HostHandle::key)
+    }
+
+    fn distrust(&self) {
+        if let Some(host) = &self.host {
+            host.forget_address(&self.digest);
+        }
+    }
+
     fn size(&self) -> Option<u64> {
         self.size
     }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -43,11 +43,15 @@ pub(crate) struct Scripted {
     /// Pieces that may be given, if they are counted.
     pieces: Option<Semaphore>,
     host: String,
+    /// Below which path of its host it is.
+    path: Option<String>,
     /// Whether it has stopped answering for good.
     gone: AtomicBool,
     ignores_ranges: bool,
     /// How long it goes by what lies before a range, a hundredth of it at a time.
     skips_for: Duration,
+    /// How often it was told to find another way.
+    distrusted: AtomicU32,
 }
 
 impl Scripted {
@@ -61,15 +65,23 @@ impl Scripted {
             requests: Mutex::default(),
             pieces: None,
             host: "registry.test".to_owned(),
+            path: None,
             gone: AtomicBool::new(false),
             ignores_ranges: false,
             skips_for: Duration::ZERO,
+            distrusted: AtomicU32::new(0),
         }
     }
 
     /// On another host.
     pub(crate) fn at(mut self, host: &str) -> Self {
         host.clone_into(&mut self.host);
+        self
+    }
+
+    /// Below a path of its host.
+    pub(crate) fn below(mut self, path: &str) -> Self {
+        self.path = Some(format!("{}/{path}", self.host));
         self
     }
 
@@ -124,6 +136,10 @@ impl Scripted {
 
     pub(crate) fn requests(&self) -> Vec<(Range<u64>, Priority)> {
         self.requests.lock().unwrap().clone()
+    }
+
+    pub(crate) fn distrusted(&self) -> u32 {
+        self.distrusted.load(Ordering::Relaxed)
     }
 
     fn body(&self, range: Range<u64>, fault: Fault) -> Result<Vec<Result<Bytes, SourceError>>, SourceError> {
@@ -185,6 +201,14 @@ impl Scripted {
 impl BlobSource for std::sync::Arc<Scripted> {
     fn host(&self) -> &str {
         &self.host
+    }
+
+    fn identity(&self) -> &str {
+        self.path.as_deref().unwrap_or(&self.host)
+    }
+
+    fn distrust(&self) {
+        self.distrusted.fetch_add(1, Ordering::Relaxed);
     }
 
     fn size(&self) -> Option<u64> {
