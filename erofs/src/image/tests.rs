@@ -1,0 +1,1 @@
+//! Images byte by byte.
