@@ -52,6 +52,11 @@ impl Space {
         self.next_block
     }
 
+    /// Whether nothing is left in the last of them.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.open.iter().any(|start| start / BLOCK + 1 == self.next_block)
+    }
+
     /// Remembers what is left behind `end`, instead of the room at position `at` if that was taken.
     fn leave_open(&mut self, at: Option<usize>, end: usize) {
         let start = end.next_multiple_of(SLOT);
@@ -84,10 +89,12 @@ mod tests {
         assert_eq!(space.blocks(2), 2);
         assert_eq!(space.bytes(65), 1376);
         assert_eq!(space.bytes(64), 1472, "the place before was rounded up");
+        assert!(space.is_full());
         assert_eq!(space.bytes(4096), 4 * 4096);
+        assert!(space.is_full());
         assert_eq!(space.bytes(5000), 5 * 4096);
         assert_eq!(space.bytes(3000), 6 * 4096 + 928);
-        assert_eq!(space.block_count(), 7);
+        assert_eq!((space.block_count(), space.is_full()), (7, false));
     }
 
     #[test]

@@ -43,8 +43,10 @@ impl Layer {
     pub(crate) fn file(&mut self, name: &str, size: u64, change: impl FnOnce(&mut TocEntry)) -> &mut Self {
         let chunk = |layer: &mut Self, chunk_size: u64| {
             // A member may not unfold to more than deflate can say.
-            layer.offset += chunk_size / 1000 + 100;
-            (layer.offset, Some(Digest::of(layer.offset.to_le_bytes())))
+            layer.offset += 100;
+            let offset = layer.offset;
+            layer.offset += chunk_size / 1000;
+            (offset, Some(Digest::of(offset.to_le_bytes())))
         };
         let mut file = TocEntry::new(name, EntryType::Reg);
         file.mode = 0o644;
@@ -94,6 +96,109 @@ impl Layer {
     }
 }
 
+/// A layer with one of everything.
+pub(crate) fn everything() -> Layer {
+    let mut layer = Layer::default();
+    let selinux = |entry: &mut TocEntry| set_xattr(entry, "security.selinux", b"system_u:object_r:bin_t:s0\0");
+    layer
+        .add("./", EntryType::Dir, |root| {
+            root.mode = 0o751;
+            root.mod_time = "2024-05-06T07:08:09.123456789Z".into();
+            selinux(root);
+        })
+        .dir("bin")
+        .file("bin/tool", 5000, |file| {
+            file.mode = 0o6755;
+            (file.uid, file.gid) = (1000, u64::from(u32::MAX - 1));
+            file.mod_time = "1969-12-31T23:59:58.25Z".into();
+            selinux(file);
+            set_xattr(file, "security.capability", &capability(1 << 13));
+            set_xattr(file, "user.comment", b"");
+            set_xattr(file, "user.large", &[7; 5000]);
+            set_xattr(file, "system.unknown", b"left out");
+        })
+        .file("bin/aligned", 8192, |file| selinux(file))
+        .file("bin/empty", 0, |file| {
+            file.mod_time = "1901-12-13T20:45:51.999999999Z".into()
+        })
+        .file("bin/one", 1, |file| file.mod_time = "2514-05-30T01:53:04Z".into())
+        .hard_link("other-name", "bin/tool")
+        .add("acl", EntryType::Dir, |dir| {
+            dir.mode = 0o1777;
+            set_xattr(dir, "system.posix_acl_access", &acl(7, 1000, 5, 7, 5, 7));
+            set_xattr(dir, "system.posix_acl_default", &acl(7, 1000, 5, 7, 5, 7));
+        })
+        .hard_link("acl/third-name", "other-name")
+        .symlink("short", "bin/tool")
+        .symlink("inline", &"i/".repeat(2016))
+        .symlink("long", &"l/".repeat(2017))
+        .symlink("longest", &"x".repeat(4095))
+        .add("null", EntryType::Char, |entry| {
+            (entry.dev_major, entry.dev_minor) = (1, 3)
+        })
+        .add("disk", EntryType::Block, |entry| {
+            (entry.dev_major, entry.dev_minor, entry.mode) = (4095, 1_048_575, 0o660);
+        })
+        .add("pipe", EntryType::Fifo, |entry| {
+            entry.mod_time = "2038-01-19T03:14:08.000000001Z".into()
+        })
+        .file("bin/.wh.gone", 0, |_| {})
+        .dir("opaque")
+        .file("opaque/.wh..wh..opq", 0, |_| {})
+        .file("opaque/new", 100, |_| {})
+        .dir("sorted");
+    for name in [
+        "!",
+        "-",
+        ".-",
+        ".a",
+        "..a",
+        "a",
+        "A",
+        "\u{7f}",
+        "ä",
+        "...",
+        &"n".repeat(255),
+    ] {
+        layer.file(&format!("sorted/{name}"), 3, |_| {});
+    }
+    // A directory of a few blocks, one whose last block is full to the last byte, and a deep one.
+    for at in 0..300 {
+        layer.file(&format!("blocks/{at:04}-{}", "x".repeat(at % 40)), 10, |_| {});
+    }
+    for (at, length) in [196; 19].into_iter().chain([105]).enumerate() {
+        layer.file(&format!("full/{at:03}{}", "f".repeat(length - 3)), 0, |_| {});
+    }
+    layer.file(&format!("{}/file", ["deep"; 100].join("/")), 20, |_| {});
+    layer
+}
+
+/// A file capability of version 2: these are permitted and in effect.
+pub(crate) fn capability(permitted: u32) -> Vec<u8> {
+    [0x0200_0001, permitted, 0, 0, 0]
+        .iter()
+        .flat_map(|word: &u32| word.to_le_bytes())
+        .collect()
+}
+
+/// An access control list with rights for one more user.
+pub(crate) fn acl(owner: u16, user: u32, rights: u16, group: u16, mask: u16, other: u16) -> Vec<u8> {
+    let mut list = 2u32.to_le_bytes().to_vec();
+    let entries = [
+        (1, owner, u32::MAX),
+        (2, rights, user),
+        (4, group, u32::MAX),
+        (0x10, mask, u32::MAX),
+        (0x20, other, u32::MAX),
+    ];
+    for (tag, rights, id) in entries {
+        list.extend_from_slice(&u16::to_le_bytes(tag));
+        list.extend_from_slice(&rights.to_le_bytes());
+        list.extend_from_slice(&u32::to_le_bytes(id));
+    }
+    list
+}
+
 /// Gives an entry an attribute.
 pub(crate) fn set_xattr(entry: &mut TocEntry, name: &str, value: &[u8]) {
     entry.xattrs.insert(name.into(), BASE64.encode(value));
@@ -109,13 +214,12 @@ pub(crate) fn content(ino: u64, offset: u64, size: usize) -> Vec<u8> {
     words.skip(skip).take(size).collect()
 }
 
-/// Writes the contents of all files up to `most` bytes of each into a data file.
-pub(crate) fn fill_data<B: AsRef<[u8]>>(data: &File, index: &LayerIndex<B>, most: u64) {
-    data.set_len(index.data_size()).unwrap();
+/// Writes the contents of all files into a data file.
+pub(crate) fn fill_data<B: AsRef<[u8]>>(data: &File, index: &LayerIndex<B>) {
     for ino in 1..=u64::from(index.inode_count()) {
         let inode = index.inode(ino).unwrap();
         if inode.kind == FileKind::Regular {
-            let bytes = content(ino, 0, usize::try_from(inode.size.min(most)).unwrap());
+            let bytes = content(ino, 0, usize::try_from(inode.size).unwrap());
             data.write_all_at(&bytes, inode.data_offset).unwrap();
         }
     }

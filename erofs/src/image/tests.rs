@@ -1,1 +1,0 @@
-//! Images byte by byte.
