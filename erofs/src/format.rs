@@ -19,6 +19,8 @@ pub(crate) const MAGIC: u32 = 0xe0f5_e1e2;
 pub(crate) const COMPAT_CHECKSUM: u32 = 1 << 0;
 /// Times are modification times (images of old tools had change times).
 pub(crate) const COMPAT_MTIME: u32 = 1 << 1;
+/// Inodes with attributes say which ones they do not have.
+pub(crate) const COMPAT_XATTR_FILTER: u32 = 1 << 2;
 /// There are files that are made of chunks.
 pub(crate) const INCOMPAT_CHUNKS: u32 = 1 << 2;
 /// There is a device table.
@@ -57,6 +59,8 @@ pub(crate) const DATA_DEVICE: u16 = 1;
 
 /// Most shared attributes of one inode.
 pub(crate) const MAX_SHARED: usize = u8::MAX as usize;
+/// Seed of the hash that picks an attribute's bit in a filter; its prefix index is added.
+pub(crate) const FILTER_SEED: u32 = 0x25bb_e08f;
 /// Attributes begin at multiples of this, and sizes and places are counted in it.
 pub(crate) const XATTR_ALIGN: usize = 4;
 
@@ -142,6 +146,7 @@ pub(crate) struct Dirent {
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct XattrHeader {
+    /// A bit for each value of a hash of names: 1 if the inode has no attribute with such a name.
     pub(crate) name_filter: U32,
     pub(crate) shared_count: u8,
     pub(crate) reserved: [u8; 7],

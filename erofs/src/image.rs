@@ -8,14 +8,14 @@ use estargz::digest::Digest;
 use estargz::index::{FileKind, Inode, LayerIndex, ROOT_INO};
 use zerocopy::IntoBytes;
 
-use crate::checksum::crc32c;
 use crate::directory;
 use crate::error::{ImageError, MAX_DATA_BYTES, MAX_IMAGE_BYTES, shown};
 use crate::format::{
-    BLOCK, BLOCK_BITS, CHUNK_INDEXES, COMPAT_CHECKSUM, COMPAT_MTIME, ChunkIndex, DATA_DEVICE, DeviceSlot,
-    INCOMPAT_CHUNKS, INCOMPAT_DEVICES, InodeRecord, Layout, MAGIC, MAX_CHUNK_BITS, SLOT, SUPER_OFFSET, SuperBlock,
-    device_number, mode_type,
+    BLOCK, BLOCK_BITS, CHUNK_INDEXES, COMPAT_CHECKSUM, COMPAT_MTIME, COMPAT_XATTR_FILTER, ChunkIndex, DATA_DEVICE,
+    DeviceSlot, INCOMPAT_CHUNKS, INCOMPAT_DEVICES, InodeRecord, Layout, MAGIC, MAX_CHUNK_BITS, SLOT, SUPER_OFFSET,
+    SuperBlock, device_number, mode_type,
 };
+use crate::hash::crc32c;
 use crate::space::Space;
 use crate::xattrs::Attributes;
 
@@ -209,7 +209,7 @@ impl<'a, B: AsRef<[u8]>> Plan<'a, B> {
         };
         let mut super_block = SuperBlock {
             magic: MAGIC.into(),
-            feature_compat: (COMPAT_CHECKSUM | COMPAT_MTIME).into(),
+            feature_compat: (COMPAT_CHECKSUM | COMPAT_MTIME | COMPAT_XATTR_FILTER).into(),
             blkszbits: BLOCK_BITS,
             root_nid: u16::try_from(self.nid(ROOT_INO)?)
                 .map_err(|_| ImageError::TooLarge)?

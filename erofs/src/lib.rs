@@ -21,10 +21,10 @@
 //! The image is a pure function of the index (docs/format.md says what is where), so it needs no checksum of its own to be
 //! compared: whoever doubts one makes it again.
 
-mod checksum;
 mod directory;
 mod error;
 mod format;
+mod hash;
 mod image;
 pub mod mount;
 mod space;

@@ -9,7 +9,8 @@ use estargz::index::LayerIndex;
 use zerocopy::IntoBytes;
 
 use crate::error::{ImageError, MAX_ATTRIBUTES, shown};
-use crate::format::{MAX_SHARED, XATTR_ALIGN, XattrEntry, XattrHeader};
+use crate::format::{FILTER_SEED, MAX_SHARED, XATTR_ALIGN, XattrEntry, XattrHeader};
+use crate::hash::xxh32;
 
 /// Beyond this many bytes an attribute is written in the shared area also if only one file has it: a reader of inodes
 /// seldom wants it.
@@ -33,6 +34,11 @@ struct Attribute<'a> {
 impl Attribute<'_> {
     fn size(&self) -> usize {
         (size_of::<XattrEntry>() + self.name.len() + self.value.len()).next_multiple_of(XATTR_ALIGN)
+    }
+
+    /// Its bit in the filter of an inode that has it.
+    fn filter_bit(&self) -> u32 {
+        1 << (xxh32(self.name, FILTER_SEED.wrapping_add(self.name_index.into())) % u32::BITS)
     }
 
     fn is_shared(&self) -> bool {
@@ -164,9 +170,13 @@ impl<'a> Attributes<'a> {
     /// Appends what stands behind a file's inode; the shared attributes have their places.
     pub(crate) fn write(&self, ino: u64, bytes: &mut Vec<u8>) {
         let (shared, inline) = self.split(ino);
+        let present = shared
+            .chain(inline)
+            .fold(0, |bits, attribute| bits | attribute.filter_bit());
+        let (shared, inline) = self.split(ino);
         let ids: Vec<u32> = shared.filter_map(|attribute| attribute.id).collect();
         let header = XattrHeader {
-            name_filter: 0.into(),
+            name_filter: (!present).into(),
             shared_count: u8::try_from(ids.len()).unwrap_or(u8::MAX),
             reserved: [0; 7],
         };

@@ -5,6 +5,7 @@
 
 #[path = "privileged/compare.rs"]
 mod compare;
+#[allow(dead_code, reason = "some helpers are for images without a mount only")]
 #[path = "support/layer.rs"]
 mod layer;
 #[path = "privileged/mounts.rs"]

@@ -17,6 +17,10 @@ const LAYOUT: BlobLayout = BlobLayout {
     compression: Compression::Gzip,
 };
 
+/// Where an index file's inode table begins, behind its header, and bytes of a record in it.
+pub(crate) const INODES_AT: usize = 184;
+pub(crate) const INODE_BYTES: usize = 88;
+
 /// The entries of a layer so far.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Layer {
@@ -171,6 +175,28 @@ pub(crate) fn everything() -> Layer {
     }
     layer.file(&format!("{}/file", ["deep"; 100].join("/")), 20, |_| {});
     layer
+}
+
+/// A few files of every kind, so that most bytes of the index mean something.
+pub(crate) fn small() -> Layer {
+    let mut layer = Layer::default();
+    layer
+        .file("d/f", 10, |file| set_xattr(file, "user.a", b"value"))
+        .file("d/g", 5000, |file| set_xattr(file, "user.a", b"value"))
+        .hard_link("h", "d/f")
+        .symlink("s", "d/g")
+        .dir("d/e/e")
+        .add("c", EntryType::Char, |entry| entry.dev_minor = 3)
+        .add("p", EntryType::Fifo, |_| {});
+    layer
+}
+
+/// An index whose bytes are changed, with the checksum made right.
+pub(crate) fn changed(mut bytes: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    change(&mut bytes);
+    let checksum = libdeflater::crc32(&bytes[16..]);
+    bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+    bytes
 }
 
 /// A file capability of version 2: these are permitted and in effect.
