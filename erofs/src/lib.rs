@@ -7,12 +7,12 @@
 //! ```no_run
 //! # fn example(index: &estargz::index::LayerIndex<Vec<u8>>, layer: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
 //! use std::os::fd::AsFd;
-//! use hullspeed_erofs::mount::Detached;
+//! use hullspeed_erofs::mount::Mounter;
 //!
 //! std::fs::write(layer.join("erofs"), hullspeed_erofs::image(index)?)?;
 //! let data = std::fs::File::open(layer.join("data"))?;
 //! // Here the data file gets its mark: what is opened by the mount before it has one raises no events later.
-//! let mount = Detached::create(&layer.join("erofs"), data.as_fd())?;
+//! let mount = Mounter::default().create(&layer.join("erofs"), data.as_fd())?;
 //! mount.set_read_ahead(1024)?;
 //! mount.attach(&layer.join("mnt"))?;
 //! # Ok(()) }

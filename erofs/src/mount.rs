@@ -15,8 +15,9 @@ use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{Advice, AtFlags, CWD, FlockOperation, StatxFlags, flock};
+use rustix::fs::{Advice, AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
@@ -74,21 +75,20 @@ pub enum MountError {
     },
 }
 
-/// A mount that nobody can see yet. Dropping it takes it away.
-#[derive(Debug)]
-pub struct Detached {
-    mount: OwnedFd,
-    device: (u32, u32),
-    image: PathBuf,
-    /// The directory in sysfs with the settings of this file system, if it could be told from others.
-    settings: Option<PathBuf>,
+/// Makes mounts, one after the other: the kernel tells nobody which entry in sysfs belongs to a new file system, so it has
+/// to be the only new one. A process needs one of these; with two the read-ahead of mounts made at once cannot be set.
+#[derive(Debug, Default)]
+pub struct Mounter {
+    making: Mutex<()>,
 }
 
-impl Detached {
+impl Mounter {
     /// Makes the file system of an image whose contents are in `data`, and its mount: read-only, without devices, with
     /// set-user-id bits in force (programs of an image need them). A fanotify mark on `data` must be there before this
     /// call: what is opened without one raises no events later.
-    pub fn create(image: &Path, data: BorrowedFd<'_>) -> Result<Self, MountError> {
+    ///
+    /// Blocks until the kernel has read the superblock and the root.
+    pub fn create(&self, image: &Path, data: BorrowedFd<'_>) -> Result<Detached, MountError> {
         let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|source| match source {
             Errno::NODEV => MountError::Unsupported(source),
             _ => failed(image, "fsopen", None, source),
@@ -101,27 +101,36 @@ impl Detached {
         fsconfig_set_string(context.as_fd(), "device", path_of(data)).map_err(failed("fsconfig device"))?;
         fsconfig_set_flag(context.as_fd(), "ro").map_err(failed("fsconfig ro"))?;
         warm(image);
-        let settings = Settings::before();
-        fsconfig_create(context.as_fd()).map_err(failed("fsconfig create"))?;
-        let settings = settings.and_then(Settings::of_new);
+        let settings = {
+            let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = settings_listed();
+            fsconfig_create(context.as_fd()).map_err(failed("fsconfig create"))?;
+            known.and_then(|known| settings_new(&known))
+        };
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
         let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))?;
-        let stat = rustix::fs::statx(
-            mount.as_fd(),
-            "",
-            AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC,
-            StatxFlags::TYPE,
-        )
-        .map_err(failed("statx"))?;
-        let device = (stat.stx_dev_major, stat.stx_dev_minor);
-        Ok(Self {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let stat = rustix::fs::statx(mount.as_fd(), "", flags, StatxFlags::TYPE).map_err(failed("statx"))?;
+        Ok(Detached {
             mount,
-            device,
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
             image: image.to_owned(),
             settings,
         })
     }
+}
 
+/// A mount that nobody can see yet. Dropping it takes it away.
+#[derive(Debug)]
+pub struct Detached {
+    mount: OwnedFd,
+    device: (u32, u32),
+    image: PathBuf,
+    /// The directory in sysfs with the settings of this file system, if it could be told from others.
+    settings: Option<PathBuf>,
+}
+
+impl Detached {
     /// Sets how much the kernel reads ahead, 128 KiB if this is not called. Call it before [`Detached::attach`]: a file
     /// keeps what was set when it was opened.
     pub fn set_read_ahead(&self, kib: u32) -> Result<(), MountError> {
@@ -178,42 +187,21 @@ pub fn is_supported() -> bool {
             .is_ok_and(|list| list.lines().any(|line| line.split('\t').next_back() == Some("erofs")))
 }
 
-/// Finds the directory in sysfs of a file system that is about to be made. The kernel gives it the next number of a
-/// count and tells nobody which, so it is the one that is there afterwards and was not before; a lock keeps others of
-/// our mounts from appearing in between.
-struct Settings {
-    known: BTreeSet<OsString>,
-    /// Locked as long as it is open.
-    _lock: File,
+/// The directories in sysfs of the EROFS file systems there are.
+fn settings_listed() -> Option<BTreeSet<OsString>> {
+    let names = std::fs::read_dir(DEVICES)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.file_name()));
+    let ours = names.filter(|name| name.as_encoded_bytes().starts_with(DEVICE_PREFIX.as_bytes()));
+    Some(ours.collect())
 }
 
-impl Settings {
-    fn before() -> Option<Self> {
-        let lock = File::open(DEVICES).ok()?;
-        flock(&lock, FlockOperation::LockExclusive).ok()?;
-        Some(Self {
-            known: Self::listed()?,
-            _lock: lock,
-        })
-    }
-
-    fn of_new(self) -> Option<PathBuf> {
-        let listed = Self::listed()?;
-        let mut new = listed.difference(&self.known);
-        let name = new.next()?;
-        new.next().is_none().then(|| Path::new(DEVICES).join(name))
-    }
-
-    fn listed() -> Option<BTreeSet<OsString>> {
-        let names = std::fs::read_dir(DEVICES)
-            .ok()?
-            .filter_map(|entry| Some(entry.ok()?.file_name()));
-        Some(
-            names
-                .filter(|name| name.as_encoded_bytes().starts_with(DEVICE_PREFIX.as_bytes()))
-                .collect(),
-        )
-    }
+/// The one that was not there before, if it is one.
+fn settings_new(known: &BTreeSet<OsString>) -> Option<PathBuf> {
+    let listed = settings_listed()?;
+    let mut new = listed.difference(known);
+    let name = new.next()?;
+    new.next().is_none().then(|| Path::new(DEVICES).join(name))
 }
 
 /// Starts reading the image into memory, in large pieces: the kernel reads metadata a block at a time, each when it is

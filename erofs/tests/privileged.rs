@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use estargz::index::LayerIndex;
-use hullspeed_erofs::mount::Detached;
+use hullspeed_erofs::mount::Mounter;
 
 /// A mounted image with its files; takes the mount away before it removes them.
 struct Mounted {
@@ -49,7 +49,9 @@ impl Mounted {
         let data = data_file(&path("data"));
         data.set_len(index.data_size()).unwrap();
         fs::create_dir(path("mnt")).unwrap();
-        let detached = Detached::create(&path("erofs"), data.as_fd()).unwrap_or_else(|error| panic!("{error:?}"));
+        let detached = Mounter::default()
+            .create(&path("erofs"), data.as_fd())
+            .unwrap_or_else(|error| panic!("{error:?}"));
         let device = detached.device();
         detached.attach(&path("mnt")).unwrap();
         Self {
