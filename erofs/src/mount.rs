@@ -10,14 +10,13 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{Advice, AtFlags, CWD, StatxFlags};
+use rustix::fs::{Advice, AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
@@ -29,6 +28,8 @@ use thiserror::Error;
 const MESSAGES_MAX: usize = 8;
 /// Most bytes of one of them.
 const MESSAGE_BYTES: usize = 512;
+/// Longest source that the mount call takes; an image with a longer path is named by its descriptor.
+const SOURCE_BYTES: usize = 255;
 /// How much of an image is read ahead of use, 16 MiB: all of one with 100 000 files.
 const WARM_BYTES: u64 = 16 << 20;
 /// Where the kernel shows what it knows of each file system's device; those of ours are called `erofs-` and a number.
@@ -97,10 +98,17 @@ impl Mounter {
             let context = &context;
             move |source| failed(image, step, Some(context), source)
         };
-        fsconfig_set_string(context.as_fd(), "source", image).map_err(failed("fsconfig source"))?;
+        let opened =
+            rustix::fs::open(image, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(failed("open"))?;
+        warm(opened.as_fd());
+        let source = if image.as_os_str().len() > SOURCE_BYTES {
+            path_of(opened.as_fd())
+        } else {
+            image.to_owned()
+        };
+        fsconfig_set_string(context.as_fd(), "source", source).map_err(failed("fsconfig source"))?;
         fsconfig_set_string(context.as_fd(), "device", path_of(data)).map_err(failed("fsconfig device"))?;
         fsconfig_set_flag(context.as_fd(), "ro").map_err(failed("fsconfig ro"))?;
-        warm(image);
         let settings = {
             let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
             let known = settings_listed();
@@ -204,12 +212,10 @@ fn settings_new(known: &BTreeSet<OsString>) -> Option<PathBuf> {
     new.next().is_none().then(|| Path::new(DEVICES).join(name))
 }
 
-/// Starts reading the image into memory, in large pieces: the kernel reads metadata a block at a time, each when it is
-/// asked for. An image just written is there already. What goes wrong here the mount will say better.
-fn warm(image: &Path) {
-    if let Ok(image) = File::open(image) {
-        let _ = rustix::fs::fadvise(&image, 0, NonZeroU64::new(WARM_BYTES), Advice::WillNeed);
-    }
+/// Starts reading an image into memory, in large pieces: the kernel reads metadata a block at a time, each when it is
+/// asked for. An image just written is there already, and one that is not is only slower.
+fn warm(image: BorrowedFd<'_>) {
+    let _ = rustix::fs::fadvise(image, 0, NonZeroU64::new(WARM_BYTES), Advice::WillNeed);
 }
 
 fn failed(image: &Path, step: &'static str, context: Option<&OwnedFd>, source: Errno) -> MountError {

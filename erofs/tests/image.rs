@@ -6,6 +6,9 @@
 #[path = "support/layer.rs"]
 mod layer;
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use estargz::digest::Digest;
 use estargz::index::LayerIndex;
 use estargz::toc::EntryType;
@@ -180,5 +183,56 @@ proptest! {
         {
             prop_assert_eq!(image.len() % 4096, 0);
         }
+    }
+}
+
+/// Bytes that are others after they were looked at so many times, as a mapped file's can be.
+#[derive(Debug)]
+struct Changing {
+    before: Vec<u8>,
+    after: Vec<u8>,
+    looks_left: Rc<Cell<usize>>,
+}
+
+impl AsRef<[u8]> for Changing {
+    fn as_ref(&self) -> &[u8] {
+        let left = self.looks_left.get();
+        self.looks_left.set(left.saturating_sub(1));
+        if left == 0 { &self.after } else { &self.before }
+    }
+}
+
+#[test]
+fn an_index_that_changes_while_it_is_used_gives_an_image_or_an_error() {
+    let before = small().index_bytes();
+    let reversed = before.iter().rev().copied().collect();
+    let counted = (0..=250).cycle().take(before.len()).collect();
+    for after in [
+        vec![0; before.len()],
+        vec![0xff; before.len()],
+        Vec::new(),
+        reversed,
+        counted,
+    ] {
+        let (mut images, mut errors) = (0, 0);
+        for moment in 0.. {
+            let looks_left = Rc::new(Cell::new(moment));
+            let bytes = Changing {
+                before: before.clone(),
+                after: after.clone(),
+                looks_left: Rc::clone(&looks_left),
+            };
+            // Opening looks too, and refuses most of what changes then.
+            let Ok(index) = LayerIndex::open(bytes) else { continue };
+            match image(&index) {
+                Ok(image) => assert_eq!(image.len() % 4096, 0, "{moment}"),
+                Err(_) => errors += 1,
+            }
+            images += 1;
+            if looks_left.get() > 0 {
+                break;
+            }
+        }
+        assert!(errors > 20 && errors < images, "{errors} errors at {images} moments");
     }
 }

@@ -81,6 +81,23 @@ fn privileged_what_is_open_counts_and_not_what_its_path_names_by_now() {
 }
 
 #[test]
+fn privileged_an_image_may_have_a_long_path() {
+    let mounted = Mounted::new(&everything().index());
+    let directory = mounted.beside(&vec!["a-long-name"; 40].join("/"));
+    fs::create_dir_all(&directory).unwrap();
+    let image = directory.join("erofs");
+    fs::rename(mounted.beside("erofs"), &image).unwrap();
+    let (detached, device) = attached(&image, &mounted);
+    let target = directory.join("mnt");
+    fs::create_dir(&target).unwrap();
+    detached.attach(&target).unwrap();
+    let (line, shown) = (mount_line(&device), fs::read(target.join("bin/one")));
+    rustix::mount::unmount(&target, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert!(line.unwrap().contains(" /proc/self/fd/"));
+    assert_eq!(shown.unwrap().len(), 1);
+}
+
+#[test]
 fn privileged_failures_say_what_failed() {
     let mounted = Mounted::new(&Layer::default().index());
     let fault = |image: &Path, data: &File| Mounter::default().create(image, data.as_fd()).unwrap_err();
@@ -95,8 +112,8 @@ fn privileged_failures_say_what_failed() {
         (fault(&zeros, &mounted.data), "Invalid argument (os error 22)"),
         (fault(&checksum, &mounted.data), "Bad message (os error 74)"),
         (
-            fault(&mounted.beside("none"), &mounted.data),
-            "No such file or directory (os error 2)",
+            fault(Path::new("/tmp"), &mounted.data),
+            "Block device required (os error 15)",
         ),
         (
             fault(&mounted.beside("erofs"), &directory),
@@ -107,10 +124,12 @@ fn privileged_failures_say_what_failed() {
         assert_eq!(source, errno, "{error}");
         let text = error.to_string();
         assert!(
-            text.starts_with("cannot mount /tmp/hullspeed-erofs-") && text.contains(": fsconfig create failed"),
+            text.starts_with("cannot mount /tmp") && text.contains(": fsconfig create failed"),
             "{text}"
         );
     }
+    let error = fault(&mounted.beside("none"), &mounted.data).to_string();
+    assert!(error.ends_with("/none: open failed"), "{error}");
     let (detached, _) = attached(&mounted.beside("erofs"), &mounted);
     let error = detached.attach(&mounted.beside("none")).unwrap_err();
     assert!(matches!(error, MountError::Attach { .. }), "{error:?}");
