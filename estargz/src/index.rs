@@ -337,6 +337,23 @@ impl<B: AsRef<[u8]>> LayerIndex<B> {
         before(start)..before(end.max(start))
     }
 
+    /// Ids of the chunks that hold bytes `range` of the data file; empty if none does. Padding belongs to no chunk.
+    pub fn chunks_at(&self, range: Range<u64>) -> Range<u32> {
+        let chunks = self.chunk_records();
+        let begins = |chunk: &ChunkRecord| {
+            let file = self.inode_record(chunk.ino.get().into());
+            file.map_or(0, |file| file.data_offset.get()).saturating_add(chunk.file_offset.get())
+        };
+        if range.is_empty() {
+            return 0..0;
+        }
+        let id = |position: usize| u32::try_from(position).unwrap_or(u32::MAX);
+        let ends = |chunk: &ChunkRecord| begins(chunk).saturating_add(chunk.size.get().into());
+        let start = chunks.partition_point(|chunk| ends(chunk) <= range.start);
+        let end = chunks.partition_point(|chunk| begins(chunk) < range.end);
+        id(start)..id(end.max(start))
+    }
+
     /// A member by its id.
     pub fn member(&self, id: u32) -> Option<Member> {
         let record = self.member_records().get(id as usize)?;

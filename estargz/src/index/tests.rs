@@ -380,6 +380,20 @@ fn chunks_tile_files_and_extents_are_aligned() {
     ] {
         assert_eq!(index.chunks_in(3, range.clone()), want, "{range:?}");
     }
+    for (range, want) in [
+        (0..1, 0..1),
+        (0..4096, 0..1),
+        (1..4096, 1..1),
+        (1..4097, 1..2),
+        (8000..8097, 1..3),
+        (4096..20_480, 1..5),
+        (15_000..16_384, 4..4),
+        (20_479..99_999, 4..5),
+        (20_480..99_999, 5..5),
+        (7..7, 0..0),
+    ] {
+        assert_eq!(index.chunks_at(range.clone()), want, "{range:?} of the data");
+    }
     assert!(
         index.chunks_in(4, 0..1).is_empty()
             && index.chunks_in(1, 0..1).is_empty()

@@ -78,7 +78,7 @@ struct Check<'a, B> {
 impl<B: AsRef<[u8]>> Check<'_, B> {
     fn all(&self) -> Result<(), IndexError> {
         self.root()?;
-        let (mut dirents, mut chunks) = (0, 0);
+        let (mut dirents, mut chunks, mut data_end) = (0, 0, 0);
         for (at, record) in self.index.inode_records().iter().enumerate() {
             self.inode(at, record)?;
             let children = u64::from(record.count.get());
@@ -94,6 +94,17 @@ impl<B: AsRef<[u8]>> Check<'_, B> {
                     self.directory(at, record)?;
                 }
                 Some(FileKind::Regular) => {
+                    // Who looks for what lies at a place of the data file searches the chunks as if they were sorted by it.
+                    let in_order = record.first.get() as u64 == chunks && record.data_offset.get() >= data_end;
+                    self.require(
+                        children == 0 || in_order,
+                        "content out of order",
+                        Section::Inodes,
+                        at,
+                    )?;
+                    if children > 0 {
+                        data_end = record.data_offset.get().saturating_add(record.size.get());
+                    }
                     chunks += children;
                     self.require(
                         chunks <= self.index.chunk_records().len() as u64,

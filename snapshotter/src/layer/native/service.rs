@@ -1,0 +1,493 @@
+//! Answers the kernel's questions about the layers that it serves itself.
+//!
+//! One thread reads the events of all groups. What is resident it allows at once; what is not is fetched on the runtime, and answered
+//! there. Whatever is not understood is denied. A layer whose table in the journal is full, or for which there are no descriptors left,
+//! is not read from until there is room: its readers wait in the kernel's queue, and nobody gets an error for it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::io::Errno;
+use tokio::runtime::Handle;
+
+use super::event::{Asked, Event};
+use super::group::{Answer, Group};
+use super::journal::{Journal, Received, Slot};
+use super::sys;
+use crate::layer::fetch::{LayerFetch, Reading};
+use crate::metrics::Metrics;
+use crate::metrics::defs::{NativeEventLabels, NativeOutcome};
+
+/// Groups that the thread hears of with one call.
+const READY: usize = 64;
+/// Reads from one group before the others have their turn.
+const TURN: usize = 16;
+/// The token of what wakes the thread.
+const WAKE: u64 = u64::MAX;
+/// How long a group rests that cannot be read from.
+const REST: Duration = Duration::from_millis(20);
+/// The share of the descriptors that this process may have which events may take.
+const SHARE: u64 = 4;
+/// Events of all layers together that are worked on at once.
+const MAX_EVENTS: u64 = 8192;
+/// A read of a file's beginning that is as long as this is one of many: headers are shorter.
+const FRONT: u64 = 128 << 10;
+
+/// The service: one for all layers of the daemon.
+#[derive(Clone)]
+pub struct Service {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    journal: Arc<Journal>,
+    epoll: OwnedFd,
+    wake: OwnedFd,
+    runtime: Handle,
+    metrics: Metrics,
+    members: Mutex<HashMap<u64, Arc<Member>>>,
+    next: AtomicU64,
+    /// Events that are worked on.
+    pending: AtomicUsize,
+    most: usize,
+    /// Groups that are not read from before an event was answered.
+    starved: Mutex<Vec<u64>>,
+    /// Set when a successor is to go on with what is pending.
+    leaving: AtomicBool,
+    ended: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A layer whose readers ask.
+pub struct Member {
+    token: u64,
+    group: Group,
+    slot: Option<Slot>,
+    fetch: Arc<LayerFetch>,
+    inner: Arc<Inner>,
+    /// Events of a predecessor whose numbers this process uses otherwise: new ones could get the same.
+    blocking: AtomicUsize,
+}
+
+impl Service {
+    /// Starts the service; events of layers that join are noted in `journal`.
+    pub fn start(journal: Arc<Journal>, metrics: Metrics, runtime: Handle) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        epoll::add(&epoll, &wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
+        let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let most = descriptors.map_or(MAX_EVENTS, |most| (most / SHARE).clamp(1, MAX_EVENTS));
+        let inner = Arc::new(Inner {
+            journal,
+            epoll,
+            wake,
+            runtime,
+            metrics,
+            members: Mutex::default(),
+            next: AtomicU64::new(0),
+            pending: AtomicUsize::new(0),
+            most: usize::try_from(most).unwrap_or(usize::MAX),
+            starved: Mutex::default(),
+            leaving: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            thread: Mutex::default(),
+        });
+        let thread = {
+            let inner = inner.clone();
+            std::thread::Builder::new().name("native-events".to_owned()).spawn(move || inner.run())?
+        };
+        *inner.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(Self { inner })
+    }
+
+    /// The journal.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.inner.journal
+    }
+
+    /// Answers for `fetch`'s layer from now on. The group has its mark.
+    pub fn join(&self, group: Group, slot: Slot, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
+        let member = self.inner.member(group, slot, fetch);
+        self.inner.admit(&member)?;
+        Ok(member)
+    }
+
+    /// Goes on for a layer that a predecessor served: answers first what it left.
+    pub fn resume(&self, group: Group, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
+        let toc = fetch.layer().toc_digest();
+        let Some(slot) = self.inner.journal.resume(&toc) else {
+            return self.resume_blind(group, fetch);
+        };
+        let left = slot.left();
+        let member = self.inner.member(group, slot, fetch);
+        let reserved: Vec<_> = left.iter().map(|entry| reserve(entry.number)).collect();
+        let foreign = reserved.iter().filter(|is_reserved| !**is_reserved).count();
+        member.blocking.store(foreign, Ordering::Release);
+        if !left.is_empty() {
+            tracing::info!(%toc, events = left.len(), foreign, "going on with what an earlier process was asked");
+        }
+        for (entry, is_reserved) in left.into_iter().zip(reserved) {
+            let question = Question {
+                number: entry.number,
+                pid: 0,
+                ownership: if is_reserved { Ownership::Ours } else { Ownership::Foreign },
+            };
+            self.inner.handle(&member, question, entry.asked);
+        }
+        self.inner.admit(&member)?;
+        Ok(member)
+    }
+
+    /// Without a journal it is not known who waits: whoever does gets an error, once; the kernel asks again for most of them.
+    fn resume_blind(&self, group: Group, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
+        let toc = fetch.layer().toc_digest();
+        let slot = self.inner.journal.claim(&toc);
+        let slot = slot.ok_or_else(|| io::Error::other("no slot in the journal of events is free"))?;
+        let numbers = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+        let numbers = numbers.and_then(|most| i32::try_from(most).ok()).unwrap_or(MAX_NUMBER);
+        let denied = (0..numbers.min(MAX_NUMBER)).filter(|number| matches!(group.answer(*number, Answer::Deny), Ok(true)));
+        let denied = denied.count();
+        tracing::warn!(%toc, denied, "the journal of events has no slot of this layer; what it left unanswered was denied");
+        self.join(group, slot, fetch)
+    }
+
+    /// Stops answering, and leaves what is pending to a successor; the groups must be kept elsewhere.
+    pub fn leave(&self) {
+        self.inner.leaving.store(true, Ordering::Release);
+        self.end();
+    }
+
+    /// Ends the thread. Layers that have not gone are not answered for any more.
+    pub fn end(&self) {
+        self.inner.ended.store(true, Ordering::Release);
+        self.inner.wake();
+        let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // Its panic has been reported.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Beyond any number of descriptors that a process may have.
+const MAX_NUMBER: i32 = 1 << 20;
+
+/// Occupies a number, so that no event gets it; whether it was free.
+fn reserve(number: i32) -> bool {
+    let place = rustix::fs::open(c"/dev/null", rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty());
+    let reserved = place.and_then(|place| rustix::io::fcntl_dupfd_cloexec(place, number));
+    match reserved {
+        Ok(fd) => {
+            use std::os::fd::{AsRawFd, IntoRawFd};
+            let is_it = fd.as_raw_fd() == number;
+            if is_it {
+                // Closed with the event.
+                let _ = fd.into_raw_fd();
+            }
+            is_it
+        }
+        Err(_) => false,
+    }
+}
+
+/// Whose descriptor has the number of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ownership {
+    /// The event's: it is closed when the event has been answered.
+    Ours,
+    /// Something else's, since a predecessor read the event.
+    Foreign,
+}
+
+/// An event that waits for its answer.
+#[derive(Debug, Clone, Copy)]
+struct Question {
+    number: i32,
+    pid: i32,
+    ownership: Ownership,
+}
+
+impl Member {
+    /// The layer.
+    pub fn fetch(&self) -> &Arc<LayerFetch> {
+        &self.fetch
+    }
+
+    /// The group.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Takes the mark away, answers what came before, and forgets the layer. Only for a layer that is complete, or that nobody has
+    /// mounted: whoever asks now is allowed.
+    pub fn retire(self: Arc<Self>) -> io::Result<()> {
+        self.group.unmark(self.fetch.layer().content())?;
+        self.inner.members().remove(&self.token);
+        // Gone with the last who has the group open, at the latest.
+        let _ = epoll::delete(&self.inner.epoll, &self.group);
+        let Some(slot) = &self.slot else { return Ok(()) };
+        loop {
+            match slot.receive(self.group.as_fd(), usize::MAX) {
+                Ok(Received::Events(events)) if !events.is_empty() => {
+                    events.into_iter().for_each(|event| self.inner.take(&self, event));
+                }
+                Ok(Received::Full) => std::thread::sleep(REST),
+                Ok(Received::Events(_) | Received::Nothing) => return Ok(()),
+                Err(error) if is_passing(&error) => std::thread::sleep(REST),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn answer(&self, question: Question, answer: Answer) {
+        if let Err(error) = self.group.answer(question.number, answer) {
+            tracing::error!(toc = %self.fetch.layer().toc_digest(), number = question.number, ?answer, %error,
+                "the kernel refused an answer");
+        }
+        if let Some(slot) = &self.slot {
+            slot.forget(question.number);
+        }
+        // Not before: its number must not come up again while the journal has it.
+        match question.ownership {
+            Ownership::Ours => sys::close_event(question.number),
+            Ownership::Foreign => {
+                if self.blocking.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    self.inner.listen(self);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if self.inner.leaving.load(Ordering::Acquire) {
+            // A successor needs it.
+            return;
+        }
+        if let Some(slot) = self.slot.take() {
+            slot.release();
+        }
+    }
+}
+
+/// Whether reading from a group failed for a reason that passes.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EINTR)
+    )
+}
+
+impl Inner {
+    fn members(&self) -> MutexGuard<'_, HashMap<u64, Arc<Member>>> {
+        // Every change is one insert or remove.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn member(self: &Arc<Self>, group: Group, slot: Slot, fetch: Arc<LayerFetch>) -> Arc<Member> {
+        Arc::new(Member {
+            token: self.next.fetch_add(1, Ordering::Relaxed),
+            group,
+            slot: Some(slot),
+            fetch,
+            inner: self.clone(),
+            blocking: AtomicUsize::new(0),
+        })
+    }
+
+    /// Begins to read the member's events, once no number of its predecessor's stands in the way.
+    fn admit(&self, member: &Arc<Member>) -> io::Result<()> {
+        self.members().insert(member.token, member.clone());
+        let flags = if member.blocking.load(Ordering::Acquire) == 0 {
+            epoll::EventFlags::IN | epoll::EventFlags::ONESHOT
+        } else {
+            epoll::EventFlags::empty()
+        };
+        let added = epoll::add(&self.epoll, &member.group, epoll::EventData::new_u64(member.token), flags);
+        if added.is_err() {
+            self.members().remove(&member.token);
+        } else if flags.is_empty() && member.blocking.load(Ordering::Acquire) == 0 {
+            self.listen(member);
+        }
+        Ok(added?)
+    }
+
+    fn wake(&self) {
+        // A full counter has woken it already.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    /// Hears of the member's next event.
+    fn listen(&self, member: &Member) {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
+        match epoll::modify(&self.epoll, &member.group, epoll::EventData::new_u64(member.token), flags) {
+            // It is not there yet, or has gone.
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => {
+                tracing::error!(toc = %member.fetch.layer().toc_digest(), %errno, "the events of a layer are not heard any more");
+            }
+        }
+    }
+
+    fn run(self: Arc<Self>) {
+        let _context = self.runtime.enter();
+        let mut ready = Vec::with_capacity(READY);
+        while !self.ended.load(Ordering::Acquire) {
+            ready.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut ready), None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => {
+                    tracing::error!(%errno, "waiting for events failed");
+                    std::thread::sleep(REST);
+                }
+            }
+            for event in &ready {
+                let token = event.data.u64();
+                if token == WAKE {
+                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                    continue;
+                }
+                let member = self.members().get(&token).cloned();
+                if let Some(member) = member {
+                    self.serve(&member);
+                }
+            }
+        }
+    }
+
+    /// Reads a group until it has nothing more, or others want their turn.
+    fn serve(self: &Arc<Self>, member: &Arc<Member>) {
+        let Some(slot) = &member.slot else { return };
+        for _ in 0..TURN {
+            let room = self.most.saturating_sub(self.pending.load(Ordering::Acquire));
+            match slot.receive(member.group.as_fd(), room) {
+                Ok(Received::Events(events)) if !events.is_empty() => {
+                    for event in events {
+                        self.take(member, event);
+                    }
+                }
+                Ok(Received::Nothing) => break,
+                Ok(Received::Full) => return self.starve(member),
+                Ok(Received::Events(_)) => {
+                    tracing::error!(toc = %member.fetch.layer().toc_digest(), "the kernel's events are of a version that is not known");
+                    break;
+                }
+                Err(error) => {
+                    tracing::warn!(toc = %member.fetch.layer().toc_digest(), %error, "events cannot be read now; their readers wait");
+                    self.metrics.native_event_read_failures.inc();
+                    std::thread::sleep(REST);
+                    break;
+                }
+            }
+        }
+        self.listen(member);
+    }
+
+    /// Reads from the group again when something was answered.
+    fn starve(&self, member: &Arc<Member>) {
+        self.starved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(member.token);
+        if self.pending.load(Ordering::Acquire) == 0 {
+            self.feed();
+        }
+    }
+
+    fn feed(&self) {
+        let starved = std::mem::take(&mut *self.starved.lock().unwrap_or_else(PoisonError::into_inner));
+        for token in starved {
+            let member = self.members().get(&token).cloned();
+            if let Some(member) = member {
+                self.listen(&member);
+            }
+        }
+    }
+
+    fn take(self: &Arc<Self>, member: &Arc<Member>, event: Event) {
+        if event.fd < 0 {
+            tracing::error!(toc = %member.fetch.layer().toc_digest(), asked = ?event.asked, "the kernel told of an event without a number");
+            self.count(NativeOutcome::Unknown);
+            return;
+        }
+        let question = Question {
+            number: event.fd,
+            pid: event.pid,
+            ownership: Ownership::Ours,
+        };
+        self.handle(member, question, event.asked);
+    }
+
+    fn handle(self: &Arc<Self>, member: &Arc<Member>, question: Question, asked: Asked) {
+        let Asked::Range { offset, count } = asked else {
+            tracing::error!(toc = %member.fetch.layer().toc_digest(), ?asked, "an event that is not understood is denied");
+            self.count(NativeOutcome::Unknown);
+            return member.answer(question, Answer::Deny);
+        };
+        let fetch = &member.fetch;
+        let range = offset..offset.saturating_add(count);
+        let chunks = fetch.layer().index().chunks_at(range);
+        fetch.note_read(&chunks);
+        if fetch.layer().residency().contains_all(chunks.clone()) {
+            fetch.layer().touch();
+            self.count(NativeOutcome::Resident);
+            return member.answer(question, Answer::Allow);
+        }
+        self.pending.fetch_add(1, Ordering::AcqRel);
+        let work = self.clone().fetch(member.clone(), question, chunks, offset, count);
+        let mut work = Box::pin(work);
+        // What is there after all costs no hop. The no-op waker loses nothing: a task is always polled once more.
+        if let Poll::Pending = work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            self.runtime.spawn(work);
+        }
+    }
+
+    async fn fetch(self: Arc<Self>, member: Arc<Member>, question: Question, chunks: std::ops::Range<u32>, offset: u64, count: u64) {
+        let began = Instant::now();
+        let fetch = &member.fetch;
+        let is_front = count >= FRONT
+            && fetch
+                .layer()
+                .index()
+                .chunk(chunks.start)
+                .is_some_and(|chunk| chunk.file_offset == 0 && chunk.data_offset == offset);
+        let reading = if is_front { Reading::Front } else { Reading::Part };
+        let result = {
+            // Nothing of it is given up between its coming and its being read.
+            let _held = fetch.layer().hold(chunks.clone());
+            fetch.ensure(chunks, reading).await
+        };
+        let bytes = usize::try_from(count).unwrap_or(usize::MAX);
+        match result {
+            Ok(()) => {
+                fetch.count_read(false, bytes);
+                self.count(NativeOutcome::Fetched);
+                member.answer(question, Answer::Allow);
+            }
+            // A successor goes on with it.
+            Err(_) if self.leaving.load(Ordering::Acquire) => {}
+            Err(_) => {
+                self.count(NativeOutcome::Denied);
+                member.answer(question, Answer::Deny);
+            }
+        }
+        tracing::trace!(pid = question.pid, waited = ?began.elapsed(), "answered");
+        self.pending.fetch_sub(1, Ordering::AcqRel);
+        self.feed();
+    }
+
+    fn count(&self, outcome: NativeOutcome) {
+        self.metrics
+            .native_events
+            .get_or_create(&NativeEventLabels { outcome })
+            .inc();
+    }
+}
