@@ -3,7 +3,8 @@
 //! - [`config`] reads a TOML file into a checked configuration, with [`units`]; [`cli`] is the flags that all take;
 //! - [`telemetry`] writes log lines, [`http`] serves `/metrics` and `/healthz`;
 //! - [`root`] keeps a directory for one daemon, [`socket`] makes Unix sockets, [`activation`] takes over those that the
-//!   service manager made, [`notify`] and [`signal`] are the rest of the talk with it;
+//!   service manager made and what it kept, [`fdstore`] gives it descriptors to keep, [`notify`] and [`signal`] are the
+//!   rest of the talk with it;
 //! - [`error`] writes an error with its causes in one line; [`grpc`] reaches peers on Unix sockets and names codes;
 //! - [`ask`] is how a command line reaches its daemon, [`answer`] how it shows what that says.
 
@@ -13,6 +14,7 @@ pub mod ask;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod fdstore;
 pub mod grpc;
 pub mod http;
 pub mod notify;

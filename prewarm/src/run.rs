@@ -79,7 +79,7 @@ impl RunError {
 /// Runs the daemon until `stop`, with the sockets that were `announced` to this process or its own.
 pub async fn run(config: Config, announced: &Announced, stop: impl Future<Output = ()>) -> Result<(), RunError> {
     let config = Arc::new(config);
-    let mut inherited = Inherited::take(announced)?;
+    let mut inherited = Inherited::take(announced)?.only_listeners()?;
     let mut root = Root::lock(&config.root, "root", "lock")?;
     let mut state = Root::lock(&config.state, "state", "prewarm.lock")?;
     // Others have sockets in it; it is not this daemon's to remove.
