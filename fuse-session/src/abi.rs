@@ -70,6 +70,8 @@ pub(crate) mod capability {
     pub(crate) const HAS_RESEND: u64 = 1 << 39;
 }
 
+/// Bit of `unique` that says that the request was sent before, perhaps to another process.
+pub(crate) const RESENT: u64 = 1 << 63;
 /// `GetattrIn::flags`: the file handle field is valid.
 pub(crate) const GETATTR_FH: u32 = 1 << 0;
 /// `ReleaseIn::release_flags`: flush as well.
@@ -80,6 +82,10 @@ pub(crate) const OPEN_FLAGS_ALLOWED: u32 = 0x3f;
 
 /// Code of the notification that an inode's pages are to be dropped; it stands where answers have their error.
 pub(crate) const NOTIFY_INVAL_INODE: i32 = 2;
+/// Code of the notification that the kernel is to send what it has cached of a file.
+pub(crate) const NOTIFY_RETRIEVE: i32 = 5;
+/// Code of the notification that the kernel is to send again what was read and not answered (Linux 6.9).
+pub(crate) const NOTIFY_RESEND: i32 = 7;
 
 /// Head of every request.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -342,6 +348,17 @@ pub(crate) struct NotifyInvalInodeOut {
     pub(crate) len: i64,
 }
 
+/// Request for what the kernel has cached of a file; it comes as a NOTIFY_REPLY, which wants no answer.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub(crate) struct NotifyRetrieveOut {
+    pub(crate) notify_unique: u64,
+    pub(crate) nodeid: u64,
+    pub(crate) offset: u64,
+    pub(crate) size: u32,
+    pub(crate) padding: u32,
+}
+
 /// Fixed part of a directory entry; the name and padding to eight bytes follow.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -372,6 +389,7 @@ mod tests {
         assert_eq!(size_of::<FlushIn>(), 24);
         assert_eq!(size_of::<Dirent>(), 24);
         assert_eq!(size_of::<NotifyInvalInodeOut>(), 24);
+        assert_eq!(size_of::<NotifyRetrieveOut>(), 32);
         assert_eq!(std::mem::offset_of!(InitOut, flags2), 32);
     }
 }

@@ -6,17 +6,20 @@
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
-use crate::abi::OutHeader;
+use crate::abi::{self, OutHeader};
 use crate::reply::Reply;
 
 /// The session's device descriptor.
 #[derive(Debug)]
 pub(crate) struct Channel {
     fd: OwnedFd,
+    /// Set when a successor is to answer what is in flight.
+    silent: AtomicBool,
 }
 
 /// What one read gave.
@@ -34,7 +37,8 @@ pub(crate) enum Received {
 
 impl Channel {
     pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self { fd }
+        let silent = AtomicBool::new(false);
+        Self { fd, silent }
     }
 
     pub(crate) fn fd(&self) -> &OwnedFd {
@@ -53,8 +57,43 @@ impl Channel {
         }
     }
 
-    /// Answers a request.
+    /// From here on nothing is answered: what is in flight is a successor's. An answer that is being written at this moment may
+    /// still arrive, and is as good as any.
+    pub(crate) fn silence(&self) {
+        self.silent.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether nothing is answered any more.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Has the kernel queue again what was read, by whomever, and not answered. Such a request comes with the top bit of its number
+    /// set and is known by that number from then on.
+    pub(crate) fn resend(&self) -> Result<(), Errno> {
+        self.notify(abi::NOTIFY_RESEND, &[])
+    }
+
+    /// Wakes one reader: it gets a message that wants no answer. `file` is a regular file the kernel knows.
+    ///
+    /// Nobody waits for anything here, unlike after a system call on the mount: a process that is killed while it waits for its own
+    /// answer stays, neither dead nor alive, for as long as something else holds the descriptor.
+    pub(crate) fn wake_reader(&self, file: u64) -> Result<(), Errno> {
+        let record = abi::NotifyRetrieveOut {
+            notify_unique: 0,
+            nodeid: file,
+            offset: 0,
+            size: 0,
+            padding: 0,
+        };
+        self.notify(abi::NOTIFY_RETRIEVE, record.as_bytes())
+    }
+
+    /// Answers a request, unless nothing is answered any more.
     pub(crate) fn send(&self, unique: u64, reply: &Reply) {
+        if self.is_silent() {
+            return;
+        }
         match self.write(unique, reply) {
             Ok(()) => {}
             // The caller gave up, or the session ended: nobody is waiting.
@@ -117,6 +156,11 @@ impl Responder {
         if let Some(unique) = self.unique.take() {
             self.channel.send(unique, reply);
         }
+    }
+
+    /// Gives the duty up: another handler has the same request.
+    pub(crate) fn yield_to_other(mut self) {
+        self.unique = None;
     }
 }
 

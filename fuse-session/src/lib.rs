@@ -36,8 +36,8 @@
 //! - A handler that panics answers EIO. A pending handler is dropped when its caller is killed or the session ends.
 
 mod abi;
-mod abort;
 mod channel;
+mod control;
 mod directory;
 mod dispatch;
 mod lifetime;
@@ -50,6 +50,7 @@ mod roster;
 mod session;
 mod worker;
 
+pub use control::abort;
 pub use lifetime::End;
 pub use mount::{DeviceNumber, MountConfig, MountError, WORKERS_MAX};
 pub use negotiate::{HandshakeError, Negotiated};

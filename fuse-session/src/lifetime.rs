@@ -14,6 +14,8 @@ use tokio::sync::watch;
 pub enum End {
     /// The last mount of the file system is gone, or the connection was aborted.
     Unmounted,
+    /// This process left the connection to a successor: [`crate::Session::leave`].
+    Left,
     /// The device could not be read; the errno of the last attempt.
     Failed(i32),
 }
@@ -65,6 +67,13 @@ impl Lifetime {
     /// How many workers there are.
     pub(crate) fn running(&self) -> usize {
         self.state().running
+    }
+
+    /// The session is over for this process, whatever its workers still wait for.
+    pub(crate) fn abandon(&self) {
+        let end = *self.state().end.get_or_insert(End::Left);
+        self.closed.send_replace(Some(end));
+        self.left.notify_all();
     }
 
     /// A worker leaves because the session is over; `true` for the last one.

@@ -116,6 +116,19 @@ pub enum MountError {
         #[source]
         source: crate::HandshakeError,
     },
+    /// The kept descriptor cannot be served; what is wrong with it.
+    #[error("kept descriptor cannot be served: {0}")]
+    Kept(&'static str),
+    /// Another file system, or none, is mounted where a kept one should be.
+    #[error("{target} is on device {found}, not on {expected}", target = .target.display())]
+    OtherMount {
+        /// The mount point.
+        target: PathBuf,
+        /// The kept mount's device.
+        expected: DeviceNumber,
+        /// What is there.
+        found: DeviceNumber,
+    },
     /// A worker thread could not be started.
     #[error("cannot start a worker thread")]
     Thread(#[source] std::io::Error),
@@ -128,6 +141,35 @@ pub struct DeviceNumber {
     pub major: u32,
     /// Unique among mounted file systems without a block device.
     pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// Bytes of a stored number.
+    pub const STORED_BYTES: usize = 8;
+
+    /// For storage beside a kept descriptor.
+    pub fn to_bytes(self) -> [u8; Self::STORED_BYTES] {
+        let mut bytes = [0; Self::STORED_BYTES];
+        let (major, minor) = bytes.split_at_mut(4);
+        major.copy_from_slice(&self.major.to_le_bytes());
+        minor.copy_from_slice(&self.minor.to_le_bytes());
+        bytes
+    }
+
+    /// Back from [`DeviceNumber::to_bytes`]; `None` for anything of another length.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (major, minor) = bytes.split_first_chunk()?;
+        Some(Self {
+            major: u32::from_le_bytes(*major),
+            minor: u32::from_le_bytes(minor.try_into().ok()?),
+        })
+    }
+}
+
+impl std::fmt::Display for DeviceNumber {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{}:{}", self.major, self.minor)
+    }
 }
 
 /// A mount nobody can see yet.

@@ -101,6 +101,11 @@ impl Negotiated {
         self.offered & capability::PASSTHROUGH != 0
     }
 
+    /// How many background requests the kernel has in flight at most, as agreed.
+    pub(crate) fn max_background(&self) -> u16 {
+        self.reply.max_background
+    }
+
     /// For storage beside a kept descriptor.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(STORED_BYTES);
@@ -124,6 +129,11 @@ impl Negotiated {
             reply,
         })
     }
+}
+
+/// From how many background requests on the kernel calls the device congested.
+pub(crate) fn congestion_threshold(max_background: u16) -> u16 {
+    (max_background / 4 * 3).max(1)
 }
 
 /// Reads INIT, lets `accept` decide (the file system's `init`), answers.
@@ -190,7 +200,7 @@ fn agree(init: InitIn, flags2: u32, wishes: Wishes) -> Result<Negotiated, Handsh
         max_readahead: wishes.readahead_bytes.max(init.max_readahead),
         flags: low,
         max_background: wishes.max_background,
-        congestion_threshold: (wishes.max_background / 4 * 3).max(1),
+        congestion_threshold: congestion_threshold(wishes.max_background),
         max_write: MAX_WRITE_BYTES,
         time_gran: TIME_GRANULARITY,
         max_pages: u16::try_from(MAX_REPLY_BYTES / PAGE_BYTES).expect("256 pages fit"),

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::abi;
+
 /// How long a worker holds a request that found no room before it answers EIO.
 ///
 /// A worker that holds a request does not read, and what it does not read may be the interrupt that frees a pending one.
@@ -28,6 +30,8 @@ pub(crate) enum Doubt {
     Wanted,
     /// A signal came for the caller.
     Interrupted,
+    /// The kernel sent the request again, and that one is worked on.
+    Repeated,
     /// The session is over.
     Ended,
 }
@@ -72,6 +76,15 @@ pub(crate) struct Permit {
     pending: Arc<Pending>,
     unique: u64,
     doubt: watch::Receiver<Doubt>,
+}
+
+/// Why a request is not wanted any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unwanted {
+    /// Its caller is being killed, or the session is over.
+    ByCaller,
+    /// It came again: the other one is answered.
+    Repeated,
 }
 
 /// No place became free in time, or the session ended meanwhile.
@@ -121,7 +134,9 @@ impl Pending {
             sender.send_replace(Doubt::Interrupted);
         }
         table.admitted += 1;
-        table.entries.insert(unique, sender);
+        if let Some(earlier) = table.entries.insert(key(unique), sender) {
+            earlier.send_replace(Doubt::Repeated);
+        }
         drop(table);
         Ok(Permit {
             pending: Arc::clone(self),
@@ -156,7 +171,7 @@ impl Pending {
         let table = self.table();
         table
             .entries
-            .get(&unique)
+            .get(&key(unique))
             .map(|entry| entry.send_replace(Doubt::Interrupted))
             .is_some()
     }
@@ -188,19 +203,20 @@ impl Permit {
     /// A signal alone is no reason to give up. The kernel reports every signal once, also those a handler will take
     /// (Go's runtime preempts by signal), and a page fault that fails with EINTR is a SIGBUS for an innocent program. So an
     /// interrupt only starts a look, every [`LOOK_INTERVAL`], at whether the caller is being killed.
-    pub(crate) async fn unwanted(&mut self, pid: u32) {
+    pub(crate) async fn unwanted(&mut self, pid: u32) -> Unwanted {
         loop {
             let doubt = *self.doubt.borrow_and_update();
             match doubt {
-                Doubt::Ended => return,
-                Doubt::Interrupted if is_dying(pid) => return,
+                Doubt::Ended => return Unwanted::ByCaller,
+                Doubt::Repeated => return Unwanted::Repeated,
+                Doubt::Interrupted if is_dying(pid) => return Unwanted::ByCaller,
                 Doubt::Interrupted => {
                     let _ = tokio::time::timeout(LOOK_INTERVAL, self.doubt.changed()).await;
                 }
                 Doubt::Wanted => {
                     if self.doubt.changed().await.is_err() {
-                        // Another request under the same number took the entry; there is nothing left to wait for.
-                        std::future::pending::<()>().await;
+                        // The entry goes without a word only together with this permit.
+                        return Unwanted::ByCaller;
                     }
                 }
             }
@@ -214,14 +230,19 @@ impl Drop for Permit {
         table.admitted = table.admitted.saturating_sub(1);
         let ours = table
             .entries
-            .get(&self.unique)
+            .get(&key(self.unique))
             .is_some_and(|entry| entry.subscribe().same_channel(&self.doubt));
         if ours {
-            table.entries.remove(&self.unique);
+            table.entries.remove(&key(self.unique));
         }
         drop(table);
         self.pending.room.notify_one();
     }
+}
+
+/// What a request is known by: the same one sent again has only its top bit changed.
+fn key(unique: u64) -> u64 {
+    unique & !abi::RESENT
 }
 
 /// Time between two looks at an interrupted caller.
@@ -300,6 +321,20 @@ mod tests {
         pending.end();
         assert_eq!(waiter.join().unwrap(), Err(Saturated));
         assert!(held.unwanted(0).now_or_never().is_some());
+    }
+
+    #[test]
+    fn a_request_that_came_again_replaces_the_earlier_one() {
+        let pending = pending(4);
+        let mut earlier = pending.admit(pending.slot(0), 2).unwrap();
+        assert!(earlier.unwanted(0).now_or_never().is_none());
+        let mut later = pending.admit(pending.slot(1), 1 << 63 | 2).unwrap();
+        assert_eq!(earlier.unwanted(0).now_or_never(), Some(Unwanted::Repeated));
+        drop(earlier);
+        assert!(pending.interrupt(1 << 63 | 2), "the later one is still known");
+        assert_eq!(*later.doubt.borrow(), Doubt::Interrupted);
+        pending.end();
+        assert_eq!(later.unwanted(0).now_or_never(), Some(Unwanted::ByCaller));
     }
 
     #[test]

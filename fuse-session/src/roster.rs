@@ -2,16 +2,19 @@
 //!
 //! Workers block in a read of the device. When the last one that waits takes a request, another is started, up to the limit; so
 //! there is always somebody to read an interrupt, and a handler that blocks its thread keeps nobody else waiting. When a session has
-//! been quiet for a while, those beyond the first are sent home. Nothing ends a blocked read but a request, so there is one for
-//! each of them: the file system is asked for its figures, and who has answered leaves.
+//! been quiet for a while, those beyond the first are sent home. Nothing ends a blocked read but a message, so there is one for
+//! each of them: the kernel is asked for nothing of a file, and who has read its answer leaves.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::channel::Channel;
 use crate::lifetime::Lifetime;
+
+/// How long those who are sent home may take to leave.
+const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// The workers of one session.
 #[derive(Debug)]
@@ -26,6 +29,8 @@ pub(crate) struct Roster {
     patience: Duration,
     /// Whether a request came since the last look.
     busy: AtomicBool,
+    /// A regular file the kernel has opened, or zero: what workers are woken with.
+    file: AtomicU64,
     /// Whether somebody looks whether the session is quiet.
     watched: AtomicBool,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -41,6 +46,7 @@ impl Roster {
             limit: limit.clamp(1, crate::WORKERS_MAX),
             patience,
             busy: AtomicBool::new(false),
+            file: AtomicU64::new(0),
             watched: AtomicBool::new(false),
             threads: Mutex::default(),
         }
@@ -108,6 +114,27 @@ impl Roster {
         }
     }
 
+    /// The kernel opens a regular file.
+    pub(crate) fn note_file(&self, node: u64) {
+        if self.file.load(Ordering::Relaxed) != node {
+            self.file.store(node, Ordering::Relaxed);
+        }
+    }
+
+    /// Wakes up to `count` workers that wait for a request. The kernel may know no file any more; then they stay.
+    pub(crate) fn wake_up(&self, channel: &Channel, count: usize) {
+        let file = self.file.load(Ordering::Relaxed);
+        if file == 0 {
+            return;
+        }
+        for _ in 0..count {
+            if let Err(errno) = channel.wake_reader(file) {
+                tracing::debug!(%errno, file, "an idle worker cannot be woken");
+                return;
+            }
+        }
+    }
+
     /// Whether the caller is to see to it that [`send_home`] runs.
     pub(crate) fn must_watch(&self) -> bool {
         !self.watched.swap(true, Ordering::AcqRel)
@@ -115,7 +142,7 @@ impl Roster {
 }
 
 /// Sends the workers beyond the first home when the session is quiet, and returns when they are gone or the session is over.
-pub(crate) async fn send_home(roster: Arc<Roster>, lifetime: Arc<Lifetime>, target: PathBuf) {
+pub(crate) async fn send_home(roster: Arc<Roster>, lifetime: Arc<Lifetime>, channel: Arc<Channel>) {
     let mut closed = lifetime.closed();
     loop {
         let closing = tokio::time::timeout(roster.patience, closed.wait_for(Option::is_some))
@@ -125,18 +152,14 @@ pub(crate) async fn send_home(roster: Arc<Roster>, lifetime: Arc<Lifetime>, targ
             return;
         }
         let (running, waiting) = (lifetime.running(), roster.waiting.load(Ordering::Acquire));
-        // Only where nobody is busy, so that what is asked below is answered.
+        // Only where nobody is busy: a message that waits in the queue wakes nobody.
         if roster.busy.swap(false, Ordering::AcqRel) || waiting < running {
             continue;
         }
-        for _ in 1..running {
-            roster.leaving.store(1, Ordering::Release);
-            let target = target.clone();
-            let asked = tokio::task::spawn_blocking(move || rustix::fs::statfs(&target));
-            if let Ok(Err(errno)) = asked.await {
-                tracing::debug!(%errno, "an idle worker cannot be woken");
-                break;
-            }
+        if running > 1 {
+            roster.leaving.store(running - 1, Ordering::Release);
+            roster.wake_up(&channel, running - 1);
+            tokio::time::sleep(LEAVE_PATIENCE).await;
         }
         roster.leaving.store(0, Ordering::Release);
         roster.busy.store(false, Ordering::Release);

@@ -27,6 +27,8 @@ use crate::pending::Pending;
 use crate::roster::Roster;
 use crate::worker::Worker;
 
+mod succession;
+
 /// How long the file system's `init` may take.
 const INIT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long workers may take to end once the connection is cut off. Only a handler that blocks its thread takes longer.
@@ -143,7 +145,7 @@ impl Session {
             lifetime: Arc::clone(&session.lifetime),
             runtime: config.runtime.clone(),
             device,
-            target: session.target.as_path().into(),
+            can_resend: negotiated.can_resend(),
         };
         match first.start() {
             Ok(()) => Ok(session),
@@ -251,7 +253,7 @@ impl Session {
     fn end(&mut self, grace: Duration) -> usize {
         let mut left = self.lifetime.wait(grace);
         if left > 0 {
-            match crate::abort::abort(self.device) {
+            match crate::control::abort(self.device) {
                 Ok(()) => tracing::debug!(mount_point = %self.target.display(), "connection cut off, mount was in use"),
                 // The connection vanished between the two calls.
                 Err(Errno::NOENT) => {}
@@ -307,7 +309,7 @@ impl Notifier {
 }
 
 impl AsFd for Session {
-    /// The device descriptor, for a descriptor store.
+    /// The device descriptor, for a descriptor store: a duplicate of it, never another one, is what [`Session::resume`] takes.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.channel.fd().as_fd()
     }

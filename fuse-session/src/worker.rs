@@ -9,7 +9,6 @@
 //! both sees whatever became ready meanwhile and registers the task's own waker.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -21,7 +20,7 @@ use crate::channel::{Channel, Received, Responder};
 use crate::dispatch::{self, Shareable};
 use crate::lifetime::{End, Lifetime};
 use crate::mount::DeviceNumber;
-use crate::pending::Pending;
+use crate::pending::{Pending, Unwanted};
 use crate::reply::Reply;
 use crate::request::{Caller, Operation, Request};
 use crate::roster::{self, Roster};
@@ -46,8 +45,8 @@ pub(crate) struct Worker<FS> {
     pub(crate) lifetime: Arc<Lifetime>,
     pub(crate) runtime: Handle,
     pub(crate) device: DeviceNumber,
-    /// The mount point.
-    pub(crate) target: Arc<Path>,
+    /// Whether the kernel can send a request again.
+    pub(crate) can_resend: bool,
 }
 
 impl<FS: Shareable> Worker<FS> {
@@ -74,7 +73,7 @@ impl<FS: Shareable> Worker<FS> {
             lifetime: Arc::clone(&self.lifetime),
             runtime: self.runtime.clone(),
             device: self.device,
-            target: Arc::clone(&self.target),
+            can_resend: self.can_resend,
         };
         if let Err(error) = other.start() {
             tracing::warn!(%error, "cannot start another worker");
@@ -83,8 +82,8 @@ impl<FS: Shareable> Worker<FS> {
             return self.roster.dismiss(index);
         }
         if self.roster.must_watch() {
-            let target = self.target.to_path_buf();
-            let watch = roster::send_home(Arc::clone(&self.roster), Arc::clone(&self.lifetime), target);
+            let (roster, lifetime) = (Arc::clone(&self.roster), Arc::clone(&self.lifetime));
+            let watch = roster::send_home(roster, lifetime, Arc::clone(&self.channel));
             self.runtime.spawn(watch);
         }
     }
@@ -98,24 +97,32 @@ impl<FS: Shareable> Worker<FS> {
         let Some(end) = end else { return };
         self.pending.end();
         if let End::Failed(_) = end
-            && let Err(errno) = crate::abort::abort(self.device)
+            && let Err(errno) = crate::control::abort(self.device)
         {
             tracing::debug!(%errno, "cannot cut the connection off");
         }
-        if self.lifetime.leave(end) {
+        if self.lifetime.leave(end) && end != End::Left {
             self.destroy();
         }
     }
 
     /// Why the session ended; `None` if only the worker does.
     fn serve_until_end(&self) -> Option<End> {
-        let mut buffer = vec![0; READ_BUFFER_BYTES];
+        // Written once: the kernel cannot fault a page in for a thread that is being killed, and fails the request with EIO then.
+        let mut buffer = vec![u8::MAX; READ_BUFFER_BYTES];
         let mut failures = 0;
         loop {
+            if self.channel.is_silent() {
+                return Some(End::Left);
+            }
             self.roster.wait();
             let received = self.channel.receive(&mut buffer);
             let others = self.roster.wake();
             match received {
+                Received::Message(_) if self.channel.is_silent() => {
+                    self.give_back();
+                    return Some(End::Left);
+                }
                 Received::Message(len) => {
                     failures = 0;
                     self.roster.note_request();
@@ -141,6 +148,16 @@ impl<FS: Shareable> Worker<FS> {
                     }
                 }
             }
+        }
+    }
+
+    /// What this worker took is a successor's, who may have asked for all that was in flight already. What others have in work comes
+    /// a second time; that costs time only.
+    fn give_back(&self) {
+        if self.can_resend
+            && let Err(errno) = self.channel.resend()
+        {
+            tracing::debug!(%errno, "a request that came too late is not sent again");
         }
     }
 
@@ -180,6 +197,9 @@ impl<FS: Shareable> Worker<FS> {
             Operation::Forget { .. } => Responder::silent(Arc::clone(&self.channel)),
             _ => Responder::new(Arc::clone(&self.channel), caller.unique),
         };
+        if let Operation::Open { .. } = operation {
+            self.roster.note_file(caller.node);
+        }
         let slot = self.pending.slot(self.index);
         slot.begin(caller.unique);
         let handler = dispatch::answer(Arc::clone(&self.fs), caller, operation);
@@ -193,6 +213,9 @@ impl<FS: Shareable> Worker<FS> {
 
     fn hand_over(&self, caller: Caller, answer: Answer, responder: Responder) {
         let Ok(mut permit) = self.pending.admit(self.pending.slot(self.index), caller.unique) else {
+            if self.channel.is_silent() {
+                return;
+            }
             tracing::error!(
                 unique = caller.unique,
                 node = caller.node,
@@ -205,8 +228,11 @@ impl<FS: Shareable> Worker<FS> {
             let reply = tokio::select! {
                 biased;
                 outcome = answer => settled(outcome, caller),
-                () = permit.unwanted(caller.pid) => {
-                    tracing::debug!(unique = caller.unique, node = caller.node, pid = caller.pid, "request given up");
+                unwanted = permit.unwanted(caller.pid) => {
+                    tracing::debug!(unique = caller.unique, node = caller.node, pid = caller.pid, ?unwanted, "request given up");
+                    if unwanted == Unwanted::Repeated {
+                        return responder.yield_to_other();
+                    }
                     Reply::Error(libc::EINTR)
                 }
             };

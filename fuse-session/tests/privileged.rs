@@ -10,6 +10,8 @@ mod differential;
 mod faults;
 #[path = "privileged/memory.rs"]
 mod memory;
+#[path = "privileged/succession.rs"]
+mod succession;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

@@ -113,7 +113,7 @@ impl Loop {
                 major: 0,
                 minor: u32::MAX,
             },
-            target: std::path::Path::new("/nowhere").into(),
+            can_resend: false,
         };
         worker.roster.enlist();
         let thread = Some(std::thread::spawn(move || worker.run()));

@@ -27,6 +27,8 @@ pub(crate) enum Content {
     SlowDirect(Duration, Bytes),
     /// A block over and over, up to a length.
     Repeated(Bytes, u64),
+    /// Answers once there is a file of this name on the host.
+    When(std::path::PathBuf, Bytes),
     /// Never answers; its reads go past the page cache.
     Never,
     /// Panics at once.
@@ -68,6 +70,8 @@ pub(crate) struct MemoryFs {
     nodes: Arc<Vec<Node>>,
     pub(crate) calls: Arc<Calls>,
     pub(crate) refuse_init: bool,
+    /// Whether the kernel is to forget at once what it is told of names and attributes.
+    pub(crate) forgetful: bool,
 }
 
 /// Makes a tree; node 1 is the root.
@@ -134,7 +138,7 @@ impl MemoryFs {
         let node = self.node(ino)?;
         let (kind, size) = match &node.kind {
             Kind::Directory(_) => (FileType::Directory, 4096),
-            Kind::File(Content::Bytes(b) | Content::Slow(_, b) | Content::SlowDirect(_, b)) => {
+            Kind::File(Content::Bytes(b) | Content::Slow(_, b) | Content::SlowDirect(_, b) | Content::When(_, b)) => {
                 (FileType::RegularFile, b.len() as u64)
             }
             Kind::File(Content::Repeated(_, len)) => (FileType::RegularFile, *len),
@@ -158,6 +162,10 @@ impl MemoryFs {
             rdev: if kind == FileType::CharDevice { 0x0103 } else { 0 },
             blksize: 4096,
         })
+    }
+
+    fn ttl(&self) -> Duration {
+        if self.forgetful { Duration::ZERO } else { TTL }
     }
 
     fn listing(&self, parent: u64) -> Result<Vec<(OsString, u64)>> {
@@ -196,7 +204,7 @@ impl Filesystem for MemoryFs {
         };
         match entries.iter().find(|(entry, _)| entry == name) {
             Some((_, ino)) => Ok(ReplyEntry {
-                ttl: TTL,
+                ttl: self.ttl(),
                 attr: self.attr(*ino)?,
                 generation: 0,
             }),
@@ -206,7 +214,7 @@ impl Filesystem for MemoryFs {
                     ..self.attr(1)?
                 };
                 Ok(ReplyEntry {
-                    ttl: TTL,
+                    ttl: self.ttl(),
                     attr,
                     generation: 0,
                 })
@@ -217,7 +225,7 @@ impl Filesystem for MemoryFs {
     async fn getattr(&self, _req: Request, inode: u64, _fh: Option<u64>, _flags: u32) -> Result<ReplyAttr> {
         self.calls.getattr.fetch_add(1, Ordering::SeqCst);
         Ok(ReplyAttr {
-            ttl: TTL,
+            ttl: self.ttl(),
             attr: self.attr(inode)?,
         })
     }
@@ -250,6 +258,12 @@ impl Filesystem for MemoryFs {
             Content::Bytes(bytes) => part(bytes),
             Content::Slow(wait, bytes) | Content::SlowDirect(wait, bytes) => {
                 tokio::time::sleep(*wait).await;
+                part(bytes)
+            }
+            Content::When(name, bytes) => {
+                while !name.exists() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
                 part(bytes)
             }
             Content::Repeated(block, _) => {
@@ -346,7 +360,7 @@ impl Filesystem for MemoryFs {
             .skip(usize::try_from(offset).unwrap_or(usize::MAX));
         let entries = listing.map(move |((name, inode), offset)| {
             let attr = self.attr(inode)?;
-            let (generation, entry_ttl, attr_ttl) = (0, TTL, TTL);
+            let (generation, entry_ttl, attr_ttl) = (0, self.ttl(), self.ttl());
             Ok(DirectoryEntryPlus {
                 inode,
                 generation,
