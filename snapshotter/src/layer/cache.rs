@@ -6,6 +6,7 @@
 //!   data      sparse; every chunk of every regular file at the place that the index gives it, uncompressed
 //!   resident  checkpoint of the bitmap of resident chunks
 //!   origin    where the layer came from          mnt/      where it is mounted
+//!   erofs     its EROFS image, once it was mounted natively
 //! ```
 //!
 //! Invariants, all of them kept in this module and its children:
@@ -22,6 +23,7 @@ mod evict;
 mod files;
 mod heat;
 mod hold;
+mod image;
 mod layer;
 pub mod limits;
 mod report;
@@ -37,10 +39,11 @@ mod tests;
 
 pub use evict::Dropped;
 pub use hold::Held;
+pub use image::LayerImageError;
 pub use layer::{CachedLayer, OpenLayer, StoreError};
 pub use report::CacheLimits;
 pub use residency::{Residency, ResidencyError};
 pub use room::NoRoom;
 pub use shelf::Pin;
 pub use stale::detach_stale;
-pub use store::{CacheError, LayerStore, Origin};
+pub use store::{CacheError, Inherited, LayerStore, Origin};

@@ -14,7 +14,6 @@
 
 pub mod event;
 pub mod group;
-pub mod image;
 pub mod journal;
 pub mod probe;
 pub mod service;

@@ -79,6 +79,45 @@ pub struct EvictedLabels {
     pub kind: &'static str,
 }
 
+/// What became of a question of the kernel's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct NativeEventLabels {
+    /// What was answered, and why.
+    pub outcome: NativeOutcome,
+}
+
+/// What the kernel was answered when it was about to read of a layer that it serves itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NativeOutcome {
+    /// Allowed: all of it was there.
+    Resident,
+    /// Allowed after it was fetched.
+    Fetched,
+    /// Denied: it could not be had.
+    Denied,
+    /// Denied: the question was not understood.
+    Unknown,
+}
+
+impl EncodeLabelValue for NativeOutcome {
+    fn encode(&self, encoder: &mut prometheus_client::encoding::LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let name = match self {
+            Self::Resident => "resident",
+            Self::Fetched => "fetched",
+            Self::Denied => "denied",
+            Self::Unknown => "unknown",
+        };
+        EncodeLabelValue::encode(&name, encoder)
+    }
+}
+
+/// How a layer is mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct MountLabels {
+    /// `erofs` or `fuse`.
+    pub mount: &'static str,
+}
+
 /// A histogram per label set.
 pub type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
@@ -95,8 +134,12 @@ pub struct Metrics {
     pub mounts_restored: Family<ResultLabels, Counter>,
     /// Snapshot directories that could not be removed.
     pub snapshot_cleanup_errors: Counter,
-    /// Layers mounted now.
-    pub layers_mounted: Gauge,
+    /// Layers mounted now, by how.
+    pub layers_mounted: Family<MountLabels, Gauge>,
+    /// Questions of the kernel about layers that it serves itself, by what became of them.
+    pub native_events: Family<NativeEventLabels, Counter>,
+    /// Times that questions could not be read, so that their readers waited longer.
+    pub native_event_read_failures: Counter,
     /// Time from the request for a layer to its mount.
     pub layer_mount: Histogram,
     /// Time of each FUSE operation.
@@ -162,7 +205,9 @@ impl Metrics {
             snapshot_operation_errors: Family::default(),
             mounts_restored: Family::default(),
             snapshot_cleanup_errors: Counter::default(),
-            layers_mounted: Gauge::default(),
+            layers_mounted: Family::default(),
+            native_events: Family::default(),
+            native_event_read_failures: Counter::default(),
             layer_mount: slow_seconds(),
             fuse_operation: Family::new_with_constructor(seconds),
             fuse_operation_errors: Family::default(),
@@ -214,7 +259,21 @@ impl Metrics {
     }
 
     fn register_layers(&self, r: &mut Registry) {
-        r.register("layers_mounted", "Layers mounted now", self.layers_mounted.clone());
+        r.register(
+            "layers_mounted",
+            "Layers mounted now, by how",
+            self.layers_mounted.clone(),
+        );
+        r.register(
+            "native_events",
+            "Questions of the kernel about layers that it serves itself, by what became of them",
+            self.native_events.clone(),
+        );
+        r.register(
+            "native_event_read_failures",
+            "Times that questions could not be read, so that their readers waited longer",
+            self.native_event_read_failures.clone(),
+        );
         r.register_with_unit(
             "layer_mount_duration",
             "Time from the request for a layer to its mount",

@@ -107,6 +107,8 @@ pub struct OpenLayer {
     synced: Mutex<Snapshot>,
     /// Set by the first failed write, so that a full disk is logged once and not once per chunk.
     write_failed: AtomicBool,
+    /// Whether the kernel reads `data` by itself: see [`OpenLayer::leave_to_kernel`].
+    read_by_kernel: AtomicBool,
     /// Whether the allocated blocks changed since they were counted.
     pub(super) grown: AtomicBool,
     /// When it was read last, in seconds of the shelf's clock.
@@ -163,6 +165,7 @@ impl OpenLayer {
             changes: AtomicU64::new(0),
             checkpointed: AtomicU64::new(0),
             write_failed: AtomicBool::new(false),
+            read_by_kernel: AtomicBool::new(false),
             grown: AtomicBool::new(true),
             last_use: AtomicI64::new(shelf.now()),
             activity: AtomicU8::new(ACTIVE),
@@ -184,6 +187,27 @@ impl OpenLayer {
     /// Where the layer is to be mounted.
     pub fn mount_point(&self) -> PathBuf {
         self.dir.join(MOUNT_POINT)
+    }
+
+    /// `data`, as it was opened here. What is read and written through it raises no events, if it was opened before the mark was set.
+    pub fn content(&self) -> &File {
+        &self.data
+    }
+
+    /// From now on the kernel reads `data` by itself. There is no telling when it does what it was allowed to, so no hole is punched any
+    /// more, and nothing is written there that is not verified; until nobody has the layer open.
+    pub fn leave_to_kernel(&self) {
+        self.read_by_kernel.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the kernel reads `data` by itself.
+    pub fn is_read_by_kernel(&self) -> bool {
+        self.read_by_kernel.load(Ordering::SeqCst)
+    }
+
+    /// Its files take more than was counted.
+    pub(super) fn note_growth(&self) {
+        self.grown.store(true, Ordering::Relaxed);
     }
 
     /// What is where in the layer.

@@ -75,7 +75,11 @@ impl LayerStore {
 impl OpenLayer {
     /// Gives up a chunk whose bytes are found to be wrong; false if somebody waits for it just now.
     pub fn disown(&self, chunk: u32) -> io::Result<bool> {
-        self.give_up(&[chunk])?;
+        if self.is_read_by_kernel() {
+            self.lose(chunk)?;
+        } else {
+            self.give_up(&[chunk])?;
+        }
         Ok(!self.residency().contains(chunk))
     }
 }

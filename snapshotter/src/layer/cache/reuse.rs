@@ -114,7 +114,8 @@ impl OpenLayer {
         if !found.layer.residency().contains(found.chunk) {
             return Ok(false);
         }
-        let adopted = if self.shelf.clones() {
+        // What is not verified yet must not be where the kernel may read it.
+        let adopted = if self.shelf.clones() && !self.is_read_by_kernel() {
             self.clone_chunk(chunk, &entry, &found.layer, &theirs)?
         } else {
             let place = theirs.data_offset..theirs.data_offset + u64::from(theirs.size);

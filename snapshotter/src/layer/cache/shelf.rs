@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use estargz::digest::Digest;
 
 use super::evict::Need;
+use super::image::EROFS;
 use super::layer::{CachedLayer, OpenLayer, RESIDENT};
 use super::limits::{Bounds, Limits};
 use super::reuse::digests::Digests;
@@ -23,7 +24,7 @@ use crate::layer::Usage;
 use crate::metrics::Metrics;
 
 /// Files of a layer, besides its directory and `mnt`, which is asked nothing: that would be asking the mounted filesystem.
-const FILES: [&str; 5] = ["toc", "index", "data", RESIDENT, "origin"];
+const FILES: [&str; 6] = ["toc", "index", "data", RESIDENT, "origin", EROFS];
 /// Unit of `st_blocks`.
 const BLOCK: u64 = 512;
 /// Where the last use of a layer is kept while it is not open: the time of change of this file.
@@ -52,6 +53,8 @@ pub(super) struct Shelf {
     pub(super) short: AtomicBool,
     /// Held while room is made; when that brought nothing last, and what was used then.
     pub(super) making_room: Mutex<Option<(Instant, u64)>>,
+    /// `data` of layers that the kernel reads by itself since before this process: opened anew it would raise events.
+    kept: Mutex<HashMap<Digest, File>>,
     /// Held while a layer's directory is opened; layers share them.
     opening: Vec<Mutex<()>>,
     began: Instant,
@@ -131,6 +134,7 @@ impl Shelf {
             settled: AtomicBool::new(false),
             short: AtomicBool::new(false),
             making_room: Mutex::default(),
+            kept: Mutex::default(),
             opening: std::iter::repeat_with(Mutex::default).take(OPENING_LOCKS).collect(),
             began: Instant::now(),
             unfinished: AtomicU64::new(0),
@@ -147,6 +151,26 @@ impl Shelf {
         *shelf.layers() = entries;
         shelf.count();
         Arc::new(shelf)
+    }
+
+    /// `data` of a layer, as an earlier process had it open.
+    pub(super) fn keep_data(&self, layer: &Digest, data: File) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.insert(*layer, data);
+    }
+
+    /// What [`Self::keep_data`] was told of a layer.
+    pub(super) fn kept_data(&self, layer: &Digest) -> Option<File> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.remove(layer)
+    }
+
+    /// Whether all of a layer fits into the quota with what else cannot go, and onto the disk.
+    pub(super) fn fits(&self, whole: u64, there: u64) -> bool {
+        let room = self.room();
+        let others = room.used.saturating_sub(room.spare).saturating_sub(there);
+        let missing = whole.saturating_sub(there);
+        others.saturating_add(whole) <= room.quota && missing <= room.free.saturating_add(room.spare)
     }
 
     fn layers(&self) -> MutexGuard<'_, HashMap<Digest, Entry>> {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -111,6 +111,17 @@ impl Origin {
     }
 }
 
+/// What an earlier process left of a layer.
+#[derive(Debug)]
+pub enum Inherited {
+    /// Nothing that is served: what is mounted is dead.
+    Nothing,
+    /// Its mount, which is to stay.
+    Mount,
+    /// Its mount, and `data` as it was opened before the kernel asked for it.
+    ReadByKernel(File),
+}
+
 /// All layers of one cache root.
 #[derive(Debug)]
 pub struct LayerStore {
@@ -126,7 +137,18 @@ impl LayerStore {
     /// Opens `<root>/layers`, making it if it is not there, removes what an interrupted creation or removal left, and detaches what a
     /// process that was killed left mounted.
     pub fn within(root: &Path, limits: Limits, metrics: Metrics) -> Result<Self, CacheError> {
+        Self::inheriting(root, limits, metrics, |_| Inherited::Nothing)
+    }
+
+    /// Like [`Self::within`], where an earlier process has left layers mounted that are served still.
+    pub fn inheriting(
+        root: &Path,
+        limits: Limits,
+        metrics: Metrics,
+        mut inherited: impl FnMut(&Digest) -> Inherited,
+    ) -> Result<Self, CacheError> {
         let root = root.join("layers");
+        let mut kept = Vec::new();
         fs::create_dir_all(&root).map_err(io_error("create", &root))?;
         // Also of one that is there already: it may have been made by hand, or with another umask.
         fs::set_permissions(&root, fs::Permissions::from_mode(LAYERS_MODE))
@@ -143,9 +165,15 @@ impl LayerStore {
                     tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
                 }
             } else if let Ok(layer) = Digest::from_str(&format!("sha256:{name}")) {
-                // Of one that no snapshot refers to nobody would.
-                if let Err(error) = detach_stale(&entry.path().join(MOUNT_POINT)) {
-                    tracing::warn!(path = %entry.path().display(), %error, "what an earlier process mounted here stays");
+                match inherited(&layer) {
+                    Inherited::Nothing => {
+                        // Of one that no snapshot refers to nobody would.
+                        if let Err(error) = detach_stale(&entry.path().join(MOUNT_POINT)) {
+                            tracing::warn!(path = %entry.path().display(), %error, "what an earlier process mounted here stays");
+                        }
+                    }
+                    Inherited::Mount => {}
+                    Inherited::ReadByKernel(data) => kept.push((layer, data)),
                 }
                 found.push(layer);
             } else {
@@ -153,7 +181,16 @@ impl LayerStore {
             }
         }
         let shelf = Shelf::new(root, limits, metrics, &found);
+        for (layer, data) in kept {
+            shelf.keep_data(&layer, data);
+        }
         Ok(Self { shelf })
+    }
+
+    /// Whether all of a layer can be here, without giving any of it up: that is asked of one that the kernel reads by itself.
+    pub fn fits(&self, layer: &OpenLayer) -> bool {
+        let there = self.usage(&layer.toc_digest()).bytes;
+        self.shelf.fits(layer.index().data_size().max(there), there)
     }
 
     /// Directory of a layer, there or not.
@@ -329,13 +366,12 @@ fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<OpenLayer, Cach
         index: index_digest,
     };
     let path = dir.join("data");
-    let data = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(io_error("open", &path))?;
+    let kept = shelf.kept_data(toc_digest).filter(|kept| is_same(kept, &path));
+    let is_kept = kept.is_some();
+    let data = match kept {
+        Some(kept) => kept,
+        None => open_data(&path)?,
+    };
     let length = data.metadata().map_err(io_error("stat", &path))?.len();
     let residency = if length == index.data_size() {
         load_residency(&dir, &binding, index.chunk_count())?
@@ -357,11 +393,32 @@ fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<OpenLayer, Cach
                 residency,
             };
             let layer = OpenLayer::new(shelf.clone(), parts);
-            if let Err(error) = layer.trim() {
+            if is_kept {
+                layer.leave_to_kernel();
+            } else if let Err(error) = layer.trim() {
                 tracing::warn!(dir = %layer.dir().display(), %error, "what an unclean stop left stays");
             }
             Ok(layer)
         }
+    }
+}
+
+fn open_data(path: &Path) -> Result<File, CacheError> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(io_error("open", path))
+}
+
+/// Whether the descriptor is of the file that has this name now.
+fn is_same(file: &File, path: &Path) -> bool {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(file), Ok(named)) => identity(file) == identity(named),
+        (Err(_), _) | (_, Err(_)) => false,
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use estargz::digest::Digest;
 use hullspeed_daemon::error::chain;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -43,6 +44,8 @@ pub struct LayerFetch {
     completing: AtomicBool,
     /// Whether residency could not be made durable last time.
     checkpoint_failed: AtomicBool,
+    /// Whether all of the layer is resident, and durably so.
+    complete: watch::Sender<bool>,
     /// Whether all of it was looked for on the node, or nobody has asked for that.
     pub(super) looked_around: AtomicBool,
     tasks: TaskTracker,
@@ -66,6 +69,7 @@ impl LayerFetch {
         if let Some((requests, bytes)) = engine.take_opened(&layer.toc_digest()) {
             counts.toc(requests, bytes);
         }
+        let complete = watch::Sender::new(layer.residency().is_complete() && !layer.is_dirty());
         let fetch = Arc::new(Self {
             engine,
             layer,
@@ -76,6 +80,7 @@ impl LayerFetch {
             counts,
             completing: AtomicBool::new(false),
             checkpoint_failed: AtomicBool::new(false),
+            complete,
             looked_around: AtomicBool::new(true),
             tasks: TaskTracker::new(),
             stop,
@@ -221,10 +226,28 @@ impl LayerFetch {
         }
     }
 
+    /// Whether all of the layer is resident, and will be after an unclean stop.
+    pub fn is_complete(&self) -> bool {
+        *self.complete.borrow()
+    }
+
+    /// Resolves when [`Self::is_complete`]; never if the layer is closed before.
+    pub fn completed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut complete = self.complete.subscribe();
+        async move {
+            if complete.wait_for(|complete| *complete).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Makes residency durable; failing costs fetches after an unclean stop, no more.
     pub async fn checkpoint(&self) {
         let layer = self.layer.clone();
         let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
+        if matches!(result, Ok(Ok(()))) && self.layer.residency().is_complete() && !self.layer.is_dirty() {
+            self.complete.send_if_modified(|complete| !std::mem::replace(complete, true));
+        }
         // It is tried again at every interval; a disk that is full is said once.
         let dir = self.layer.dir().display();
         match result {

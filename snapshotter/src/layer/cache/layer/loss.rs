@@ -31,6 +31,9 @@ impl OpenLayer {
     pub(in crate::layer::cache) fn give_up_after(&self, chunks: &[u32], forgotten: impl FnOnce()) -> io::Result<u64> {
         let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
         let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        if self.is_read_by_kernel() {
+            return Ok(0);
+        }
         self.forget_on_disk(&mut synced, chunks)?;
         forgotten();
         let gone = self.forget(chunks);
@@ -40,6 +43,15 @@ impl OpenLayer {
         let before = self.data.metadata()?.blocks();
         self.punch(&gone)?;
         Ok(before.saturating_sub(self.data.metadata()?.blocks()) * BLOCK)
+    }
+
+    /// Takes a chunk for missing whose bytes are wrong, and leaves them where they are: they are written over when it is fetched.
+    pub(in crate::layer::cache) fn lose(&self, chunk: u32) -> io::Result<()> {
+        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        self.forget_on_disk(&mut synced, &[chunk])?;
+        self.forget(&[chunk]);
+        Ok(())
     }
 
     /// Clears bits on disk.

@@ -1,0 +1,73 @@
+//! The ways to mount a layer, and what both have in common.
+//!
+//! [`Way`] mounts a layer where its directory says, and takes up again what an earlier process of this daemon left; [`LayerMounted`] is a
+//! layer that is mounted. Both block, and are called on threads that may.
+//!
+//! What keeps a mount alive without a process that serves it are descriptors in a store (see [`kept`]). With a store a stop *leaves*
+//! mounts: who reads of them waits for the next process.
+
+pub mod fuse;
+pub mod kept;
+pub mod native;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use estargz::index::Chunk;
+
+use super::Cause;
+use super::fetch::LayerFetch;
+use kept::KeptLayer;
+
+/// How a layer is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// EROFS, which the kernel serves.
+    Erofs,
+    /// FUSE, which this process serves.
+    Fuse,
+}
+
+impl Kind {
+    /// Name in metrics and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Erofs => "erofs",
+            Self::Fuse => "fuse",
+        }
+    }
+}
+
+/// A way to mount layers.
+pub trait Way: Send + Sync {
+    /// Mounts the layer on its mount point, where nothing is mounted.
+    fn mount(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause>;
+
+    /// Goes on serving what an earlier process mounted there.
+    fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause>;
+}
+
+/// Makes the kernel forget what it has read of a chunk.
+pub type Forget = Box<dyn FnOnce(&Chunk) -> io::Result<()> + Send>;
+
+/// A layer that is mounted. Dropping it without a word unmounts it.
+pub trait LayerMounted: Send + Sync {
+    /// How.
+    fn kind(&self) -> Kind;
+
+    /// Where.
+    fn target(&self) -> &Path;
+
+    /// Whether the mount is there and served.
+    fn is_alive(&self) -> bool;
+
+    /// What makes the kernel forget a chunk; it may wait for reads that are under way, and so is not called with locks held.
+    fn forget(&self) -> Forget;
+
+    /// Unmounts. Who has files open finishes, or gets errors after a while; nobody ever reads what is not there.
+    fn unmount(self: Box<Self>) -> Result<(), Cause>;
+
+    /// Stops serving and leaves the mount to the next process; unmounts what cannot be left.
+    fn leave(self: Box<Self>);
+}

@@ -1,0 +1,223 @@
+//! Descriptors that outlive this process, and their names in the store.
+//!
+//! | name | descriptor |
+//! |---|---|
+//! | `journal` | the memory with the [`Journal`] of events |
+//! | `fanotify-<layer>` | the group of a layer that is mounted natively and not complete |
+//! | `data-<layer>` | its `data`, as it was opened before the group's mark |
+//! | `fuse-<layer>-<state>` | `/dev/fuse` of a layer's session; `<state>` is what the next process has to know of it |
+//!
+//! `<layer>` is the first half of the TOC digest: a store has to tell all names in one variable, and 128 bits are no other layer's.
+//!
+//! [`Journal`]: crate::layer::native::journal::Journal
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use estargz::digest::Digest;
+use fuse_session::{DeviceNumber, Negotiated};
+use hullspeed_daemon::activation::Inherited;
+use hullspeed_daemon::fdstore::Store;
+
+use crate::layer::native::group::Group;
+
+const JOURNAL: &str = "journal";
+const GROUP: &str = "fanotify";
+const DATA: &str = "data";
+const FUSE: &str = "fuse";
+/// Digits of a layer's digest in a name.
+const LAYER_DIGITS: usize = 32;
+
+/// A kept connection of FUSE.
+#[derive(Debug)]
+pub struct KeptSession {
+    /// The descriptor.
+    pub device: OwnedFd,
+    /// The mount's device.
+    pub number: DeviceNumber,
+    /// What kernel and predecessor agreed on.
+    pub negotiated: Negotiated,
+    /// Its name in the store.
+    pub name: String,
+}
+
+/// What is kept of a layer.
+#[derive(Debug, Default)]
+pub struct KeptLayer {
+    /// Of a native mount.
+    pub group: Option<Group>,
+    /// Of a native mount.
+    pub data: Option<File>,
+    /// Of a mount by FUSE.
+    pub session: Option<KeptSession>,
+}
+
+/// What came back from the store, and the store itself.
+#[derive(Debug, Clone, Default)]
+pub struct Descriptors {
+    store: Option<Arc<Store>>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    journal: Option<OwnedFd>,
+    layers: HashMap<String, KeptLayer>,
+}
+
+impl Descriptors {
+    /// Takes over what an earlier process left; what is of no use to this one is given back.
+    pub fn new(store: Option<Store>, inherited: &mut Inherited) -> Self {
+        if let Some(store) = &store {
+            store.note(inherited);
+        }
+        let descriptors = Self {
+            store: store.map(Arc::new),
+            kept: Arc::default(),
+        };
+        let names: Vec<String> = inherited.kept_names().map(ToOwned::to_owned).collect();
+        for name in names {
+            let Some(descriptor) = inherited.take_kept(&name) else { continue };
+            if !descriptors.take(&name, descriptor) {
+                tracing::warn!(name, "a kept descriptor is of no use here and is given back");
+                descriptors.forget(&name);
+            }
+        }
+        descriptors
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+        // Every change is one insert or remove.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, name: &str, descriptor: OwnedFd) -> bool {
+        let mut kept = self.lock();
+        let kept = &mut *kept;
+        if name == JOURNAL {
+            return kept.journal.replace(descriptor).is_none();
+        }
+        let mut parts = name.splitn(3, '-');
+        let (Some(kind), Some(layer)) = (parts.next(), parts.next()) else {
+            return false;
+        };
+        let is_layer = layer.len() == LAYER_DIGITS && layer.bytes().all(|digit| digit.is_ascii_hexdigit());
+        if !is_layer || ![GROUP, DATA, FUSE].contains(&kind) {
+            return false;
+        }
+        let state = parts.next();
+        let layer = kept.layers.entry(layer.to_owned()).or_default();
+        match (kind, state) {
+            (GROUP, None) => layer.group.replace(Group::kept(descriptor)).is_none(),
+            (DATA, None) => layer.data.replace(File::from(descriptor)).is_none(),
+            (FUSE, Some(state)) => {
+                let Some((number, negotiated)) = session_state(state) else {
+                    return false;
+                };
+                let session = KeptSession {
+                    device: descriptor,
+                    number,
+                    negotiated,
+                    name: name.to_owned(),
+                };
+                layer.session.replace(session).is_none()
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether there is a store, without which nothing outlives this process.
+    pub fn has_store(&self) -> bool {
+        self.store.is_some()
+    }
+
+    /// The journal that an earlier process left.
+    pub fn take_journal(&self) -> Option<OwnedFd> {
+        self.lock().journal.take()
+    }
+
+    /// What is kept of a layer; once.
+    pub fn take_layer(&self, layer: &Digest) -> Option<KeptLayer> {
+        self.lock().layers.remove(&short(layer))
+    }
+
+    /// Looks at what is kept of a layer.
+    pub fn with_layer<T>(&self, layer: &Digest, look: impl FnOnce(&mut KeptLayer) -> T) -> Option<T> {
+        self.lock().layers.get_mut(&short(layer)).map(look)
+    }
+
+    /// Layers of which something is kept and not taken.
+    pub fn layers(&self) -> usize {
+        self.lock().layers.len()
+    }
+
+    /// Keeps the journal.
+    pub fn keep_journal(&self, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        self.keep(JOURNAL, descriptor)
+    }
+
+    /// Keeps what a native mount depends on.
+    pub fn keep_native(&self, layer: &Digest, group: BorrowedFd<'_>, data: BorrowedFd<'_>) -> io::Result<()> {
+        let [group_name, data_name] = native_names(layer);
+        self.keep(&group_name, group)?;
+        self.keep(&data_name, data).inspect_err(|_| self.forget(&group_name))
+    }
+
+    /// A native mount needs nothing any more.
+    pub fn forget_native(&self, layer: &Digest) {
+        for name in native_names(layer) {
+            self.forget(&name);
+        }
+    }
+
+    /// Keeps the descriptor of a session; its name in the store, `None` where there is no store.
+    pub fn keep_session(
+        &self,
+        layer: &Digest,
+        device: BorrowedFd<'_>,
+        number: DeviceNumber,
+        negotiated: &Negotiated,
+    ) -> io::Result<Option<String>> {
+        if self.store.is_none() {
+            return Ok(None);
+        }
+        let mut state = number.to_bytes().to_vec();
+        state.extend(negotiated.to_bytes());
+        let name = format!("{FUSE}-{}-{}", short(layer), URL_SAFE_NO_PAD.encode(state));
+        self.keep(&name, device)?;
+        Ok(Some(name))
+    }
+
+    /// Gives a kept descriptor back. That it cannot be told costs room in the store.
+    pub fn forget(&self, name: &str) {
+        let Some(store) = &self.store else { return };
+        if let Err(error) = store.forget(name) {
+            tracing::warn!(name, %error, "the descriptor store keeps what is not needed any more");
+        }
+    }
+
+    fn keep(&self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        let store = self.store.as_ref();
+        let store = store.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no descriptor store"))?;
+        store.keep(name, descriptor)
+    }
+}
+
+fn short(layer: &Digest) -> String {
+    layer.hex().chars().take(LAYER_DIGITS).collect()
+}
+
+fn native_names(layer: &Digest) -> [String; 2] {
+    [GROUP, DATA].map(|kind| format!("{kind}-{}", short(layer)))
+}
+
+fn session_state(text: &str) -> Option<(DeviceNumber, Negotiated)> {
+    let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
+    let (number, negotiated) = bytes.split_at_checked(DeviceNumber::STORED_BYTES)?;
+    Some((DeviceNumber::from_bytes(number)?, Negotiated::from_bytes(negotiated)?))
+}
