@@ -1,21 +1,19 @@
 //! The keeper's loop: messages, signals, the program's ends and starts.
 
+mod limits;
 mod upgrade;
 
-use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus, getrlimit, kill_process, setrlimit,
-    wait, waitid,
-};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus, kill_process, wait, waitid};
 
+use self::limits::{capacity, lower};
 use self::upgrade::Probe;
 use crate::backoff::Backoff;
-use crate::child::{Plan, lower_oom_score};
+use crate::child::Plan;
 use crate::handover::{Handover, HandoverError};
 use crate::inbox::{Inbox, Incoming};
 use crate::listener::{Listener, ListenerError};
@@ -25,12 +23,6 @@ use crate::options::Options;
 use crate::protocol::{MESSAGE_LIMIT, Message, UNNAMED};
 use crate::store::{Store, StoreError};
 use crate::sys;
-
-/// The keeper's score for the kernel's killer: nearly never.
-const OOM_SCORE: i32 = -999;
-
-/// Descriptors that the keeper needs for itself, and those of one message.
-const OWN_DESCRIPTORS: u64 = 512;
 
 /// Messages that are read before signals are looked at again.
 const TURN: usize = 256;
@@ -486,49 +478,4 @@ impl Supervisor {
             self.log.warn("the service manager is not notified", &fields);
         }
     }
-}
-
-/// The most descriptors that can be kept: in a new process each may be open twice for a moment.
-fn capacity(options: &Options, log: &mut Log) -> usize {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    let most = match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => limit.maximum,
-        Err(_) => limit.current,
-    };
-    let room = most.map_or(u64::MAX, |most| most.saturating_sub(OWN_DESCRIPTORS) / 2);
-    let room = usize::try_from(room).unwrap_or(usize::MAX);
-    if room < options.max_descriptors {
-        let fields = [
-            ("wanted", options.max_descriptors.into()),
-            ("kept_at_most", room.into()),
-        ];
-        log.warn(
-            "the limit of open files is too low for all descriptors that should be kept",
-            &fields,
-        );
-    }
-    options.max_descriptors.min(room)
-}
-
-/// Lowers the keeper's score, and says which one the program has to have.
-fn lower(log: &mut Log) -> Option<i32> {
-    match lower_oom_score(OOM_SCORE) {
-        Ok(before) => Some(before),
-        Err(error) => {
-            log.warn(
-                "the keeper is not protected from the kernel's killer",
-                &[("error", error.to_string().as_str().into())],
-            );
-            None
-        }
-    }
-}
-
-/// The arguments of this process, with the program's name.
-fn own_arguments() -> Vec<OsString> {
-    std::env::args_os().collect()
 }

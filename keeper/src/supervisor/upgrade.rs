@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, WaitStatus, kill_process};
 
-use super::{Phase, Supervisor, own_arguments};
+use super::{Phase, Supervisor};
 use crate::child::{Plan, environment_with, texts};
 use crate::handover::{Draft, FORMAT, VARIABLE};
 use crate::listener::Listener;
@@ -120,7 +120,7 @@ impl Supervisor {
         self.store.iter().for_each(|kept| draft.add("kept", kept));
         let list = draft.finish()?;
         let program = texts([self.own_program.clone().into()])?;
-        let arguments = texts(own_arguments())?;
+        let arguments = texts(std::env::args_os())?;
         let environment = texts(environment_with((VARIABLE, &list.as_raw_fd().to_string())))?;
         self.let_through(FdFlags::empty())?;
         Err(program.first().map_or_else(
