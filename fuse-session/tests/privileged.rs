@@ -10,6 +10,8 @@ mod differential;
 mod faults;
 #[path = "privileged/memory.rs"]
 mod memory;
+#[path = "privileged/passthrough.rs"]
+mod passthrough;
 #[path = "privileged/succession.rs"]
 mod succession;
 
