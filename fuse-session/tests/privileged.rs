@@ -12,6 +12,8 @@ mod faults;
 mod memory;
 #[path = "privileged/passthrough.rs"]
 mod passthrough;
+#[path = "privileged/rights.rs"]
+mod rights;
 #[path = "privileged/succession.rs"]
 mod succession;
 
