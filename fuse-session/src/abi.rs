@@ -62,6 +62,7 @@ pub(crate) mod capability {
     pub(crate) const READDIRPLUS_AUTO: u64 = 1 << 14;
     pub(crate) const ASYNC_DIO: u64 = 1 << 15;
     pub(crate) const PARALLEL_DIROPS: u64 = 1 << 18;
+    pub(crate) const POSIX_ACL: u64 = 1 << 20;
     pub(crate) const MAX_PAGES: u64 = 1 << 22;
     pub(crate) const CACHE_SYMLINKS: u64 = 1 << 23;
     pub(crate) const EXPLICIT_INVAL_DATA: u64 = 1 << 25;
@@ -79,6 +80,10 @@ pub(crate) const RELEASE_FLUSH: u32 = 1 << 0;
 /// The open flags a file system may answer: DIRECT_IO, KEEP_CACHE, NONSEEKABLE, CACHE_DIR, STREAM, NOFLUSH. Higher bits
 /// need something negotiated first (passthrough needs a backing id), so they never pass.
 pub(crate) const OPEN_FLAGS_ALLOWED: u32 = 0x3f;
+/// Answer to open: no FLUSH on close, please.
+pub(crate) const OPEN_NOFLUSH: u32 = 1 << 5;
+/// Answer to open: the kernel reads the backing file. Only NOFLUSH of the plain flags may stand beside it.
+pub(crate) const OPEN_PASSTHROUGH: u32 = 1 << 7;
 
 /// Code of the notification that an inode's pages are to be dropped; it stands where answers have their error.
 pub(crate) const NOTIFY_INVAL_INODE: i32 = 2;
@@ -306,6 +311,18 @@ pub(crate) struct OpenOut {
     pub(crate) fh: u64,
     pub(crate) open_flags: u32,
     pub(crate) backing_id: i32,
+}
+
+impl OpenOut {
+    /// What the file system answered, without passthrough. A FLUSH of what cannot be written means nothing, and who closes a file
+    /// (a program that is started does, too) would wait for it while nobody serves.
+    pub(crate) fn cached(reply: &fuse3::raw::reply::ReplyOpen) -> Self {
+        Self {
+            fh: reply.fh,
+            open_flags: reply.flags & OPEN_FLAGS_ALLOWED | OPEN_NOFLUSH,
+            backing_id: 0,
+        }
+    }
 }
 
 /// Answer to STATFS.

@@ -9,6 +9,7 @@ use fuse3::raw::reply::{ReplyData, ReplyXAttr};
 use fuse3::raw::{Filesystem, Request as Asker};
 
 use crate::directory;
+use crate::passthrough::Opener;
 use crate::reply::Reply;
 use crate::request::{Caller, Operation, ReadRange};
 
@@ -18,7 +19,12 @@ impl<FS: Filesystem + Send + Sync + 'static> Shareable for FS {}
 
 /// Runs one operation. Operations that concern the session itself (interrupt, destroy, refused ones) never come here;
 /// should one, ENOSYS is the harmless answer.
-pub(crate) async fn answer<FS: Shareable>(fs: Arc<FS>, caller: Caller, operation: Operation) -> Reply {
+pub(crate) async fn answer<FS: Shareable>(
+    fs: Arc<FS>,
+    caller: Caller,
+    operation: Operation,
+    opener: Option<Arc<Opener>>,
+) -> Reply {
     let asker = Asker {
         unique: caller.unique,
         uid: caller.uid,
@@ -33,7 +39,10 @@ pub(crate) async fn answer<FS: Shareable>(fs: Arc<FS>, caller: Caller, operation
             .readlink(asker, node)
             .await
             .map_or_else(Reply::from, |link| Reply::link(link.data)),
-        Operation::Open { flags } => reply(fs.open(asker, node, flags).await),
+        Operation::Open { flags } => match (fs.open(asker, node, flags).await, opener) {
+            (Ok(open), Some(opener)) => Reply::record(&opener.answer(node, &open)),
+            (outcome, _) => reply(outcome),
+        },
         Operation::Read(range) => {
             let ReadRange { fh, offset, size, .. } = range;
             let data = |read: ReplyData| Reply::data(read.data, size);

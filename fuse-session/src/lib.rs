@@ -21,7 +21,7 @@
 //!
 //! # For those who implement the trait
 //! - Called methods: `init`, `destroy`, `lookup`, `forget`, `batch_forget`, `getattr`, `readlink`, `open`, `read`,
-//!   `release`, `statfs`, `getxattr`, `listxattr`, `flush`, `opendir`, `readdir`, `readdirplus`, `releasedir`, `access`,
+//!   `release`, `statfs`, `getxattr`, `listxattr`, `flush` (by old kernels only), `opendir`, `readdir`, `readdirplus`, `releasedir`, `access`,
 //!   `lseek`. Never called: `ready`, `interrupt`, everything that writes (the mount is read-only; EROFS). A method left
 //!   at its default answers ENOSYS: the kernel then stops asking (`open`, `flush`, `opendir`, `getxattr`, `lseek`).
 //! - The first poll of a handler runs on a worker thread, inside the runtime's context. Short blocking work there
@@ -43,11 +43,13 @@ mod dispatch;
 mod lifetime;
 mod mount;
 mod negotiate;
+pub mod passthrough;
 mod pending;
 mod reply;
 mod request;
 mod roster;
 mod session;
+mod sys;
 mod worker;
 
 pub use control::abort;

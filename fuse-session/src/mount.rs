@@ -18,6 +18,7 @@ use thiserror::Error;
 use tokio::runtime::Handle;
 
 use crate::MAX_REPLY_BYTES;
+use crate::passthrough::Passthrough;
 
 /// The FUSE device.
 pub(crate) const DEVICE: &str = "/dev/fuse";
@@ -48,13 +49,18 @@ pub struct MountConfig {
     pub read_ahead_kib: u32,
     /// Let others than root see the mount (containers do not run as the daemon's user).
     pub allow_other: bool,
+    /// Files that the kernel may read by itself; asked for only if there are some. What a kept connection agreed to stays.
+    pub passthrough: Option<Passthrough>,
+    /// Whether the kernel is to enforce POSIX ACLs, which `default_permissions` alone ignores. It asks for the ACL of each inode that
+    /// somebody else than its owner uses, once; a file system without any can spare itself that.
+    pub posix_acl: bool,
     /// How long [`crate::Session::unmount`] lets processes with open files finish before it cuts them off.
     pub unmount_grace: Duration,
 }
 
 impl MountConfig {
     /// The defaults: one to four workers, 64 background requests, 4096 pending ones, 1 MiB read-ahead, everyone allowed,
-    /// two seconds of grace.
+    /// ACLs enforced, no passthrough, two seconds of grace.
     pub fn new(runtime: Handle) -> Self {
         Self {
             runtime,
@@ -66,6 +72,8 @@ impl MountConfig {
             max_pending: 4096,
             read_ahead_kib: 1024,
             allow_other: true,
+            passthrough: None,
+            posix_acl: true,
             unmount_grace: Duration::from_secs(2),
         }
     }

@@ -32,6 +32,10 @@ const TIME_GRANULARITY: u32 = 1;
 /// Nothing is ever written; this is the kernel's own minimum.
 const MAX_WRITE_BYTES: u32 = 4096;
 
+/// How deep we are stacked with passthrough: on file systems that are not stacked themselves, so that overlayfs, whose limit is two,
+/// can stand on us.
+const STACK_DEPTH: u32 = 1;
+
 /// The handshake failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -60,6 +64,16 @@ pub enum HandshakeError {
 pub(crate) struct Wishes {
     pub(crate) max_background: u16,
     pub(crate) readahead_bytes: u32,
+    pub(crate) passthrough: bool,
+    pub(crate) posix_acl: bool,
+}
+
+impl Wishes {
+    fn capabilities(self) -> u64 {
+        let passthrough = if self.passthrough { capability::PASSTHROUGH } else { 0 };
+        let posix_acl = if self.posix_acl { capability::POSIX_ACL } else { 0 };
+        WANTED | passthrough | posix_acl
+    }
 }
 
 /// The agreement between the kernel and this session.
@@ -99,6 +113,11 @@ impl Negotiated {
     /// Whether the kernel can read files of another file system by itself (Linux 6.9).
     pub fn can_pass_through(&self) -> bool {
         self.offered & capability::PASSTHROUGH != 0
+    }
+
+    /// Whether it does so on this connection.
+    pub fn passes_through(&self) -> bool {
+        self.granted() & capability::PASSTHROUGH != 0 && self.reply.max_stack_depth > 0
     }
 
     /// How many background requests the kernel has in flight at most, as agreed.
@@ -190,7 +209,7 @@ fn agree(init: InitIn, flags2: u32, wishes: Wishes) -> Result<Negotiated, Handsh
         });
     }
     let offered = u64::from(init.flags) | u64::from(flags2) << 32;
-    let granted = offered & WANTED;
+    let granted = offered & wishes.capabilities();
     let low = u32::try_from(granted & u64::from(u32::MAX)).expect("masked to 32 bits");
     let high = u32::try_from(granted >> 32).expect("shifted to 32 bits");
     let reply = InitOut {
@@ -206,7 +225,11 @@ fn agree(init: InitIn, flags2: u32, wishes: Wishes) -> Result<Negotiated, Handsh
         max_pages: u16::try_from(MAX_REPLY_BYTES / PAGE_BYTES).expect("256 pages fit"),
         map_alignment: 0,
         flags2: high,
-        max_stack_depth: 0,
+        max_stack_depth: if granted & capability::PASSTHROUGH == 0 {
+            0
+        } else {
+            STACK_DEPTH
+        },
         unused: [0; 6],
     };
     Ok(Negotiated {
@@ -223,9 +246,15 @@ mod tests {
     const WISHES: Wishes = Wishes {
         max_background: 64,
         readahead_bytes: 1 << 20,
+        passthrough: false,
+        posix_acl: false,
     };
 
     fn offer(minor: u32, flags: u64) -> Result<Negotiated, HandshakeError> {
+        offer_to(WISHES, minor, flags)
+    }
+
+    fn offer_to(wishes: Wishes, minor: u32, flags: u64) -> Result<Negotiated, HandshakeError> {
         let low = u32::try_from(flags & 0xffff_ffff).unwrap();
         let init = InitIn {
             major: 7,
@@ -233,7 +262,7 @@ mod tests {
             max_readahead: 131_072,
             flags: low,
         };
-        agree(init, u32::try_from(flags >> 32).unwrap(), WISHES)
+        agree(init, u32::try_from(flags >> 32).unwrap(), wishes)
     }
 
     #[test]
@@ -243,6 +272,22 @@ mod tests {
         assert_eq!((all.reply.minor, all.reply.max_pages), (abi::MINOR, 256));
         let none = offer(31, 0).unwrap();
         assert_eq!((none.granted(), none.reply.minor), (0, 31));
+    }
+
+    #[test]
+    fn passthrough_and_acls_are_asked_for_only_when_wished() {
+        let wishes = Wishes {
+            passthrough: true,
+            posix_acl: true,
+            ..WISHES
+        };
+        let more = capability::PASSTHROUGH | capability::POSIX_ACL;
+        let all = offer_to(wishes, 45, u64::MAX).unwrap();
+        assert_eq!((all.granted(), all.reply.max_stack_depth), (WANTED | more, 1));
+        assert!(all.passes_through());
+        let old = offer_to(wishes, 39, !more).unwrap();
+        assert_eq!((old.granted(), old.reply.max_stack_depth), (WANTED, 0));
+        assert!(!old.passes_through() && !offer(45, u64::MAX).unwrap().passes_through());
     }
 
     #[test]

@@ -132,11 +132,7 @@ impl From<ReplyAttr> for Reply {
 
 impl From<ReplyOpen> for Reply {
     fn from(reply: ReplyOpen) -> Self {
-        Self::record(&abi::OpenOut {
-            fh: reply.fh,
-            open_flags: reply.flags & abi::OPEN_FLAGS_ALLOWED,
-            backing_id: 0,
-        })
+        Self::record(&abi::OpenOut::cached(&reply))
     }
 }
 

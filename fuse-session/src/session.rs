@@ -23,6 +23,7 @@ use crate::channel::Channel;
 use crate::lifetime::{End, Lifetime};
 use crate::mount::{self, Detached, DeviceNumber, MountConfig, MountError};
 use crate::negotiate::{self, Negotiated, Wishes};
+use crate::passthrough::Opener;
 use crate::pending::Pending;
 use crate::roster::Roster;
 use crate::worker::Worker;
@@ -93,6 +94,8 @@ impl Session {
         let wishes = Wishes {
             max_background: config.max_background,
             readahead_bytes: config.read_ahead_kib.saturating_mul(1024),
+            passthrough: config.passthrough.is_some(),
+            posix_acl: config.posix_acl,
         };
         let negotiated = negotiate::handshake(&channel, wishes, |asker| initialise(&fs, asker, &config.runtime))
             .map_err(|source| MountError::Handshake {
@@ -124,6 +127,8 @@ impl Session {
         FS: Filesystem + Send + Sync + 'static,
     {
         let limit = config.workers.get();
+        let passthrough = config.passthrough.clone().filter(|_| negotiated.passes_through());
+        let opener = passthrough.map(|passthrough| Arc::new(Opener::new(Arc::clone(&channel), passthrough)));
         let session = Self {
             target,
             device,
@@ -146,6 +151,7 @@ impl Session {
             runtime: config.runtime.clone(),
             device,
             can_resend: negotiated.can_resend(),
+            opener,
         };
         match first.start() {
             Ok(()) => Ok(session),

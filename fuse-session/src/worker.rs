@@ -20,6 +20,7 @@ use crate::channel::{Channel, Received, Responder};
 use crate::dispatch::{self, Shareable};
 use crate::lifetime::{End, Lifetime};
 use crate::mount::DeviceNumber;
+use crate::passthrough::Opener;
 use crate::pending::{Pending, Unwanted};
 use crate::reply::Reply;
 use crate::request::{Caller, Operation, Request};
@@ -47,6 +48,8 @@ pub(crate) struct Worker<FS> {
     pub(crate) device: DeviceNumber,
     /// Whether the kernel can send a request again.
     pub(crate) can_resend: bool,
+    /// What answers opens where the kernel reads files by itself.
+    pub(crate) opener: Option<Arc<Opener>>,
 }
 
 impl<FS: Shareable> Worker<FS> {
@@ -74,6 +77,7 @@ impl<FS: Shareable> Worker<FS> {
             runtime: self.runtime.clone(),
             device: self.device,
             can_resend: self.can_resend,
+            opener: self.opener.clone(),
         };
         if let Err(error) = other.start() {
             tracing::warn!(%error, "cannot start another worker");
@@ -197,12 +201,15 @@ impl<FS: Shareable> Worker<FS> {
             Operation::Forget { .. } => Responder::silent(Arc::clone(&self.channel)),
             _ => Responder::new(Arc::clone(&self.channel), caller.unique),
         };
-        if let Operation::Open { .. } = operation {
+        let opener = if let Operation::Open { .. } = operation {
             self.roster.note_file(caller.node);
-        }
+            self.opener.clone()
+        } else {
+            None
+        };
         let slot = self.pending.slot(self.index);
         slot.begin(caller.unique);
-        let handler = dispatch::answer(Arc::clone(&self.fs), caller, operation);
+        let handler = dispatch::answer(Arc::clone(&self.fs), caller, operation, opener);
         let mut answer: Answer = Box::pin(AssertUnwindSafe(handler).catch_unwind());
         match answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(outcome) => responder.send(&settled(outcome, caller)),

@@ -10,6 +10,10 @@ mod differential;
 mod faults;
 #[path = "privileged/memory.rs"]
 mod memory;
+#[path = "privileged/passthrough.rs"]
+mod passthrough;
+#[path = "privileged/rights.rs"]
+mod rights;
 #[path = "privileged/succession.rs"]
 mod succession;
 

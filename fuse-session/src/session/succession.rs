@@ -57,6 +57,9 @@ impl Session {
             target: target.clone(),
             source: crate::HandshakeError::Refused(errno),
         })?;
+        if negotiated.passes_through() && config.passthrough.is_none() {
+            tracing::warn!(mount_point = %target.display(), "open modes are not kept: files in use may not open again");
+        }
         let config = adapted(config, number, &negotiated);
         let channel = Arc::new(Channel::new(device));
         let session = Self::serve(fs, channel, target, number, negotiated, &config)?;

@@ -114,6 +114,7 @@ impl Loop {
                 minor: u32::MAX,
             },
             can_resend: false,
+            opener: None,
         };
         worker.roster.enlist();
         let thread = Some(std::thread::spawn(move || worker.run()));

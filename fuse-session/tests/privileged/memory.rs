@@ -62,6 +62,7 @@ pub(crate) struct Calls {
     pub(crate) lookup: AtomicU64,
     pub(crate) readlink: AtomicU64,
     pub(crate) getattr: AtomicU64,
+    pub(crate) getxattr: AtomicU64,
     pub(crate) destroy: AtomicU64,
 }
 
@@ -296,6 +297,7 @@ impl Filesystem for MemoryFs {
     }
 
     async fn getxattr(&self, _req: Request, inode: u64, name: &OsStr, size: u32) -> Result<ReplyXAttr> {
+        self.calls.getxattr.fetch_add(1, Ordering::SeqCst);
         let xattrs = &self.node(inode)?.xattrs;
         let (_, value) = xattrs
             .iter()

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use fuse_session::passthrough::{Backing, OpenModes, Passthrough};
 use fuse_session::{DeviceNumber, End, MountConfig, MountError, Negotiated, Session};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process};
 
@@ -21,16 +22,30 @@ use super::{Mounted, directory, eventually, runtime, wait, within};
 
 const TARGET: &str = "FUSE_SESSION_TEST_TARGET";
 const KEPT: &str = "FUSE_SESSION_TEST_KEPT";
+/// Node ids of [`tree`].
+pub(crate) const LARGE: u64 = 2;
+pub(crate) const PROGRAM_FILE: u64 = 3;
+pub(crate) const FIRST_SMALL: u64 = 5;
+const LAST_NODE: u64 = 1000;
 const SMALL: usize = 120;
-const LARGE_BYTES: usize = 12 << 20;
+pub(crate) const LARGE_BYTES: usize = 12 << 20;
 const PROGRAM: &str = "/usr/bin/sha256sum";
 
 /// The same tree in every process; a file named `gate` beside the mount point lets the gated ones be read.
 fn tree(target: &Path) -> MemoryFs {
     let mut tree = Tree::default();
-    tree.file(1, "large", pattern(LARGE_BYTES));
-    let program = tree.file(1, "program", std::fs::read(PROGRAM).unwrap());
-    tree.node(program).mode = 0o755;
+    if backing(target).exists() {
+        // Not what is to be read: that is in the backing files.
+        tree.file(1, "large", vec![0; LARGE_BYTES]);
+        let len = std::fs::metadata(backing(target).join(PROGRAM_FILE.to_string()))
+            .unwrap()
+            .len();
+        tree.file(1, "program", vec![0; usize::try_from(len).unwrap()]);
+    } else {
+        tree.file(1, "large", pattern(LARGE_BYTES));
+        tree.file(1, "program", std::fs::read(PROGRAM).unwrap());
+    }
+    tree.node(PROGRAM_FILE).mode = 0o755;
     let many = tree.add(1, "many", Kind::Directory(vec![]), 0o755);
     for index in 0..SMALL {
         tree.file(many, &format!("small-{index:03}"), pattern(1000 + index * 131));
@@ -44,6 +59,24 @@ fn tree(target: &Path) -> MemoryFs {
     let mut fs = tree.build();
     fs.forgetful = true;
     fs
+}
+
+/// Files with the content of node ids, if there are any.
+pub(crate) fn backing(target: &Path) -> PathBuf {
+    target.with_file_name("backing")
+}
+
+struct BackingFiles(PathBuf);
+
+impl Backing for BackingFiles {
+    fn backing(&self, inode: u64) -> Option<OwnedFd> {
+        File::open(self.0.join(inode.to_string())).ok().map(OwnedFd::from)
+    }
+}
+
+fn passthrough(target: &Path, modes: &Arc<OpenModes>) -> Option<Passthrough> {
+    let files = Arc::new(BackingFiles(backing(target)));
+    files.0.exists().then(|| Passthrough::new(files, Arc::clone(modes)))
 }
 
 fn gate(target: &Path) -> PathBuf {
@@ -65,11 +98,19 @@ fn serves_what_it_is_given() {
     let runtime = runtime();
     let mut config = MountConfig::new(runtime.handle().clone());
     config.worker_patience = Duration::from_millis(200);
+    let modes;
     let session = match std::env::var(KEPT) {
-        Err(_) => Session::mount(tree(&target), &target, config).unwrap(),
+        Err(_) => {
+            modes = Arc::new(OpenModes::create(LAST_NODE).unwrap());
+            config.passthrough = passthrough(&target, &modes);
+            Session::mount(tree(&target), &target, config).unwrap()
+        }
         Ok(kept) => {
             let words: Vec<&str> = kept.split(' ').collect();
-            let (device, number, negotiated) = inherited(&words);
+            let (device, number) = (inherited(words[0]), DeviceNumber::from_bytes(&bytes(words[2])).unwrap());
+            let negotiated = Negotiated::from_bytes(&bytes(words[3])).unwrap();
+            modes = Arc::new(OpenModes::from_fd(inherited(words[1])).unwrap());
+            config.passthrough = passthrough(&target, &modes);
             // Another configuration than the predecessor's.
             config.workers = config.workers.saturating_add(2);
             config.max_background = 16;
@@ -78,7 +119,8 @@ fn serves_what_it_is_given() {
     };
     let kept = [hex(&session.device().to_bytes()), hex(&session.negotiated().to_bytes())].join(" ");
     let fresh = report(&target).with_extension("fresh");
-    std::fs::write(&fresh, format!("{} {kept}", session.as_fd().as_raw_fd())).unwrap();
+    let numbers = [session.as_fd(), modes.as_fd()].map(|fd| fd.as_raw_fd());
+    std::fs::write(&fresh, format!("{} {} {kept}", numbers[0], numbers[1])).unwrap();
     std::fs::rename(&fresh, report(&target)).unwrap();
     let leave = target.with_file_name("leave");
     while !leave.exists() {
@@ -90,11 +132,9 @@ fn serves_what_it_is_given() {
 }
 
 #[expect(unsafe_code, reason = "a descriptor that is inherited is known by its number")]
-fn inherited(words: &[&str]) -> (OwnedFd, DeviceNumber, Negotiated) {
+fn inherited(number: &str) -> OwnedFd {
     // SAFETY: the test that started this process left the descriptor open under this number, and nobody else here knows it.
-    let device = unsafe { OwnedFd::from_raw_fd(words[0].parse().unwrap()) };
-    let number = DeviceNumber::from_bytes(&bytes(words[1])).unwrap();
-    (device, number, Negotiated::from_bytes(&bytes(words[2])).unwrap())
+    unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -107,28 +147,39 @@ fn bytes(hex: &str) -> Vec<u8> {
 }
 
 /// A connection, its mount, and the process that serves it now.
-struct Kept {
+pub(crate) struct Kept {
     device: OwnedFd,
+    pub(crate) modes: OwnedFd,
     words: String,
     number: DeviceNumber,
-    target: PathBuf,
+    pub(crate) target: PathBuf,
     server: Option<Child>,
     _directory: tempfile::TempDir,
 }
 
 impl Kept {
     fn mount() -> Self {
+        Self::mount_with(|_| {})
+    }
+
+    /// Mounts after `prepare` has seen the mount point.
+    pub(crate) fn mount_with(prepare: impl FnOnce(&Path)) -> Self {
         let directory = directory();
         let target = directory.path().join("mnt");
         std::fs::create_dir(&target).unwrap();
+        prepare(&target);
         let server = serve(&target, None);
         let report = reported(&target);
-        let (number, words) = report.split_once(' ').unwrap();
+        let [device, modes, words] = split(&report);
         let pidfd = rustix::process::pidfd_open(Pid::from_child(&server), PidfdFlags::empty()).unwrap();
-        let device = rustix::process::pidfd_getfd(&pidfd, number.parse().unwrap(), PidfdGetfdFlags::empty()).unwrap();
+        let taken = |number: &str| {
+            let number = number.parse().unwrap();
+            rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).unwrap()
+        };
         let number = DeviceNumber::from_bytes(&bytes(words.split_once(' ').unwrap().0)).unwrap();
         Self {
-            device,
+            device: taken(device),
+            modes: taken(modes),
             words: words.to_owned(),
             number,
             target,
@@ -137,20 +188,17 @@ impl Kept {
         }
     }
 
-    fn resume(&mut self) {
+    pub(crate) fn resume(&mut self) {
         // Without CLOEXEC, for the moment in which the process is made.
-        let passed = rustix::io::dup(&self.device).unwrap();
-        let kept = format!("{} {}", passed.as_raw_fd(), self.words);
+        let passed = [&self.device, &self.modes].map(|fd| rustix::io::dup(fd).unwrap());
+        let numbers = passed.each_ref().map(|fd| fd.as_raw_fd());
+        let kept = format!("{} {} {}", numbers[0], numbers[1], self.words);
         self.server = Some(serve(&self.target, Some(&kept)));
         let report = reported(&self.target);
-        assert_eq!(
-            report.split_once(' ').unwrap().1,
-            self.words,
-            "what is kept does not change"
-        );
+        assert_eq!(split(&report)[2], self.words, "what is kept does not change");
     }
 
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let mut server = self.server.take().unwrap();
         kill_process(Pid::from_child(&server), Signal::KILL).unwrap();
         wait(&mut server, Duration::from_secs(10)).expect("a killed process ends, whatever it was doing");
@@ -165,7 +213,7 @@ impl Kept {
         self.server = None;
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.target.join(name)
     }
 
@@ -211,6 +259,12 @@ fn serve(target: &Path, kept: Option<&str>) -> Child {
         command.env(KEPT, kept);
     }
     command.spawn().unwrap()
+}
+
+/// Numbers of two descriptors, and what is kept besides them.
+fn split(report: &str) -> [&str; 3] {
+    let parts: Vec<&str> = report.splitn(3, ' ').collect();
+    parts.try_into().unwrap()
 }
 
 /// What the serving process says when it serves.
@@ -277,14 +331,14 @@ fn same(path: &Path, read: &[u8], expected: &[u8]) -> Result<(), String> {
 }
 
 /// Opened, and nothing of it in the page cache.
-fn opened(path: &Path) -> Result<File, String> {
+pub(crate) fn opened(path: &Path) -> Result<File, String> {
     let failed = |error: std::io::Error| format!("{}: {error}", path.display());
     let file = File::open(path).map_err(failed)?;
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).map_err(|error| failed(error.into()))?;
     Ok(file)
 }
 
-fn read_file(path: &Path, expected: &[u8]) -> Result<(), String> {
+pub(crate) fn read_file(path: &Path, expected: &[u8]) -> Result<(), String> {
     let file = opened(path)?;
     let mut read = vec![0; expected.len() + 1];
     let mut len = 0;
