@@ -52,10 +52,42 @@ pub struct Config {
 pub struct LayersConfig {
     /// Whether layers are mounted lazily at all; when not, every layer becomes an ordinary overlay snapshot.
     pub lazy: bool,
+    /// How lazy layers are mounted.
+    pub mount: MountChoice,
     /// How long containerd's request waits for a layer to be mounted before the layer is unpacked instead.
     pub mount_timeout: Duration,
     /// How many layers are mounted again at the same time after a start.
     pub restore_parallelism: usize,
+}
+
+/// `layers.mount`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MountChoice {
+    /// Natively where the self-test passes, by FUSE elsewhere.
+    #[default]
+    Auto,
+    /// Natively, or not at all: the daemon does not start where the self-test fails.
+    Erofs,
+    /// By FUSE.
+    Fuse,
+}
+
+impl MountChoice {
+    /// All of them.
+    const ALL: [Self; 3] = [Self::Auto, Self::Erofs, Self::Fuse];
+
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Erofs => "erofs",
+            Self::Fuse => "fuse",
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|choice| choice.name() == name)
+    }
 }
 
 /// `[registry]`.
@@ -136,6 +168,7 @@ impl Default for Config {
             metrics: MetricsConfig::at_port(9641),
             layers: LayersConfig {
                 lazy: true,
+                mount: MountChoice::Auto,
                 mount_timeout: Duration::from_secs(30),
                 restore_parallelism: 8,
             },
@@ -197,6 +230,7 @@ impl Config {
         } = self;
         let LayersConfig {
             lazy,
+            mount,
             mount_timeout,
             restore_parallelism,
         } = layers;
@@ -241,6 +275,7 @@ impl Config {
             written::metrics(metrics),
             "\n[layers]".to_owned(),
             format!("lazy = {lazy}"),
+            format!("mount = {}", text(mount.name())),
             format!("mount_timeout = {}", time(*mount_timeout)),
             format!("restore_parallelism = {restore_parallelism}"),
             "\n[registry]".to_owned(),

@@ -27,6 +27,7 @@ pub(super) struct ConfigFile {
 
 section!(pub(super) LayersFile {
     lazy,
+    mount,
     mount_timeout,
     restore_parallelism
 });

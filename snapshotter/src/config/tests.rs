@@ -190,6 +190,7 @@ fn all_faults_are_reported_at_once() {
         address = "localhost"
         [layers]
         lazy = "yes"
+        mount = "kernel"
         mount_timeout = "0s"
         restore_parallelism = 0
         [registry]
@@ -216,6 +217,7 @@ fn all_faults_are_reported_at_once() {
         "fuse.read_ahead",
         "fuse.workers",
         "layers.lazy",
+        "layers.mount",
         "layers.mount_timeout",
         "layers.restore_parallelism",
         "log.format",

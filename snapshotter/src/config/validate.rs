@@ -9,7 +9,7 @@ use hullspeed_daemon::units::ByteSize;
 use toml::Value;
 
 use super::file::{CacheFile, ConfigFile, FetchFile, FuseFile, LayersFile, RegistryFile};
-use super::{CacheConfig, Config, FetchConfig, FuseConfig, LayersConfig, RegistryConfig};
+use super::{CacheConfig, Config, FetchConfig, FuseConfig, LayersConfig, MountChoice, RegistryConfig};
 use crate::snapshot::service::usable_root;
 
 impl File for ConfigFile {
@@ -54,9 +54,13 @@ impl File for ConfigFile {
     }
 }
 
+/// The values of `layers.mount`.
+const MOUNTS: &str = "\"auto\", \"erofs\" or \"fuse\"";
+
 fn checked_layers(check: &mut Check, section: Section<LayersFile>, default: LayersConfig) -> LayersConfig {
     let LayersFile {
         lazy,
+        mount,
         mount_timeout,
         restore_parallelism,
         unknown,
@@ -64,6 +68,7 @@ fn checked_layers(check: &mut Check, section: Section<LayersFile>, default: Laye
     check.note_unknown(unknown);
     LayersConfig {
         lazy: check.switch("lazy", lazy, default.lazy),
+        mount: check.text("mount", mount, MOUNTS, default.mount, MountChoice::named),
         mount_timeout: check.duration("mount_timeout", mount_timeout, default.mount_timeout, SECONDS),
         restore_parallelism: check.count(
             "restore_parallelism",
