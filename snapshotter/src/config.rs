@@ -275,7 +275,7 @@ impl Config {
             written::metrics(metrics),
             "\n[layers]".to_owned(),
             format!("lazy = {lazy}"),
-            format!("mount = {}", text(mount.name())),
+            format!("mount = {}", text(&mount.name())),
             format!("mount_timeout = {}", time(*mount_timeout)),
             format!("restore_parallelism = {restore_parallelism}"),
             "\n[registry]".to_owned(),
