@@ -34,6 +34,7 @@ pub mod process;
 pub mod programs;
 pub mod proxy;
 pub mod raw;
+pub mod reader;
 pub mod registry;
 pub mod release;
 pub mod requirements;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::containerd::SnapshotterChoice;
 use crate::daemon::Daemon;
@@ -114,6 +114,20 @@ impl Snapshotter {
     #[must_use]
     pub fn way(&self) -> Way {
         self.way
+    }
+
+    /// Fails if a lazy layer is mounted otherwise than this daemon should.
+    pub fn check_way(&mut self) -> Result<()> {
+        let wanted = self.way.file_system();
+        for (target, kind) in crate::sweep::mounts_of_kind(&self.root().join("layers"))? {
+            ensure!(
+                kind == wanted,
+                "{} is mounted by {kind} and not by {wanted}; log:\n{}",
+                target.display(),
+                self.process.log_tail()
+            );
+        }
+        Ok(())
     }
 
     /// Everything that it keeps.

@@ -33,6 +33,15 @@ impl Way {
         }
     }
 
+    /// What the kernel calls such a mount.
+    #[must_use]
+    pub fn file_system(self) -> &'static str {
+        match self {
+            Self::Fuse => "fuse.hullspeed",
+            Self::Erofs => "erofs",
+        }
+    }
+
     /// Whether the daemon needs somebody who keeps its descriptors.
     #[must_use]
     pub fn needs_keeper(self) -> bool {
