@@ -14,6 +14,7 @@ use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Flights, Urgency};
 use super::gate::{Lane, Share, Slot};
+use super::lately::Lately;
 use super::readahead::Readahead;
 use super::remotes::{Remote, Remotes};
 use super::sequence::Sequence;
@@ -39,6 +40,8 @@ pub struct LayerFetch {
     flights: Flights,
     readahead: Mutex<Readahead>,
     pipes: Pipes,
+    /// What readers gave up lately.
+    pub(super) lately: Lately,
     counts: Counts,
     /// Whether it is being completed.
     completing: AtomicBool,
@@ -77,6 +80,7 @@ impl LayerFetch {
             flights: Flights::default(),
             readahead,
             pipes: Pipes::default(),
+            lately: Lately::default(),
             counts,
             completing: AtomicBool::new(false),
             checkpoint_failed: AtomicBool::new(false),
