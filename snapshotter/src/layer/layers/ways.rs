@@ -11,6 +11,7 @@ use crate::layer::mounts::fuse::FuseWay;
 use crate::layer::mounts::kept::Descriptors;
 use crate::layer::mounts::native::NativeWay;
 use crate::layer::mounts::ways::{Reach, Ways};
+use crate::layer::native::bounds;
 use crate::layer::native::journal::{Journal, JournalError};
 use crate::layer::native::probe;
 use crate::layer::native::service::Service;
@@ -61,6 +62,7 @@ fn reach(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Reac
 }
 
 fn native(config: &Config, metrics: &Metrics, descriptors: &Descriptors, runtime: &Handle) -> Result<NativeWay, Cause> {
+    bounds::raise();
     let kept = descriptors.take_journal().map(Journal::kept);
     let journal = match kept {
         Some(Ok(journal)) => journal,
