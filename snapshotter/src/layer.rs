@@ -11,6 +11,7 @@ mod image;
 pub mod layers;
 mod open;
 pub mod platform;
+pub mod readers;
 pub mod report;
 pub mod source;
 mod sys;

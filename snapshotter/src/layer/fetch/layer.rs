@@ -19,6 +19,7 @@ use super::remotes::{Remote, Remotes};
 use super::sequence::Sequence;
 use super::tally::{Counts, Tally};
 use crate::layer::cache::CachedLayer;
+use crate::layer::readers::Readers;
 use crate::layer::source::BlobSource;
 use crate::metrics::defs::SourceLabels;
 
@@ -40,6 +41,7 @@ pub struct LayerFetch {
     readahead: Mutex<Readahead>,
     pipes: Pipes,
     counts: Counts,
+    readers: Readers,
     /// Whether it is being completed.
     completing: AtomicBool,
     /// Whether residency could not be made durable last time.
@@ -69,6 +71,7 @@ impl LayerFetch {
         if let Some((requests, bytes)) = engine.take_opened(&layer.toc_digest()) {
             counts.toc(requests, bytes);
         }
+        let readers = Readers::new(engine.runtime().clone());
         let complete = watch::Sender::new(layer.residency().is_complete() && !layer.is_dirty());
         let fetch = Arc::new(Self {
             engine,
@@ -78,6 +81,7 @@ impl LayerFetch {
             readahead,
             pipes: Pipes::default(),
             counts,
+            readers,
             completing: AtomicBool::new(false),
             checkpoint_failed: AtomicBool::new(false),
             complete,
@@ -108,6 +112,11 @@ impl LayerFetch {
     /// What the layer has cost since it was opened.
     pub fn tally(&self) -> Tally {
         self.counts.read()
+    }
+
+    /// Who has waited for bytes of the layer since it was opened.
+    pub fn readers(&self) -> &Readers {
+        &self.readers
     }
 
     pub(super) fn counts(&self) -> &Counts {
@@ -246,7 +255,8 @@ impl LayerFetch {
         let layer = self.layer.clone();
         let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
         if matches!(result, Ok(Ok(()))) && self.layer.residency().is_complete() && !self.layer.is_dirty() {
-            self.complete.send_if_modified(|complete| !std::mem::replace(complete, true));
+            self.complete
+                .send_if_modified(|complete| !std::mem::replace(complete, true));
         }
         // It is tried again at every interval; a disk that is full is said once.
         let dir = self.layer.dir().display();
