@@ -16,6 +16,10 @@
 //! # Ok(()) }
 //! ```
 //!
+//! A session may outlive its process: [`Session::leave`] ends serving and keeps the mount, [`Session::resume`] serves a kept
+//! descriptor, after a graceful end as after SIGKILL. Files that are complete can be read by the kernel alone:
+//! [`passthrough`].
+//!
 //! `mount` and `unmount` block: call them through `spawn_blocking`. `closed()` gives a future that resolves when the
 //! session ends for whatever reason.
 //!

@@ -291,7 +291,9 @@ pub struct Notifier {
 impl Notifier {
     /// Drops `range` of a file from the page cache, mapped or not: whoever reads it again asks the file system.
     ///
-    /// Blocks until reads of those pages that are under way have been answered: never call it from a handler.
+    /// Blocks until reads of those pages that are under way have been answered: never call it from a handler. A process that
+    /// is killed meanwhile does not end before somebody answers them: who supervises it with a kept descriptor must not wait for that
+    /// end for ever before a successor is started.
     ///
     /// # Errors
     /// When the kernel refuses. That it does not know the inode, or that the session is over, is none: there is nothing to drop.

@@ -9,6 +9,8 @@ pub mod fs;
 pub mod fuse;
 mod image;
 pub mod layers;
+pub mod mounts;
+pub mod native;
 mod open;
 pub mod platform;
 pub mod readers;

@@ -9,12 +9,16 @@ use hullspeed_daemon::error::chain;
 use hullspeed_daemon::{signal, telemetry};
 use hullspeed_snapshotter::cli::{Cli, Command, ask};
 use hullspeed_snapshotter::config::{self, Config};
+use hullspeed_snapshotter::layer::native::probe;
 use hullspeed_snapshotter::run::{self, RunError};
 use hullspeed_snapshotter::{client::Client, heap};
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
 fn main() -> ExitCode {
+    if let Some(code) = probe::stand_in() {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => return fail(&mistake(PROGRAM, &error), EX_USAGE),

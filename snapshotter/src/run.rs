@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hullspeed_daemon::activation::{ActivationError, Announced, Inherited};
+use hullspeed_daemon::fdstore::Store;
 use hullspeed_daemon::http::{BindError, Endpoint};
 use hullspeed_daemon::notify;
 use hullspeed_daemon::root::{Root, RootError};
@@ -24,6 +26,7 @@ use crate::control::Control;
 use crate::explain::Explainer;
 use crate::grpc::Snapshots;
 use crate::layer::layers::Layers;
+use crate::layer::mounts::kept::Descriptors;
 use crate::layer::{Cause, LayerMounts};
 use crate::metrics::Metrics;
 use crate::snapshot::no_layers::NoLayers;
@@ -32,6 +35,8 @@ use crate::snapshot::{self, Service, ServiceOptions};
 
 /// Requests of one connection under way at once; containerd has one connection.
 const MAX_REQUESTS: usize = 256;
+/// Name of the listener where the service manager made it.
+const SOCKET: &str = "snapshotter";
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +47,9 @@ pub enum RunError {
     /// The socket cannot be used.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// What the service manager left cannot be used.
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
     /// The kernel offers no FUSE.
     #[error(
         "cannot open {}; load the fuse module and run as root, or set layers.lazy = false to unpack every layer",
@@ -79,7 +87,7 @@ impl RunError {
             Self::Socket(error) if error.is_running() => 75,
             Self::Root(_) | Self::Socket(_) => 73,
             Self::Snapshots(error) => snapshots_exit_code(error),
-            Self::Fuse { .. } | Self::Layers(_) | Self::Metrics(_) => 69,
+            Self::Fuse { .. } | Self::Layers(_) | Self::Metrics(_) | Self::Activation(_) => 69,
             Self::Server(_) | Self::Process(_) => 70,
         }
     }
@@ -123,23 +131,25 @@ fn snapshots_exit_code(error: &snapshot::Error) -> u8 {
 /// Runs the daemon until `stop`. `layers` makes the lazy layers once the root is locked.
 pub async fn run<F>(
     config: Config,
-    layers: impl FnOnce(Arc<Config>, Metrics) -> F,
+    layers: impl FnOnce(Arc<Config>, Metrics, Descriptors) -> F,
     stop: impl Future<Output = ()>,
 ) -> Result<(), RunError>
 where
     F: Future<Output = Result<Arc<dyn LayerMounts>, Cause>>,
 {
     let config = Arc::new(config);
+    let mut inherited = Inherited::take(&Announced::to_this_process())?;
     let mut root = Root::lock(&config.root, "root", "lock")?;
     if config.layers.lazy {
         check_fuse()?;
     }
     // Before anything is mounted, so that an address or a socket in use leaves no trace.
-    let socket = Socket::bind(&config.socket).await?;
+    let socket = Socket::open(&mut inherited, SOCKET, &config.socket).await?;
+    let descriptors = Descriptors::new(Store::from_environment(), &mut inherited);
     let endpoint = Endpoint::bind(&config.metrics).await?;
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
-    let layers = layers(Arc::clone(&config), metrics.clone())
+    let layers = layers(Arc::clone(&config), metrics.clone(), descriptors)
         .await
         .map_err(RunError::Layers)?;
     let warmer = layers.warmer();
@@ -191,12 +201,18 @@ fn announce(config: &Config) {
 }
 
 /// The lazy layers as the configuration wants them: real ones, or none where `layers.lazy` is off.
-pub async fn layers(config: Arc<Config>, metrics: Metrics) -> Result<Arc<dyn LayerMounts>, Cause> {
+pub async fn layers(
+    config: Arc<Config>,
+    metrics: Metrics,
+    descriptors: Descriptors,
+) -> Result<Arc<dyn LayerMounts>, Cause> {
     if !config.layers.lazy {
         return Ok(Arc::new(NoLayers));
     }
     let runtime = tokio::runtime::Handle::current();
-    Ok(Arc::new(Layers::new(&config, metrics, runtime)?))
+    // It tries what the kernel can, and waits for it.
+    let layers = move || Layers::new(&config, metrics, descriptors, runtime);
+    Ok(Arc::new(tokio::task::spawn_blocking(layers).await??))
 }
 
 fn open_service(config: &Config, layers: Arc<dyn LayerMounts>, metrics: Metrics) -> Result<Service, RunError> {
@@ -273,7 +289,7 @@ mod tests {
         assert!(!place.path().join("new").exists(), "the refused daemon left its root");
         drop(other);
 
-        let fails = |_, _| async { Err::<Arc<dyn LayerMounts>, Cause>("no".into()) };
+        let fails = |_, _, _| async { Err::<Arc<dyn LayerMounts>, Cause>("no".into()) };
         let error = run(config.clone(), fails, std::future::ready(())).await.unwrap_err();
         assert_eq!(error.exit_code(), 69, "{error}");
         assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);

@@ -1,4 +1,4 @@
-//! The mounts of layers: one FUSE mount per layer, shared by all snapshots and images that use it.
+//! The mounts of layers: one per layer, shared by all snapshots and images that use it.
 //!
 //! [`Layers`] implements [`LayerMounts`]. A layer has a [`Slot`] while somebody wants it; what happens to one layer happens one
 //! after the other under the slot's locks, and different layers do not wait for each other. Work runs in tasks of its own, so a
@@ -14,6 +14,7 @@ mod opening;
 #[cfg(test)]
 mod tests;
 pub mod warming;
+mod ways;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -36,9 +37,11 @@ use self::mounted::Mounted;
 use self::opening::OpeningFailures;
 use self::warming::{Turns, Warmer};
 use super::cache::limits::Limits;
-use super::cache::{CacheError, LayerStore};
+use super::cache::{CacheError, LayerStore, Origin};
 use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
+use super::mounts::kept::Descriptors;
+use super::mounts::ways::Ways;
 use super::open::elsewhere::{KnownTocImages, known_toc_images};
 use super::source::registry::Registries;
 use super::{Cause, LayerMount, LayerMounts, LayerOrigin, LayerRequest, NotLazy, Usage};
@@ -58,6 +61,9 @@ pub enum LayersError {
     /// The layer cache cannot be used.
     #[error("the layer cache cannot be used")]
     Cache(#[source] CacheError),
+    /// Layers are to be mounted natively and cannot be.
+    #[error("layers cannot be mounted as layers.mount = \"erofs\" wants it")]
+    Native(#[source] Cause),
 }
 
 /// All layers of this daemon.
@@ -69,6 +75,7 @@ pub struct Layers {
 struct Shared {
     config: Config,
     store: LayerStore,
+    ways: Ways,
     engine: Arc<Engine>,
     registries: Arc<Registries>,
     manifests: Manifests,
@@ -104,18 +111,27 @@ struct Slot {
 
 impl Layers {
     /// Layers under `config.root`, fetched and served on `runtime`. Whether there is FUSE, the daemon has found out before.
-    pub fn new(config: &Config, metrics: Metrics, runtime: Handle) -> Result<Self, LayersError> {
+    /// `descriptors` has what an earlier process left.
+    pub fn new(
+        config: &Config,
+        metrics: Metrics,
+        descriptors: Descriptors,
+        runtime: Handle,
+    ) -> Result<Self, LayersError> {
         let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
         let limits = Limits {
             quota: config.cache.quota,
             min_free: config.cache.min_free,
         };
-        let store = LayerStore::within(&root, limits, metrics.clone()).map_err(LayersError::Cache)?;
+        let store = LayerStore::inheriting(&root, limits, metrics.clone(), |layer| descriptors.inherited(layer))
+            .map_err(LayersError::Cache)?;
+        let ways = ways::of(config, &root, &metrics, descriptors, &runtime).map_err(LayersError::Native)?;
         let handed_over = HandedOver::default();
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
         let shared = Arc::new(Shared {
             config: config.clone(),
             store,
+            ways,
             engine,
             registries: Arc::new(Registries::new(
                 client_options(config, handed_over.clone()),
@@ -213,17 +229,63 @@ impl Shared {
             .await;
     }
 
+    fn all_slots(&self) -> Vec<(Digest, Arc<Slot>)> {
+        let slots = self.slots();
+        slots.iter().map(|(toc_digest, slot)| (*toc_digest, slot.clone())).collect()
+    }
+
     async fn unmount_all(self: &Arc<Self>) {
-        let slots: Vec<_> = self
-            .slots()
-            .iter()
-            .map(|(toc_digest, slot)| (*toc_digest, slot.clone()))
-            .collect();
         let unmount = |(toc_digest, slot)| {
             let shared = self.clone();
             async move { shared.unmount_and_forget(toc_digest, slot).await }
         };
-        stream::iter(slots).for_each_concurrent(PARALLEL, unmount).await;
+        stream::iter(self.all_slots()).for_each_concurrent(PARALLEL, unmount).await;
+    }
+
+    /// Leaves all mounts to the next process, if something keeps them; unmounts them otherwise.
+    async fn leave_all(self: &Arc<Self>) {
+        if !self.ways.descriptors().has_store() {
+            return self.unmount_all().await;
+        }
+        let ways = self.clone();
+        // A panic there has been reported.
+        let _ = tokio::task::spawn_blocking(move || ways.ways.leave()).await;
+        let leave = |(toc_digest, slot): (Digest, Arc<Slot>)| {
+            let shared = self.clone();
+            async move {
+                shared.leave(&slot).await;
+                shared.forget(&toc_digest, slot);
+            }
+        };
+        stream::iter(self.all_slots()).for_each_concurrent(PARALLEL, leave).await;
+    }
+
+    /// Takes down what an earlier process left mounted and no snapshot refers to any more: nobody else would answer for it.
+    async fn end_unwanted(self: Arc<Self>, wanted: Vec<Digest>) {
+        for toc_digest in self.store.layers() {
+            let is_left = self.ways.descriptors().with_layer(&toc_digest, |_| ()).is_some();
+            if !is_left || wanted.contains(&toc_digest) {
+                continue;
+            }
+            let origin = self.store.origin(&toc_digest);
+            let slot = self.slot(&toc_digest);
+            let restored = match origin {
+                Ok(Origin { image, layer_digest, .. }) => {
+                    let origin = LayerOrigin {
+                        toc_digest,
+                        image,
+                        layer_digest,
+                    };
+                    self.restore(&slot, &origin).await.map(drop)
+                }
+                Err(error) => Err(cache_error(toc_digest, self.store.path(&toc_digest), error)),
+            };
+            if let Err(error) = restored {
+                tracing::warn!(toc = %toc_digest, error = &error as &dyn std::error::Error,
+                    "what an earlier process left mounted, and nobody wants, is not taken down");
+            }
+            self.unmount_and_forget(toc_digest, slot).await;
+        }
     }
 
     async fn unmount_and_forget(&self, toc_digest: Digest, slot: Arc<Slot>) {
@@ -371,6 +433,8 @@ impl LayerMounts for Layers {
     fn in_use(&self, layers: &[Digest]) {
         layers.iter().for_each(|layer| self.shared.store.keep(layer));
         self.shared.store.settle();
+        let unwanted = self.shared.clone().end_unwanted(layers.to_vec());
+        self.shared.tasks.spawn_on(unwanted, &self.shared.runtime);
     }
 
     fn usage(&self, toc_digest: &Digest) -> Usage {
@@ -389,11 +453,11 @@ impl LayerMounts for Layers {
         let shared = &self.shared;
         // From here on nothing is mounted, and what waits for a registry gives up.
         shared.stop.cancel();
-        shared.unmount_all().await;
+        shared.leave_all().await;
         shared.engine.stop();
         shared.tasks.close();
         shared.tasks.wait().await;
         // What was being mounted when the stop came.
-        shared.unmount_all().await;
+        shared.leave_all().await;
     }
 }

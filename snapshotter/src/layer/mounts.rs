@@ -9,6 +9,7 @@
 pub mod fuse;
 pub mod kept;
 pub mod native;
+pub mod ways;
 
 use std::io;
 use std::path::Path;

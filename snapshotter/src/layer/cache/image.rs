@@ -84,8 +84,8 @@ fn write(dir: &Path, path: &Path, image: &[u8], toc: &Digest) -> io::Result<()> 
 
 fn is_whole(path: &Path, toc: &Digest) -> io::Result<bool> {
     let mut bytes = Vec::new();
-    let limit = hullspeed_erofs::MAX_IMAGE_BYTES + TRAILER as u64;
-    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    let limit = hullspeed_erofs::MAX_IMAGE_BYTES + TRAILER;
+    File::open(path)?.take(limit as u64 + 1).read_to_end(&mut bytes)?;
     let Some(split) = bytes.len().checked_sub(TRAILER) else {
         return Ok(false);
     };

@@ -1,29 +1,24 @@
-//! One mounted layer, from its directory in the cache to its FUSE session and back.
+//! One mounted layer, from its directory in the cache to its mount and back.
 
 use std::io;
-use std::num::NonZeroUsize;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use estargz::digest::Digest;
 use estargz::index::Chunk;
-use fuse_session::{MountConfig, Session};
+use prometheus_client::metrics::gauge::Gauge;
 
 use super::{Shared, Slot, cache_error};
-use crate::layer::cache::{CacheError, CachedLayer, detach_stale};
+use crate::layer::cache::{CacheError, CachedLayer};
 use crate::layer::fetch::{LayerFetch, LayerNames};
-use crate::layer::fs::LayerFs;
-use crate::layer::fuse::LayerFuse;
+use crate::layer::mounts::LayerMounted;
 use crate::layer::source::BlobSource;
 use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
-
-/// Digits of the TOC digest in the mount table.
-const SHORT_DIGEST: usize = 16;
+use crate::metrics::defs::MountLabels;
 
 /// A layer's mount and what serves it.
 pub(super) struct Mounted {
-    session: Session,
+    mount: Box<dyn LayerMounted>,
     fetch: Arc<LayerFetch>,
 }
 
@@ -31,13 +26,12 @@ impl Slot {
     /// Makes the kernel forget a chunk that it may have read, if the layer is mounted. Blocks.
     pub(super) fn forget_pages(&self, chunk: &Chunk) -> io::Result<()> {
         // The lock is not held while the kernel waits for reads under way.
-        let notifier = self
+        let forget = self
             .mounted
             .blocking_lock()
             .as_ref()
-            .map(|mounted| mounted.session.notifier());
-        let range = chunk.file_offset..chunk.file_offset.saturating_add(u64::from(chunk.size));
-        notifier.map_or(Ok(()), |notifier| Ok(notifier.forget_pages(chunk.ino, range)?))
+            .map(|mounted| mounted.mount.forget());
+        forget.map_or(Ok(()), |forget| forget(chunk))
     }
 }
 
@@ -148,7 +142,7 @@ impl Shared {
     }
 
     fn mount_of(&self, mounted: Option<&Mounted>) -> Option<LayerMount> {
-        let mounted = mounted.filter(|mounted| mounted.session.is_alive())?;
+        let mounted = mounted.filter(|mounted| mounted.mount.is_alive())?;
         let layer = mounted.fetch.layer();
         Some(LayerMount {
             toc_digest: layer.toc_digest(),
@@ -231,7 +225,7 @@ impl Shared {
         fetch
     }
 
-    /// Puts a layer's FUSE session on its mount point.
+    /// Puts a layer on its mount point, or goes on with what an earlier process put there.
     async fn serve(
         self: &Arc<Self>,
         slot: &Slot,
@@ -239,35 +233,30 @@ impl Shared {
         fetch: Arc<LayerFetch>,
         prefetch: bool,
     ) -> Result<LayerMount, NotLazy> {
-        let mount = LayerMount {
+        let answer = LayerMount {
             toc_digest: fetch.layer().toc_digest(),
             path: fetch.layer().mount_point(),
         };
-        let fuse = LayerFuse::new(LayerFs::new(fetch.clone()), self.metrics.clone());
-        let (config, path) = (self.mount_config(&mount.toc_digest), mount.path.clone());
-        let session = tokio::task::spawn_blocking(move || mount_session(fuse, &path, config)).await;
-        let session = session.map_err(Into::into).and_then(|session| session);
-        let session = session.map_err(|cause| NotLazy::Mount {
-            path: mount.path.clone(),
+        let (shared, served) = (self.clone(), fetch.clone());
+        let mount = tokio::task::spawn_blocking(move || shared.ways.bring_up(&served, &shared.store)).await;
+        let mount = mount.map_err(Into::into).and_then(|mount| mount);
+        let mount = mount.map_err(|cause| NotLazy::Mount {
+            path: answer.path.clone(),
             cause,
         })?;
-        self.metrics.layers_mounted.inc();
+        self.mounted_by(&*mount).inc();
         fetch.layer().touch();
         slot.set_live(Some(fetch.clone()));
         fetch.start_filling(prefetch);
-        *mounted = Some(Mounted { session, fetch });
-        Ok(mount)
+        *mounted = Some(Mounted { mount, fetch });
+        Ok(answer)
     }
 
-    fn mount_config(&self, toc_digest: &Digest) -> MountConfig {
-        let fuse = &self.config.fuse;
-        let mut config = MountConfig::new(self.runtime.clone());
-        config.fs_name = toc_digest.hex().chars().take(SHORT_DIGEST).collect();
-        config.workers = NonZeroUsize::new(fuse.workers).unwrap_or(config.workers);
-        config.max_background = fuse.max_background;
-        config.max_pending = config.max_pending.max(usize::from(fuse.max_background));
-        config.read_ahead_kib = u32::try_from(fuse.read_ahead.bytes() / 1024).unwrap_or(config.read_ahead_kib);
-        config
+    fn mounted_by(&self, mount: &dyn LayerMounted) -> Gauge {
+        let labels = MountLabels {
+            mount: mount.kind().name(),
+        };
+        self.metrics.layers_mounted.get_or_create_owned(&labels)
     }
 
     /// Unmounts a layer if it is mounted, and makes its residency durable.
@@ -282,22 +271,36 @@ impl Shared {
     /// Clears away a mount that died under us (somebody unmounted it, or its connection was aborted).
     async fn discard_dead(&self, slot: &Slot, mounted: &mut Option<Mounted>) {
         if let Some(dead) = mounted.take() {
-            tracing::warn!(path = %dead.session.target().display(), "the layer's mount had ended; mounting it again");
+            tracing::warn!(path = %dead.mount.target().display(), "the layer's mount had ended; mounting it again");
             self.take_down(slot, dead).await;
         }
     }
 
     async fn take_down(&self, slot: &Slot, mounted: Mounted) {
-        let Mounted { session, fetch } = mounted;
-        let result = tokio::task::spawn_blocking(move || session.unmount()).await;
+        let Mounted { mount, fetch } = mounted;
+        let gauge = self.mounted_by(&*mount);
+        let result = tokio::task::spawn_blocking(move || mount.unmount()).await;
         if let Ok(Err(error)) = result {
             tracing::warn!(
-                error = &error as &dyn std::error::Error,
+                error = &*error as &dyn std::error::Error,
                 "the layer's mount did not end cleanly"
             );
         }
         close_unused(slot, &fetch, false).await;
-        self.metrics.layers_mounted.dec();
+        gauge.dec();
+    }
+
+    /// Leaves a layer's mount to the next process, and makes its residency durable.
+    pub(super) async fn leave(&self, slot: &Slot) {
+        let Some(Mounted { mount, fetch }) = slot.mounted.lock().await.take() else {
+            return;
+        };
+        // First of all: what fails from here on because this process ends must be told nobody.
+        let left = tokio::task::spawn_blocking(move || mount.leave()).await;
+        if let Err(error) = left {
+            tracing::error!(%error, "a layer's mount was not left as it should be");
+        }
+        close_unused(slot, &fetch, false).await;
     }
 }
 
@@ -308,9 +311,4 @@ async fn close_unused(slot: &Slot, fetch: &LayerFetch, is_mounted: bool) {
         fetch.close().await;
     }
     fetch.checkpoint().await;
-}
-
-fn mount_session(fuse: LayerFuse, path: &Path, config: MountConfig) -> Result<Session, crate::layer::Cause> {
-    detach_stale(path)?;
-    Ok(Session::mount(fuse, path, config)?)
 }

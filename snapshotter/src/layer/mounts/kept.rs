@@ -24,6 +24,7 @@ use fuse_session::{DeviceNumber, Negotiated};
 use hullspeed_daemon::activation::Inherited;
 use hullspeed_daemon::fdstore::Store;
 
+use crate::layer::cache::Inherited as LayerInherited;
 use crate::layer::native::group::Group;
 
 const JOURNAL: &str = "journal";
@@ -144,6 +145,21 @@ impl Descriptors {
     /// What is kept of a layer; once.
     pub fn take_layer(&self, layer: &Digest) -> Option<KeptLayer> {
         self.lock().layers.remove(&short(layer))
+    }
+
+    /// What a layer's directory is to know of its mount.
+    pub fn inherited(&self, layer: &Digest) -> LayerInherited {
+        let inherited = self.with_layer(layer, |kept| match (&kept.group, kept.data.take()) {
+            (Some(_), Some(data)) => LayerInherited::ReadByKernel(data),
+            (Some(_), None) | (None, Some(_)) => LayerInherited::Nothing,
+            (None, None) => LayerInherited::Mount,
+        });
+        inherited.unwrap_or(LayerInherited::Nothing)
+    }
+
+    /// Whether something is kept of native mounts.
+    pub fn has_native(&self) -> bool {
+        self.lock().layers.values().any(|kept| kept.group.is_some())
     }
 
     /// Looks at what is kept of a layer.

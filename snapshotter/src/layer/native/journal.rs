@@ -235,7 +235,7 @@ impl Slot {
 
     /// Reads at most `most` events from the group and enters them. Only one thread at a time may call this.
     pub fn receive(&self, group: BorrowedFd<'_>, most: usize) -> io::Result<Received> {
-        let free = self.table().filter(|entry| entry[0].load(Ordering::Acquire) == 0).count();
+        let free = MAX_PENDING.saturating_sub(self.pending());
         let inbox = self.words().get(INBOX).unwrap_or_default();
         // Never more than the table has room for, so that the inbox is always emptied.
         let room = free.min(most).min(inbox.len() / EVENT_WORDS);
@@ -296,6 +296,11 @@ impl Slot {
             free[1].store(second, Ordering::Relaxed);
             free[0].store(first, Ordering::Release);
         }
+    }
+
+    /// How many events are in the table.
+    pub fn pending(&self) -> usize {
+        self.table().filter(|entry| entry[0].load(Ordering::Acquire) != 0).count()
     }
 
     /// The event of this number was answered.

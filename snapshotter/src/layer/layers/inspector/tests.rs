@@ -12,6 +12,7 @@ use super::*;
 use crate::layer::LayerMounts as _;
 use crate::layer::cache::limits::Amount;
 use crate::layer::layers::Layers;
+use crate::layer::mounts::kept::Descriptors;
 use crate::layer::platform::Platform;
 use crate::layer::testing::{Packing, Sample};
 use crate::metrics::Metrics;
@@ -238,7 +239,7 @@ async fn privileged_pruning_takes_what_nobody_uses_and_nothing_else() {
     let mut config = config(dir.path());
     config.cache.quota = Amount::NONE;
     config.cache.min_free = Amount::NONE;
-    let layers = Layers::new(&config, Metrics::unregistered(), Handle::current()).unwrap();
+    let layers = Layers::new(&config, Metrics::unregistered(), Descriptors::default(), Handle::current()).unwrap();
     let inspector = layers.inspector().unwrap();
     warm(&layers, &registry).await;
     let mount = layers

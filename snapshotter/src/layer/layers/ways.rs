@@ -1,0 +1,79 @@
+//! Sets up the ways of mounting, as the configuration wants them and the node has them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+
+use crate::config::{Config, MountChoice};
+use crate::layer::Cause;
+use crate::layer::mounts::fuse::FuseWay;
+use crate::layer::mounts::kept::Descriptors;
+use crate::layer::mounts::native::NativeWay;
+use crate::layer::mounts::ways::{Reach, Ways};
+use crate::layer::native::journal::{Journal, JournalError};
+use crate::layer::native::probe;
+use crate::layer::native::service::Service;
+use crate::metrics::Metrics;
+
+/// The ways of mounting layers below `root`. An error where the configuration insists on native mounts and there are none.
+pub(super) fn of(
+    config: &Config,
+    root: &Path,
+    metrics: &Metrics,
+    descriptors: Descriptors,
+    runtime: &Handle,
+) -> Result<Ways, Cause> {
+    let fuse = FuseWay::new(config.fuse.clone(), runtime.clone(), metrics.clone(), descriptors.clone());
+    let reach = reach(config, root, &descriptors)?;
+    if reach == Reach::Nothing && !descriptors.has_native() {
+        return Ok(Ways::new(fuse, None, reach, descriptors));
+    }
+    let native = native(config, metrics, &descriptors, runtime);
+    match native {
+        Ok(native) => Ok(Ways::new(fuse, Some(native), reach, descriptors)),
+        Err(error) if config.layers.mount == MountChoice::Erofs => Err(error),
+        Err(error) => {
+            tracing::error!(error = &*error as &dyn std::error::Error, "layers are not mounted natively");
+            Ok(Ways::new(fuse, None, Reach::Nothing, descriptors))
+        }
+    }
+}
+
+fn reach(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Reach, Cause> {
+    if config.layers.mount == MountChoice::Fuse {
+        return Ok(Reach::Nothing);
+    }
+    let report = probe::run(root, descriptors.has_store());
+    tracing::info!(reach = ?report.reach(), report = %report, "how layers can be mounted here");
+    if config.layers.mount == MountChoice::Erofs && report.reach() != Reach::All {
+        return Err(report.to_string().into());
+    }
+    Ok(report.reach())
+}
+
+fn native(config: &Config, metrics: &Metrics, descriptors: &Descriptors, runtime: &Handle) -> Result<NativeWay, Cause> {
+    let kept = descriptors.take_journal().map(Journal::kept);
+    let journal = match kept {
+        Some(Ok(journal)) => journal,
+        Some(Err(error)) => {
+            tracing::error!(error = &error as &dyn std::error::Error, "the journal of events that was kept is of no use");
+            fresh(descriptors)?
+        }
+        None => fresh(descriptors)?,
+    };
+    let service = Service::start(Arc::new(journal), metrics.clone(), runtime.clone())?;
+    let read_ahead_kib = u32::try_from(config.fuse.read_ahead.bytes() / 1024).unwrap_or(u32::MAX);
+    Ok(NativeWay::new(service, descriptors.clone(), read_ahead_kib, runtime.clone()))
+}
+
+/// A new journal, kept where there is a store; without one nothing is noted in it that would have to be.
+fn fresh(descriptors: &Descriptors) -> Result<Journal, JournalError> {
+    let journal = Journal::new()?;
+    if descriptors.has_store() {
+        use std::os::fd::AsFd;
+        descriptors.forget("journal");
+        descriptors.keep_journal(journal.as_fd()).map_err(JournalError::Memory)?;
+    }
+    Ok(journal)
+}

@@ -1,0 +1,97 @@
+//! Which way a layer is mounted.
+//!
+//! Natively where the kernel can; but a layer that the kernel reads by itself can give nothing up, so only one that fits into the cache as
+//! a whole is. What an earlier process left goes on as it was.
+
+use std::sync::Arc;
+
+use super::fuse::FuseWay;
+use super::kept::{Descriptors, KeptLayer};
+use super::native::NativeWay;
+use super::{LayerMounted, Way};
+use crate::layer::Cause;
+use crate::layer::cache::LayerStore;
+use crate::layer::fetch::LayerFetch;
+
+/// Which layers are mounted natively.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// None that is mounted from now on.
+    Nothing,
+    /// Those that are complete: nothing has to answer for them.
+    Complete,
+    /// All.
+    All,
+}
+
+/// All ways to mount a layer on this node.
+pub struct Ways {
+    fuse: FuseWay,
+    native: Option<NativeWay>,
+    reach: Reach,
+    descriptors: Descriptors,
+}
+
+impl Ways {
+    /// `native` is there also where its reach is nothing, if an earlier process has left such mounts.
+    pub fn new(fuse: FuseWay, native: Option<NativeWay>, reach: Reach, descriptors: Descriptors) -> Self {
+        Self {
+            fuse,
+            native,
+            reach,
+            descriptors,
+        }
+    }
+
+    /// What is kept.
+    pub fn descriptors(&self) -> &Descriptors {
+        &self.descriptors
+    }
+
+    /// Mounts a layer, or goes on with the mount that an earlier process left. Blocks.
+    pub fn bring_up(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
+        let toc = fetch.layer().toc_digest();
+        if let Some(kept) = self.descriptors.take_layer(&toc) {
+            match self.resume(fetch, kept) {
+                Ok(mounted) => return Ok(mounted),
+                Err(error) => {
+                    tracing::error!(%toc, error = &*error as &dyn std::error::Error,
+                        "a mount of an earlier process cannot be gone on with; containers that use it get errors, new ones do not");
+                }
+            }
+        }
+        if let Some(native) = self.native_for(fetch, store) {
+            match native.mount(fetch) {
+                Ok(mounted) => return Ok(mounted),
+                Err(error) => {
+                    tracing::warn!(%toc, error = &*error as &dyn std::error::Error, "the layer is mounted by FUSE instead");
+                }
+            }
+        }
+        self.fuse.mount(fetch)
+    }
+
+    fn native_for(&self, fetch: &LayerFetch, store: &LayerStore) -> Option<&NativeWay> {
+        let reaches = match self.reach {
+            Reach::Nothing => false,
+            Reach::Complete => fetch.is_complete(),
+            Reach::All => true,
+        };
+        self.native.as_ref().filter(|_| reaches && store.fits(fetch.layer()))
+    }
+
+    fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
+        if kept.group.is_some() {
+            let native = self.native.as_ref().ok_or("native mounts are not served")?;
+            return native.resume(fetch, kept);
+        }
+        self.fuse.resume(fetch, kept)
+    }
+
+    /// Stops answering for native mounts: a successor goes on.
+    pub fn leave(&self) {
+        if let Some(native) = &self.native {
+            native.leave();
+        }
+    }
+}
