@@ -69,7 +69,7 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         line(
             &mut text,
             "mounted as",
-            if status.mount == "erofs" {
+            if status.mount.starts_with("erofs") {
                 &native
             } else {
                 &status.mount

@@ -9,6 +9,7 @@ use estargz::digest::Digest;
 use super::{Cached, Explanation, Facts, MAX_NAMED, MAX_SUBJECT, filesystem, find};
 use crate::config::Config;
 use crate::layer::layers::inspector::{Inspector, Live, Space, Survey};
+use crate::layer::mounts::Kind;
 use crate::layer::report::{Failure, HostReport, LayerReport};
 use crate::snapshot::decisions::{Counts, Refused};
 use crate::snapshot::outline::Outline;
@@ -150,7 +151,7 @@ impl Explainer {
             uptime: self.started.elapsed(),
             mounted: mounted().count(),
             complete: mounted().filter(|live| live.is_complete()).count(),
-            erofs: mounted().filter(|live| live.mount() == Some("erofs")).count(),
+            erofs: mounted().filter(|live| live.mount() == Some(Kind::Erofs.name())).count(),
             kernel_alone: mounted().filter(|live| live.is_kernel_alone()).count(),
             mount: inspector.map(|inspector| inspector.mounts().chosen).unwrap_or_default(),
             opening: inspector.map_or(0, Inspector::opening),

@@ -162,7 +162,7 @@ pub struct HostReport {
 /// How layers are mounted, and why so.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MountReport {
-    /// How: `erofs` or `fuse`.
+    /// Which layers are mounted as EROFS: all (`erofs`), complete ones (`erofs_when_complete`), none (`fuse`).
     pub chosen: &'static str,
     /// Why, for a person.
     pub reason: String,

@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use super::mounted::Mounted;
 use super::{MAX_OPENING, Shared};
 use crate::layer::fetch::{BackgroundState, LayerFetch};
+use crate::layer::mounts::Kind;
 use crate::layer::report::{Cost, Failure, HostReport, LayerReport, MountReport, Residence};
 
 pub use space::Space;
@@ -26,7 +27,7 @@ pub use verification::{MAX_WRONG_TOLD, VerifyError, VerifyReport, Verifying, Wro
 /// What the completion of a layer waits for that is paused, where that is known.
 const NO_ROOM: &str = "no_room";
 /// How a layer is mounted that the kernel serves.
-const EROFS: &str = "erofs";
+const EROFS: &str = Kind::Erofs.name();
 
 /// Looks at the layers of this daemon. Cheap to clone.
 #[derive(Clone)]
@@ -125,10 +126,7 @@ impl Inspector {
 
     /// How layers are mounted, and why so.
     pub fn mounts(&self) -> MountReport {
-        MountReport {
-            chosen: "fuse",
-            ..MountReport::default()
-        }
+        self.shared.ways.report()
     }
 
     /// Requests to registries under way, by what they are for.
