@@ -151,7 +151,9 @@ impl Explainer {
             uptime: self.started.elapsed(),
             mounted: mounted().count(),
             complete: mounted().filter(|live| live.is_complete()).count(),
-            erofs: mounted().filter(|live| live.mount() == Some(Kind::Erofs.name())).count(),
+            erofs: mounted()
+                .filter(|live| live.mount() == Some(Kind::Erofs.name()))
+                .count(),
             kernel_alone: mounted().filter(|live| live.is_kernel_alone()).count(),
             mount: inspector.map(|inspector| inspector.mounts().chosen).unwrap_or_default(),
             opening: inspector.map_or(0, Inspector::opening),

@@ -134,7 +134,13 @@ pub(super) fn config(root: &Path) -> Config {
 pub(super) fn layers(root: &Path) -> (Layers, Metrics) {
     let metrics = Metrics::unregistered();
     (
-        Layers::new(&config(root), metrics.clone(), Descriptors::default(), Handle::current()).unwrap(),
+        Layers::new(
+            &config(root),
+            metrics.clone(),
+            Descriptors::default(),
+            Handle::current(),
+        )
+        .unwrap(),
         metrics,
     )
 }

@@ -25,7 +25,12 @@ pub(super) fn of(
     descriptors: Descriptors,
     runtime: &Handle,
 ) -> Result<Ways, Cause> {
-    let fuse = FuseWay::new(config.fuse.clone(), runtime.clone(), metrics.clone(), descriptors.clone());
+    let fuse = FuseWay::new(
+        config.fuse.clone(),
+        runtime.clone(),
+        metrics.clone(),
+        descriptors.clone(),
+    );
     let decision = decide(config, root, &descriptors)?;
     if decision.reach == Reach::Nothing && !descriptors.has_native() {
         return Ok(Ways::new(fuse, None, decision, descriptors));
@@ -35,7 +40,10 @@ pub(super) fn of(
         Ok(native) => Ok(Ways::new(fuse, Some(native), decision, descriptors)),
         Err(error) if config.layers.mount == MountChoice::Erofs => Err(error),
         Err(error) => {
-            tracing::error!(error = &*error as &dyn std::error::Error, "layers are not mounted natively");
+            tracing::error!(
+                error = &*error as &dyn std::error::Error,
+                "layers are not mounted natively"
+            );
             let decision = Decision {
                 reach: Reach::Nothing,
                 reason: format!("native mounts cannot be served: {}", chain(&*error)),
@@ -59,7 +67,10 @@ fn decide(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Dec
     if config.layers.mount == MountChoice::Erofs && report.reach() != Reach::All {
         return Err(report.to_string().into());
     }
-    let failed = report.steps.iter().find_map(|(step, outcome)| Some((step, outcome.as_ref().err()?)));
+    let failed = report
+        .steps
+        .iter()
+        .find_map(|(step, outcome)| Some((step, outcome.as_ref().err()?)));
     Ok(Decision {
         reach: report.reach(),
         reason: match failed {
@@ -75,14 +86,22 @@ fn native(config: &Config, metrics: &Metrics, descriptors: &Descriptors, runtime
     let journal = match kept {
         Some(Ok(journal)) => journal,
         Some(Err(error)) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "the journal of events that was kept is of no use");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "the journal of events that was kept is of no use"
+            );
             fresh(descriptors)?
         }
         None => fresh(descriptors)?,
     };
     let service = Service::start(Arc::new(journal), metrics.clone(), runtime.clone())?;
     let read_ahead_kib = u32::try_from(config.fuse.read_ahead.bytes() / 1024).unwrap_or(u32::MAX);
-    Ok(NativeWay::new(service, descriptors.clone(), read_ahead_kib, runtime.clone()))
+    Ok(NativeWay::new(
+        service,
+        descriptors.clone(),
+        read_ahead_kib,
+        runtime.clone(),
+    ))
 }
 
 /// A new journal, kept where there is a store; without one nothing is noted in it that would have to be.
@@ -91,7 +110,9 @@ fn fresh(descriptors: &Descriptors) -> Result<Journal, JournalError> {
     if descriptors.has_store() {
         use std::os::fd::AsFd;
         descriptors.forget("journal");
-        descriptors.keep_journal(journal.as_fd()).map_err(JournalError::Memory)?;
+        descriptors
+            .keep_journal(journal.as_fd())
+            .map_err(JournalError::Memory)?;
     }
     Ok(journal)
 }

@@ -239,7 +239,13 @@ async fn privileged_pruning_takes_what_nobody_uses_and_nothing_else() {
     let mut config = config(dir.path());
     config.cache.quota = Amount::NONE;
     config.cache.min_free = Amount::NONE;
-    let layers = Layers::new(&config, Metrics::unregistered(), Descriptors::default(), Handle::current()).unwrap();
+    let layers = Layers::new(
+        &config,
+        Metrics::unregistered(),
+        Descriptors::default(),
+        Handle::current(),
+    )
+    .unwrap();
     let inspector = layers.inspector().unwrap();
     warm(&layers, &registry).await;
     let mount = layers
