@@ -47,6 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "services/snapshots/v1/snapshots.proto",
             "services/containers/v1/containers.proto",
             "services/events/v1/events.proto",
+            "services/introspection/v1/introspection.proto",
             "services/sandbox/v1/sandbox.proto",
             "events/events.proto",
         ],
