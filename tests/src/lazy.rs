@@ -173,7 +173,7 @@ impl LazyNode {
                 self.snapshotter.process().log_tail()
             );
         }
-        Ok(())
+        self.snapshotter.check_way()
     }
 
     /// What CRI tells of a layer.
@@ -200,6 +200,12 @@ impl LazyNode {
     pub async fn view(&mut self, image: &Published, key: &str) -> Result<View> {
         let chain = chain_id(&image.image.diff_ids());
         self.snapshots.view(key, &chain, &self.views.join(key)).await
+    }
+
+    /// Mounts what a container of the image would have as its root, to be written to.
+    pub async fn container(&mut self, image: &Published, key: &str) -> Result<View> {
+        let chain = chain_id(&image.image.diff_ids());
+        self.snapshots.container(key, &chain, &self.views.join(key)).await
     }
 
     /// Removes an image's snapshots, top first. Its views have to be gone.

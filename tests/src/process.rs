@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -239,10 +240,14 @@ pub fn kill(pid: u32) -> Result<()> {
     let pid = Pid::from_raw(i32::try_from(pid)?).context("no process has the number 0")?;
     let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
     rustix::process::pidfd_send_signal(&process, Signal::KILL)?;
-    let limit = Timespec::try_from(STOP_GRACE)?;
-    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit))?;
-    ensure!(ended == 1, "process {pid:?} does not end");
+    ensure!(has_ended(&process, STOP_GRACE)?, "process {pid:?} does not end");
     Ok(())
+}
+
+/// Whether a process (a pidfd, of anybody's child) ends within `limit`.
+pub(crate) fn has_ended(process: impl AsFd, limit: Duration) -> Result<bool> {
+    let limit = Timespec::try_from(limit)?;
+    Ok(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit))? == 1)
 }
 
 /// Runs a short command to its end and returns its standard output; a failure quotes its standard error.

@@ -204,7 +204,7 @@ impl Node {
             "{mounted} layers are mounted, the image has {layers}; log:\n{}",
             snapshotter.process().log_tail()
         );
-        Ok(())
+        snapshotter.check_way()
     }
 }
 

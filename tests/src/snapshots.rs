@@ -93,21 +93,22 @@ impl Snapshots {
             // Without it containerd's garbage collection removes the view as soon as it runs.
             labels: [("containerd.io/gc.root".to_string(), "test".to_string())].into(),
         };
-        let answer = self
-            .client
-            .view(in_namespace(request))
-            .await
-            .with_context(|| format!("Snapshots View of {parent}"))?;
-        let mounts = answer.into_inner().mounts;
-        let [mount] = mounts.as_slice() else {
-            bail!("a view of {} mounts where one is expected", mounts.len())
-        };
-        std::fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
-        mount_at(mount, target)?;
-        Ok(View {
-            path: target.into(),
+        let answer = self.client.view(in_namespace(request)).await;
+        let answer = answer.with_context(|| format!("Snapshots View of {parent}"))?;
+        mounted(&answer.into_inner().mounts, key, target)
+    }
+
+    /// What a container gets: a snapshot of its own on the committed snapshot `parent`, mounted at `target`.
+    pub async fn container(&mut self, key: &str, parent: &str, target: &Path) -> Result<View> {
+        let request = PrepareSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
             key: key.into(),
-        })
+            parent: parent.into(),
+            labels: [("containerd.io/gc.root".to_string(), "test".to_string())].into(),
+        };
+        let answer = self.client.prepare(in_namespace(request)).await;
+        let answer = answer.with_context(|| format!("Snapshots Prepare on {parent}"))?;
+        mounted(&answer.into_inner().mounts, key, target)
     }
 
     /// Unmounts a view and removes its snapshot.
@@ -129,6 +130,18 @@ impl Snapshots {
             .context("Snapshots Remove")?;
         Ok(())
     }
+}
+
+fn mounted(mounts: &[Mount], key: &str, target: &Path) -> Result<View> {
+    let [mount] = mounts else {
+        bail!("{} mounts of {key} where one is expected", mounts.len())
+    };
+    std::fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
+    mount_at(mount, target)?;
+    Ok(View {
+        path: target.into(),
+        key: key.into(),
+    })
 }
 
 fn in_namespace<T>(message: T) -> Request<T> {

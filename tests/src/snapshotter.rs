@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::containerd::SnapshotterChoice;
+use crate::daemon::Daemon;
 use crate::metrics::Metrics;
-use crate::process::Process;
 use crate::programs;
 use crate::run::RunDir;
+use crate::way::Way;
 
 /// Name of the binary, and of the proxy plugin (without the prefix).
 pub const PROGRAM: &str = "hullspeed-snapshotter";
@@ -25,24 +26,43 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// A running daemon.
 pub struct Snapshotter {
-    process: Process,
+    process: Daemon,
     directory: PathBuf,
     metrics: Metrics,
+    way: Way,
 }
 
 impl Snapshotter {
-    /// Starts a daemon on `<run>/<name>`; `extra` is appended to its configuration file, whose last section is `[log]`.
+    /// Starts a daemon on `<run>/<name>` that mounts on the way of this run; `extra` is appended to its configuration,
+    /// whose last section is `[log]`.
     pub async fn start(run: &RunDir, name: &str, extra: &str) -> Result<Self> {
+        let way = Way::of_this_run()?;
+        Self::start_with(run, name, extra, way, way.needs_keeper()).await
+    }
+
+    /// As [`Self::start`], under a keeper on either way: mounts go on where the daemon is killed.
+    pub async fn start_kept(run: &RunDir, name: &str, extra: &str) -> Result<Self> {
+        Self::start_with(run, name, extra, Way::of_this_run()?, true).await
+    }
+
+    /// As [`Self::start`], on a way that the caller names, with or without a keeper.
+    pub async fn start_with(run: &RunDir, name: &str, extra: &str, way: Way, kept: bool) -> Result<Self> {
         let directory = run.directory(name)?;
         let metrics = Metrics::reserve()?;
         let config = directory.join("snapshotter.toml");
-        fs::write(&config, config_text(&directory, metrics.address()) + extra)
-            .with_context(|| format!("cannot write {}", config.display()))?;
-        let process = run.spawn(name, command(&config)?)?;
+        let text = way.configure(&(config_text(&directory, metrics.address()) + extra))?;
+        fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
+        let command = command(&config)?;
+        let process = if kept {
+            Daemon::start_kept(run, name, &command)?
+        } else {
+            Daemon::start(run, name, command)?
+        };
         let mut snapshotter = Self {
             process,
             directory,
             metrics,
+            way,
         };
         snapshotter.wait_ready()?;
         Ok(snapshotter)
@@ -56,11 +76,13 @@ impl Snapshotter {
             .context("a snapshotter without a directory")?
             .to_string_lossy()
             .into_owned();
-        self.process = run.spawn(&name, command(&self.config())?)?;
+        let command = command(&self.config())?;
+        self.process.start_again(run, &name, command)?;
         self.wait_ready()
     }
 
-    fn wait_ready(&mut self) -> Result<()> {
+    /// Waits until it answers.
+    pub fn wait_ready(&mut self) -> Result<()> {
         let end = Instant::now() + START_LIMIT;
         // A socket file may be left by a killed daemon; only a connection tells.
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
@@ -86,6 +108,26 @@ impl Snapshotter {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.directory.join("snapshotter.sock")
+    }
+
+    /// How it mounts layers.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.way
+    }
+
+    /// Fails if a lazy layer is mounted otherwise than this daemon should.
+    pub fn check_way(&mut self) -> Result<()> {
+        let wanted = self.way.file_system();
+        for (target, kind) in crate::sweep::mounts_of_kind(&self.root().join("layers"))? {
+            ensure!(
+                kind == wanted,
+                "{} is mounted by {kind} and not by {wanted}; log:\n{}",
+                target.display(),
+                self.process.log_tail()
+            );
+        }
+        Ok(())
     }
 
     /// Everything that it keeps.
@@ -132,7 +174,7 @@ impl Snapshotter {
     }
 
     /// The process, for its log and for signals.
-    pub fn process(&mut self) -> &mut Process {
+    pub fn process(&mut self) -> &mut Daemon {
         &mut self.process
     }
 }

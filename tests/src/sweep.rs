@@ -179,12 +179,22 @@ pub fn unmount_below(directory: &Path) -> Result<()> {
 
 /// Mount points below `directory`, in mount order.
 pub fn mounts_below(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mounts = mounts_of_kind(directory)?;
+    Ok(mounts.into_iter().map(|(target, _)| target).collect())
+}
+
+/// Mount points below `directory`, in mount order, each with the kind of file system that is mounted there.
+pub fn mounts_of_kind(directory: &Path) -> Result<Vec<(PathBuf, String)>> {
     let text = fs::read("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let lines = text.split(|&byte| byte == b'\n');
-    let targets = lines
-        .filter_map(|line| line.split(|&byte| byte == b' ').nth(4))
-        .map(unescape);
-    Ok(targets.filter(|target| target.starts_with(directory)).collect())
+    let mounts = lines.filter_map(|line| {
+        let mut fields = line.split(|&byte| byte == b' ');
+        let target = unescape(fields.nth(4)?);
+        // Optional fields end with a dash.
+        let kind = fields.skip_while(|field| *field != b"-").nth(1).unwrap_or_default();
+        Some((target, String::from_utf8_lossy(kind).into_owned()))
+    });
+    Ok(mounts.filter(|(target, _)| target.starts_with(directory)).collect())
 }
 
 /// Undoes the octal escapes of mountinfo (`\040` for a space).

@@ -11,7 +11,6 @@ use hullspeed_tests::fixture::{LARGE_FILE, LARGE_SIZE, large_content};
 use hullspeed_tests::operator::{self, Said};
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
 use hullspeed_tests::scenario::{CONVERTED, Scenario};
-use rustix::process::Signal;
 use serde_json::Value;
 
 /// Only what is read is fetched.
@@ -146,8 +145,7 @@ async fn why_an_image_is_not_lazy_is_known_after_a_restart_too() {
     for restarted in [false, true] {
         if restarted {
             let snapshotter = node.snapshotter().unwrap();
-            snapshotter.process().signal(Signal::KILL).unwrap();
-            snapshotter.process().wait(Duration::from_secs(10)).unwrap();
+            snapshotter.process().kill().unwrap();
             snapshotter.start_again(&scenario.run).await.unwrap();
         }
         let found = explained(&config, &image);

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ use crate::layer::fetch::LayerFetch;
 use crate::layer::native::group::Group;
 use crate::layer::native::service::{Member, Service};
 
+/// The largest page of any machine this runs on.
+const PAGE: u64 = 64 << 10;
 /// How long it is waited for the end of a file system that was unmounted.
 const GRACE: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has ended.
@@ -271,8 +274,18 @@ impl LayerMounted for NativeMounted {
                 OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
                 rustix::fs::Mode::empty(),
             )?;
-            let length = std::num::NonZeroU64::new(u64::from(chunk.size));
-            Ok(rustix::fs::fadvise(file, chunk.file_offset, length, Advice::DontNeed)?)
+            // Only pages that lie in the range as a whole are dropped.
+            let first = chunk.file_offset / PAGE * PAGE;
+            let end = chunk
+                .file_offset
+                .saturating_add(u64::from(chunk.size))
+                .next_multiple_of(PAGE);
+            Ok(rustix::fs::fadvise(
+                file,
+                first,
+                NonZeroU64::new(end - first),
+                Advice::DontNeed,
+            )?)
         })
     }
 
