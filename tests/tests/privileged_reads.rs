@@ -1,10 +1,10 @@
 //! Every way to read gives the right bytes: cold files in a container's view, overlayfs over lazy layers.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
-use std::fs;
 
 use hullspeed_tests::content::{ContentFile, noise};
 use hullspeed_tests::layer_tar;
@@ -16,8 +16,7 @@ use hullspeed_tests::reader::{METHODS, Order, Reader};
 use hullspeed_tests::scenario::Scenario;
 
 /// Nothing comes but what is asked for, in the smallest pieces.
-const COLD: &str =
-    "[fetch]\nprefetch = false\nbackground = false\nread_around = \"4KiB\"\nmax_range = \"64KiB\"\nread_deadline = \"20s\"\n";
+const COLD: &str = "[fetch]\nprefetch = false\nbackground = false\nread_around = \"4KiB\"\nmax_range = \"64KiB\"\nread_deadline = \"20s\"\n";
 
 /// Bytes of a chunk.
 const CHUNK: usize = 64 << 10;
@@ -62,7 +61,9 @@ async fn each_way_reads_cold_files_of_each_size() {
     let source = source().await;
     let reader = Reader::compile(&source.run.directory("reader").unwrap()).unwrap();
     let layers = [Order::Whole, Order::Scattered].map(of_order);
-    let files = layers.each_ref().map(|layer| layer.iter().map(|(_, _, file)| file.clone()).collect());
+    let files = layers
+        .each_ref()
+        .map(|layer| layer.iter().map(|(_, _, file)| file.clone()).collect());
     let image = source
         .publish("image", &files, &["--chunk-size", &CHUNK.to_string()])
         .unwrap();
@@ -79,7 +80,10 @@ async fn each_way_reads_cold_files_of_each_size() {
         assert_eq!(answer, "ok", "{method}, {order:?}, {} bytes", file.size);
         // The large ones were cold: nothing that came before had all of their chunks.
         let asked = source.proxy.totals().requests - before;
-        assert!(file.size < LARGE || asked > 0, "{method}: a cold file came without a request");
+        assert!(
+            file.size < LARGE || asked > 0,
+            "{method}: a cold file came without a request"
+        );
     }
     // Once more, from what the kernel and the cache have.
     for (method, order, file) in &all {
@@ -100,7 +104,9 @@ fn write_programs(directory: &Path) {
     ] {
         fs::write(directory.join("payload.bin"), noise(seed, (2 << 20) + 777)).unwrap();
         let mut command = Command::new("cc");
-        command.current_dir(directory).args(["-O2", &format!("-DSEED={seed}ull")]);
+        command
+            .current_dir(directory)
+            .args(["-O2", &format!("-DSEED={seed}ull")]);
         output(command.args(arguments).args(["-o", name, "payload.c"])).unwrap();
     }
     fs::remove_file(directory.join("payload.c")).unwrap();
@@ -110,7 +116,10 @@ fn write_programs(directory: &Path) {
 #[tokio::test(flavor = "multi_thread")]
 async fn cold_programs_and_libraries_are_executed() {
     let source = source().await;
-    let (root, empty) = (source.run.directory("root").unwrap(), source.run.directory("empty").unwrap());
+    let (root, empty) = (
+        source.run.directory("root").unwrap(),
+        source.run.directory("empty").unwrap(),
+    );
     write_programs(&root);
     fs::write(empty.join("other"), "a layer above").unwrap();
     let layout = source.run.path().join("programs");
@@ -166,7 +175,12 @@ async fn sixty_four_threads_read_twenty_thousand_cold_files() {
         let reading = tokio::task::spawn_blocking(move || reader.crowd(64, &list, &root, &files));
         let done = tokio::time::timeout(Duration::from_secs(100), reading).await;
         let (faults, reads) = done.expect("readers hang").unwrap().unwrap();
-        assert!(faults.is_empty(), "{round}: {} faults: {:#?}", faults.len(), &faults[..faults.len().min(20)]);
+        assert!(
+            faults.is_empty(),
+            "{round}: {} faults: {:#?}",
+            faults.len(),
+            &faults[..faults.len().min(20)]
+        );
         assert_eq!(reads, expected, "{round}");
     }
     node.snapshots.remove(view).await.unwrap();

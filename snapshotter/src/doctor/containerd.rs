@@ -91,10 +91,8 @@ fn unreachable(places: &Places, status: &Status, report: &mut Report) {
         let says = format!("{address} is not containerd");
         return report.fail("containerd", says, "say where it is: doctor --containerd SOCKET");
     }
-    let mut cause = status.message().to_owned();
-    if let Some(source) = std::error::Error::source(status) {
-        cause = format!("{cause}: {}", chain(source));
-    }
+    // What it says itself is the last of these.
+    let cause = std::error::Error::source(status).map_or_else(|| status.message().to_owned(), chain);
     report.fail(
         "containerd",
         format!("{address} does not answer: {cause}"),
