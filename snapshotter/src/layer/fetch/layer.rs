@@ -14,6 +14,7 @@ use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Flights, Urgency};
 use super::gate::{Lane, Share, Slot};
+use super::lately::Lately;
 use super::readahead::Readahead;
 use super::remotes::{Remote, Remotes};
 use super::sequence::Sequence;
@@ -40,6 +41,8 @@ pub struct LayerFetch {
     flights: Flights,
     readahead: Mutex<Readahead>,
     pipes: Pipes,
+    /// What readers gave up lately.
+    pub(super) lately: Lately,
     counts: Counts,
     readers: Readers,
     /// Whether it is being completed.
@@ -80,6 +83,7 @@ impl LayerFetch {
             flights: Flights::default(),
             readahead,
             pipes: Pipes::default(),
+            lately: Lately::default(),
             counts,
             readers,
             completing: AtomicBool::new(false),
@@ -240,14 +244,10 @@ impl LayerFetch {
         *self.complete.borrow()
     }
 
-    /// Resolves when [`Self::is_complete`]; never if the layer is closed before.
-    pub fn completed(&self) -> impl Future<Output = ()> + Send + 'static {
+    /// Resolves to true when [`Self::is_complete`], to false when nobody has the layer any more.
+    pub fn completed(&self) -> impl Future<Output = bool> + Send + 'static {
         let mut complete = self.complete.subscribe();
-        async move {
-            if complete.wait_for(|complete| *complete).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
+        async move { complete.wait_for(|complete| *complete).await.is_ok() }
     }
 
     /// Makes residency durable; failing costs fetches after an unclean stop, no more.
