@@ -255,7 +255,7 @@ fn layer_row(layer: &api::LayerExplanation) -> [String; 12] {
     [
         short(digest),
         layer.state.clone(),
-        mount(&layer.mount, layer.mounted, layer.kernel_alone),
+        mount_of(layer),
         layer.reason.clone(),
         resident,
         format!("{}/{}", residence.chunks_resident, residence.chunks),
@@ -266,6 +266,15 @@ fn layer_row(layer: &api::LayerExplanation) -> [String; 12] {
         if_open(format!("{}ms", cost.longest_stall_ms)),
         if_open(cost.background.clone()),
     ]
+}
+
+/// How a layer is mounted, for those who come now and for those who came before.
+fn mount_of(layer: &api::LayerExplanation) -> String {
+    let now = mount(&layer.mount, layer.mounted, layer.kernel_alone);
+    match layer.former_mount.as_str() {
+        "" => now,
+        before => format!("{now} ({before} before)"),
+    }
 }
 
 /// How a layer is mounted.

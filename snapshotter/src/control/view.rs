@@ -197,6 +197,7 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
     let told = report.as_ref();
     let mounted = told.is_some_and(|report| report.mounted);
     let mount = told.and_then(|report| report.mount).unwrap_or_default();
+    let former_mount = told.and_then(|report| report.former_mount).unwrap_or_default();
     let kernel_alone = told.is_some_and(|report| report.kernel_alone);
     let known = told.map(|report| report.readers.as_slice()).unwrap_or_default();
     let readers: Vec<_> = known.iter().take(MAX_READERS).map(reader).collect();
@@ -216,6 +217,7 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
         residence,
         cost,
         mount: mount.to_owned(),
+        former_mount: former_mount.to_owned(),
         kernel_alone,
         readers,
         more_readers,

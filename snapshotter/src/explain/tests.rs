@@ -213,6 +213,7 @@ fn sums_are_of_all_layers() {
         toc_digest: digest("toc"),
         mounted: true,
         mount: Some("fuse"),
+        former_mount: None,
         kernel_alone: false,
         readers: Vec::new(),
         residence: Residence {

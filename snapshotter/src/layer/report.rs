@@ -18,6 +18,8 @@ pub struct LayerReport {
     pub mounted: bool,
     /// How: `erofs` or `fuse`; none where it is not, or its mount cannot be looked at now.
     pub mount: Option<&'static str>,
+    /// How containers have it mounted that were started before it was mounted so.
+    pub former_mount: Option<&'static str>,
     /// Whether the kernel serves it alone: nobody is asked any more.
     pub kernel_alone: bool,
     /// How much of it there is.

@@ -122,6 +122,7 @@ fn an_explanation_says_why_and_what_it_cost() {
         mounted: true,
         mount: "erofs".to_owned(),
         kernel_alone: true,
+        former_mount: "fuse".to_owned(),
         readers: vec![
             api::Reader {
                 pod: "0b5e6d4c-1111-2222-3333-444455556666".to_owned(),
@@ -177,7 +178,7 @@ fn an_explanation_says_why_and_what_it_cost() {
         "hosts in order: mirror.example (backing off)",
         "efefefefefef  not lazy since 5s ago (mirror.example): not mounted within 30s",
         "3 more of that name",
-        "erofs, kernel alone",
+        "erofs, kernel alone (fuse before)",
         "0b5e6d4c-1111-2222-3333-444455556666  343434343434  nginx",
         "120ms",
         "3.0 MiB  3s ago",

@@ -224,7 +224,7 @@ async fn a_source_that_never_delivers_is_given_up_at_the_deadline_and_one_that_r
     assert_eq!((failure.host.as_str(), failure.reason), ("registry.test", "transient"));
     assert_eq!(tally.demand_reads_stalled, 2);
     // The kernel asks again at once, and does not wait as long again.
-    let again = bench.fs.read(resolve(&bench.fs, "zeros"), 0, 1).await.unwrap_err();
+    let again = bench.fs.read(resolve(&bench.fs, "zeros"), 0, 1, 0).await.unwrap_err();
     assert!(
         matches!(&again, FsError::Fetch(failure) if matches!(**failure, FetchError::Deadline { waited } if waited < Duration::from_millis(700))),
         "{again:?}"
@@ -233,7 +233,7 @@ async fn a_source_that_never_delivers_is_given_up_at_the_deadline_and_one_that_r
     // A host that failed is not asked at once, and a read that follows one that failed does not wait for it.
     let read = async || {
         let ino = resolve(&bench.fs, "zeros");
-        bench.fs.read(ino, 0, 1).await.is_ok()
+        bench.fs.read(ino, 0, 1, 0).await.is_ok()
     };
     let recovered = async { while !read().await {} };
     tokio::time::timeout(Duration::from_secs(30), recovered).await.unwrap();

@@ -42,6 +42,7 @@ pub struct Live {
     fetch: Arc<LayerFetch>,
     mounted: bool,
     mount: Option<&'static str>,
+    former: Option<&'static str>,
     /// What went wrong when it was opened.
     opening_failure: Option<Failure>,
 }
@@ -98,16 +99,21 @@ impl Inspector {
         let slots: Vec<_> = self.shared.slots().values().cloned().collect();
         let live = slots.iter().filter_map(|slot| {
             let fetch = slot.live()?;
-            let (mounted, mount) = match slot.mounted.try_lock() {
-                Ok(mounted) => (mounted.is_some(), mounted.as_ref().map(Mounted::kind)),
+            let (mounted, mount, former) = match slot.mounted.try_lock() {
+                Ok(mounted) => (
+                    mounted.is_some(),
+                    mounted.as_ref().map(Mounted::kind),
+                    mounted.as_ref().and_then(Mounted::former_kind),
+                ),
                 // It is being mounted, unmounted or looked at.
-                Err(_) => (slot.warms.load(Ordering::Relaxed) == 0, None),
+                Err(_) => (slot.warms.load(Ordering::Relaxed) == 0, None, None),
             };
             let opening_failure = self.shared.opening_failures.of(&fetch.layer().toc_digest());
             Some(Live {
                 fetch,
                 mounted,
                 mount,
+                former,
                 opening_failure,
             })
         });
@@ -148,6 +154,7 @@ impl Inspector {
             toc_digest: layer.toc_digest(),
             mounted: live.mounted,
             mount: live.mount,
+            former_mount: live.former,
             kernel_alone: live.is_kernel_alone(),
             residence: Residence::measured(layer.index(), layer.residency(), disk),
             cost: Some(cost),

@@ -30,6 +30,11 @@ impl Mounted {
     pub(super) fn kind(&self) -> &'static str {
         self.mount.kind().name()
     }
+
+    /// How those have it mounted who came before that.
+    pub(super) fn former_kind(&self) -> Option<&'static str> {
+        self.former.as_ref().map(|former| former.kind().name())
+    }
 }
 
 impl Slot {

@@ -59,6 +59,7 @@ impl Inspector {
             toc_digest: survey.toc,
             mounted: false,
             mount: None,
+            former_mount: None,
             kernel_alone: false,
             residence: Residence {
                 chunks,
