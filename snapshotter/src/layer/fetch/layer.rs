@@ -20,6 +20,7 @@ use super::remotes::{Remote, Remotes};
 use super::sequence::Sequence;
 use super::tally::{Counts, Tally};
 use crate::layer::cache::CachedLayer;
+use crate::layer::readers::Readers;
 use crate::layer::source::BlobSource;
 use crate::metrics::defs::SourceLabels;
 
@@ -43,6 +44,7 @@ pub struct LayerFetch {
     /// What readers gave up lately.
     pub(super) lately: Lately,
     counts: Counts,
+    readers: Readers,
     /// Whether it is being completed.
     completing: AtomicBool,
     /// Whether residency could not be made durable last time.
@@ -72,6 +74,7 @@ impl LayerFetch {
         if let Some((requests, bytes)) = engine.take_opened(&layer.toc_digest()) {
             counts.toc(requests, bytes);
         }
+        let readers = Readers::new(engine.runtime().clone());
         let complete = watch::Sender::new(layer.residency().is_complete() && !layer.is_dirty());
         let fetch = Arc::new(Self {
             engine,
@@ -82,6 +85,7 @@ impl LayerFetch {
             pipes: Pipes::default(),
             lately: Lately::default(),
             counts,
+            readers,
             completing: AtomicBool::new(false),
             checkpoint_failed: AtomicBool::new(false),
             complete,
@@ -112,6 +116,11 @@ impl LayerFetch {
     /// What the layer has cost since it was opened.
     pub fn tally(&self) -> Tally {
         self.counts.read()
+    }
+
+    /// Who has waited for bytes of the layer since it was opened.
+    pub fn readers(&self) -> &Readers {
+        &self.readers
     }
 
     pub(super) fn counts(&self) -> &Counts {

@@ -380,6 +380,9 @@ impl Inner {
             fetch.ensure(chunks, reading).await
         };
         let bytes = usize::try_from(count).unwrap_or(usize::MAX);
+        // While it waits, so that it is there to be looked at.
+        let brought = if result.is_ok() { count } else { 0 };
+        fetch.readers().note(question.pid, brought, began.elapsed());
         match result {
             Ok(()) => {
                 fetch.count_read(false, bytes);
