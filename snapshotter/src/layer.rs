@@ -284,6 +284,9 @@ pub trait LayerMounts: Send + Sync + 'static {
     /// make room; from then on those that are not among them, and not mounted since, may be.
     fn in_use(&self, _layers: &[Digest]) {}
 
+    /// All layers were restored that could be.
+    async fn restored(&self) {}
+
     /// Bytes on disk and inodes of a layer; zero for one that is unknown.
     fn usage(&self, toc_digest: &Digest) -> Usage;
 

@@ -24,6 +24,7 @@ mod files;
 mod heat;
 mod hold;
 mod image;
+mod kernel;
 mod layer;
 pub mod limits;
 mod report;

@@ -123,8 +123,10 @@ impl Layers {
             quota: config.cache.quota,
             min_free: config.cache.min_free,
         };
-        let store = LayerStore::inheriting(&root, limits, metrics.clone(), |layer| descriptors.inherited(layer))
-            .map_err(LayersError::Cache)?;
+        let store = LayerStore::inheriting(&root, limits, metrics.clone(), |layer, data| {
+            descriptors.inherited(layer, data)
+        })
+        .map_err(LayersError::Cache)?;
         let ways = ways::of(config, &root, &metrics, descriptors, &runtime).map_err(LayersError::Native)?;
         let handed_over = HandedOver::default();
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
@@ -171,7 +173,11 @@ impl Layers {
                 shared.checkpoint_all().await;
                 let tidying = shared.clone();
                 // A panic there has been reported, and concerns no reader.
-                let _ = tokio::task::spawn_blocking(move || tidying.store.tidy()).await;
+                let _ = tokio::task::spawn_blocking(move || {
+                    tidying.ways.tidy();
+                    tidying.store.tidy();
+                })
+                .await;
             }
         };
         self.shared
@@ -276,6 +282,11 @@ impl Shared {
             }
             let origin = self.store.origin(&toc_digest);
             let slot = self.slot(&toc_digest);
+            if slot.mounted.lock().await.is_some() {
+                // Somebody has come for it.
+                self.forget(&toc_digest, slot);
+                continue;
+            }
             let restored = match origin {
                 Ok(Origin {
                     image, layer_digest, ..
@@ -444,6 +455,12 @@ impl LayerMounts for Layers {
         self.shared.store.settle();
         let unwanted = self.shared.clone().end_unwanted(layers.to_vec());
         self.shared.tasks.spawn_on(unwanted, &self.shared.runtime);
+    }
+
+    async fn restored(&self) {
+        let shared = self.shared.clone();
+        // A panic there has been reported.
+        let _ = tokio::task::spawn_blocking(move || shared.ways.settle(&shared.store.layers())).await;
     }
 
     fn usage(&self, toc_digest: &Digest) -> Usage {

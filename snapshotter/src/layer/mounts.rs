@@ -49,6 +49,15 @@ pub trait Way: Send + Sync {
     fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause>;
 }
 
+/// What is left of a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Nothing.
+    Wholly,
+    /// Somebody has its file system in use, and is served on.
+    InUse,
+}
+
 /// Makes the kernel forget what it has read of a chunk.
 pub type Forget = Box<dyn FnOnce(&Chunk) -> io::Result<()> + Send>;
 
@@ -70,7 +79,7 @@ pub trait LayerMounted: Send + Sync {
     fn forget(&self) -> Forget;
 
     /// Unmounts. Who has files open finishes, or gets errors after a while; nobody ever reads what is not there.
-    fn unmount(self: Box<Self>) -> Result<(), Cause>;
+    fn unmount(self: Box<Self>) -> Result<Ended, Cause>;
 
     /// Stops serving and leaves the mount to the next process; unmounts what cannot be left.
     fn leave(self: Box<Self>);

@@ -42,6 +42,7 @@ impl Service {
             .buffer_unordered(self.inner.restore_parallelism)
             .collect::<Vec<_>>()
             .await;
+        self.inner.layers.restored().await;
         let mounted = results.iter().filter(|mounted| **mounted).count();
         let restored = Restored {
             mounted,

@@ -25,6 +25,7 @@ use super::evict::Need;
 use super::files;
 use super::heat::Heat;
 use super::hold::{Held, Holds};
+use super::kernel;
 use super::residency::{Binding, Residency, Snapshot};
 use super::shelf::Shelf;
 use super::stale::MOUNT_POINT;
@@ -129,6 +130,7 @@ pub(super) struct Parts {
     pub(super) map: Mapped,
     pub(super) data: File,
     pub(super) residency: Residency,
+    pub(super) read_by_kernel: bool,
 }
 
 impl std::fmt::Debug for OpenLayer {
@@ -149,6 +151,7 @@ impl OpenLayer {
             map,
             data,
             residency,
+            read_by_kernel,
         } = parts;
         let synced = Mutex::new(residency.snapshot());
         Self {
@@ -165,7 +168,7 @@ impl OpenLayer {
             changes: AtomicU64::new(0),
             checkpointed: AtomicU64::new(0),
             write_failed: AtomicBool::new(false),
-            read_by_kernel: AtomicBool::new(false),
+            read_by_kernel: AtomicBool::new(read_by_kernel),
             grown: AtomicBool::new(true),
             last_use: AtomicI64::new(shelf.now()),
             activity: AtomicU8::new(ACTIVE),
@@ -195,14 +198,38 @@ impl OpenLayer {
     }
 
     /// From now on the kernel reads `data` by itself. There is no telling when it does what it was allowed to, so no hole is punched any
-    /// more, and nothing is written there that is not verified; until nobody has the layer open.
-    pub fn leave_to_kernel(&self) {
+    /// more, and nothing is written there that is not verified. What is being given up now, is when this returns.
+    pub fn leave_to_kernel(&self) -> io::Result<()> {
+        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        kernel::note(&self.data)?;
         self.read_by_kernel.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// The kernel has nothing of the layer mounted any more.
+    pub fn take_back(&self) {
+        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        match kernel::clear(&self.data) {
+            Ok(()) => self.read_by_kernel.store(false, Ordering::SeqCst),
+            Err(error) => {
+                tracing::warn!(dir = %self.dir.display(), %error, "nothing of the layer is given up before the next boot");
+            }
+        }
+    }
+
+    /// Whether all of it is resident, and will be after an unclean stop.
+    pub fn is_whole(&self) -> bool {
+        self.residency.is_complete() && !self.is_dirty()
     }
 
     /// Whether the kernel reads `data` by itself.
     pub fn is_read_by_kernel(&self) -> bool {
         self.read_by_kernel.load(Ordering::SeqCst)
+    }
+
+    /// What its content takes when all of it is here.
+    pub(super) fn whole_bytes(&self) -> u64 {
+        self.index.data_size()
     }
 
     /// Its files take more than was counted.
@@ -358,9 +385,13 @@ impl OpenLayer {
     }
 
     fn write_and_mark(&self, chunk: u32, size: u32, write: impl Fn() -> io::Result<bool>) -> io::Result<bool> {
-        let fresh = write()? && self.residency.insert(chunk);
-        if fresh {
+        let written = write()?;
+        if written {
+            // Before the bit is set: who finds nothing changed must not find a bit that no checkpoint has seen.
             self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+        let fresh = written && self.residency.insert(chunk);
+        if fresh {
             self.grown.store(true, Ordering::Relaxed);
             self.shelf.add(u64::from(size));
         }

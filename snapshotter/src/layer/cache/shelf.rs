@@ -165,10 +165,20 @@ impl Shelf {
         kept.remove(layer)
     }
 
-    /// Whether all of a layer fits into the quota with what else cannot go, and onto the disk.
-    pub(super) fn fits(&self, whole: u64, there: u64) -> bool {
+    /// Whether all of `layer`, which has `whole` bytes, fits into the quota with all that cannot go, and onto the disk.
+    pub(super) fn fits(&self, layer: &Digest, whole: u64) -> bool {
         let room = self.room();
-        let others = room.used.saturating_sub(room.spare).saturating_sub(there);
+        let (mut there, mut others) = (0, 0_u64);
+        for (digest, entry) in self.layers().iter() {
+            if digest == layer {
+                there = entry.bytes;
+            } else if !entry.may_go() {
+                // Of what the kernel reads by itself nothing can be given up, and all of it may come.
+                let read_by_kernel = entry.open.upgrade().filter(|open| open.is_read_by_kernel());
+                let promised = read_by_kernel.map_or(0, |open| open.whole_bytes());
+                others = others.saturating_add(entry.bytes.max(promised));
+            }
+        }
         let missing = whole.saturating_sub(there);
         others.saturating_add(whole) <= room.quota && missing <= room.free.saturating_add(room.spare)
     }

@@ -137,7 +137,7 @@ impl LayerStore {
     /// Opens `<root>/layers`, making it if it is not there, removes what an interrupted creation or removal left, and detaches what a
     /// process that was killed left mounted.
     pub fn within(root: &Path, limits: Limits, metrics: Metrics) -> Result<Self, CacheError> {
-        Self::inheriting(root, limits, metrics, |_| Inherited::Nothing)
+        Self::inheriting(root, limits, metrics, |_, _| Inherited::Nothing)
     }
 
     /// Like [`Self::within`], where an earlier process has left layers mounted that are served still.
@@ -145,7 +145,7 @@ impl LayerStore {
         root: &Path,
         limits: Limits,
         metrics: Metrics,
-        mut inherited: impl FnMut(&Digest) -> Inherited,
+        mut inherited: impl FnMut(&Digest, &Path) -> Inherited,
     ) -> Result<Self, CacheError> {
         let root = root.join("layers");
         let mut kept = Vec::new();
@@ -165,7 +165,7 @@ impl LayerStore {
                     tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
                 }
             } else if let Ok(layer) = Digest::from_str(&format!("sha256:{name}")) {
-                match inherited(&layer) {
+                match inherited(&layer, &entry.path().join("data")) {
                     Inherited::Nothing => {
                         // Of one that no snapshot refers to nobody would.
                         if let Err(error) = detach_stale(&entry.path().join(MOUNT_POINT)) {
@@ -189,8 +189,7 @@ impl LayerStore {
 
     /// Whether all of a layer can be here, without giving any of it up: that is asked of one that the kernel reads by itself.
     pub fn fits(&self, layer: &OpenLayer) -> bool {
-        let there = self.usage(&layer.toc_digest()).bytes;
-        self.shelf.fits(layer.index().data_size().max(there), there)
+        self.shelf.fits(&layer.toc_digest(), layer.whole_bytes())
     }
 
     /// Directory of a layer, there or not.

@@ -75,7 +75,7 @@ impl LayerFetch {
             counts.toc(requests, bytes);
         }
         let readers = Readers::new(engine.runtime().clone());
-        let complete = watch::Sender::new(layer.residency().is_complete() && !layer.is_dirty());
+        let complete = watch::Sender::new(layer.is_whole());
         let fetch = Arc::new(Self {
             engine,
             layer,
@@ -241,10 +241,10 @@ impl LayerFetch {
 
     /// Whether all of the layer is resident, and will be after an unclean stop.
     pub fn is_complete(&self) -> bool {
-        *self.complete.borrow()
+        self.layer.is_whole()
     }
 
-    /// Resolves to true when [`Self::is_complete`], to false when nobody has the layer any more.
+    /// Resolves to true when [`Self::is_complete`] was so once, to false when nobody has the layer any more.
     pub fn completed(&self) -> impl Future<Output = bool> + Send + 'static {
         let mut complete = self.complete.subscribe();
         async move { complete.wait_for(|complete| *complete).await.is_ok() }

@@ -12,7 +12,7 @@ use super::{Shared, Slot, cache_error};
 use crate::layer::cache::{CacheError, CachedLayer};
 use crate::layer::fetch::{LayerFetch, LayerNames};
 use crate::layer::mounts::ways::Up;
-use crate::layer::mounts::{Kind, LayerMounted};
+use crate::layer::mounts::{Ended, Kind, LayerMounted};
 use crate::layer::source::BlobSource;
 use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
 use crate::metrics::defs::MountLabels;
@@ -21,7 +21,7 @@ use crate::metrics::defs::MountLabels;
 pub(super) struct Mounted {
     mount: Box<dyn LayerMounted>,
     /// What was mounted before, for those who use it still.
-    former: Option<Box<dyn LayerMounted>>,
+    former: Vec<Box<dyn LayerMounted>>,
     fetch: Arc<LayerFetch>,
 }
 
@@ -33,7 +33,7 @@ impl Mounted {
 
     /// How those have it mounted who came before that.
     pub(super) fn former_kind(&self) -> Option<&'static str> {
-        self.former.as_ref().map(|former| former.kind().name())
+        self.former.last().map(|former| former.kind().name())
     }
 }
 
@@ -292,7 +292,8 @@ impl Shared {
             if let Ok(Some(native)) = native {
                 shared.mounted_by(&*mounted.mount).dec();
                 shared.mounted_by(&*native).inc();
-                mounted.former = Some(std::mem::replace(&mut mounted.mount, native));
+                let former = std::mem::replace(&mut mounted.mount, native);
+                mounted.former.push(former);
             }
         };
         self.tasks.spawn_on(take_over, &self.runtime);
@@ -326,15 +327,25 @@ impl Shared {
         let Mounted { mount, former, fetch } = mounted;
         let gauge = self.mounted_by(&*mount);
         let unmount = |mount: Box<dyn LayerMounted>| tokio::task::spawn_blocking(move || mount.unmount());
+        let mut in_use = false;
         for mount in std::iter::once(mount).chain(former) {
-            if let Ok(Err(error)) = unmount(mount).await {
-                tracing::warn!(
+            match unmount(mount).await {
+                Ok(Ok(ended)) => in_use |= ended == Ended::InUse,
+                Ok(Err(error)) => tracing::warn!(
                     error = &*error as &dyn std::error::Error,
                     "the layer's mount did not end cleanly"
-                );
+                ),
+                // It has been reported.
+                Err(_) => {}
             }
         }
-        close_unused(slot, &fetch, false).await;
+        if in_use {
+            // Who uses it still is served by this one.
+            slot.set_live(None);
+            fetch.checkpoint().await;
+        } else {
+            close_unused(slot, &fetch, false).await;
+        }
         gauge.dec();
     }
 

@@ -66,7 +66,11 @@ fn decide(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Dec
     let report = probe::run(root, descriptors.has_store());
     tracing::info!(reach = ?report.reach(), report = %report, "how layers can be mounted here");
     if config.layers.mount == MountChoice::Erofs && report.reach() != Reach::All {
-        return Err(report.to_string().into());
+        if !descriptors.has_native() {
+            return Err(report.to_string().into());
+        }
+        // Whoever uses what an earlier process mounted would wait for ever.
+        tracing::error!(%report, "layers cannot be mounted natively any more; those that are, are served");
     }
     let failed = report
         .steps
@@ -98,12 +102,7 @@ fn native(config: &Config, metrics: &Metrics, descriptors: &Descriptors, runtime
     };
     let service = Service::start(Arc::new(journal), metrics.clone(), runtime.clone())?;
     let read_ahead_kib = u32::try_from(config.fuse.read_ahead.bytes() / 1024).unwrap_or(u32::MAX);
-    Ok(NativeWay::new(
-        service,
-        descriptors.clone(),
-        read_ahead_kib,
-        runtime.clone(),
-    ))
+    NativeWay::new(service, descriptors.clone(), read_ahead_kib, runtime.clone())
 }
 
 /// A new journal, kept where there is a store; without one nothing is noted in it that would have to be.

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use estargz::digest::Digest;
-use fuse_session::{MountConfig, Session};
+use fuse_session::{MountConfig, MountError, Session};
 use tokio::runtime::Handle;
 
-use super::kept::{Descriptors, KeptLayer};
-use super::{Forget, Kind, LayerMounted, Way};
+use super::kept::{Descriptors, KeptLayer, KeptSession};
+use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::config::FuseConfig;
 use crate::layer::Cause;
 use crate::layer::cache::detach_stale;
@@ -84,8 +84,16 @@ impl Way for FuseWay {
     }
 
     fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
+        let mut sessions = kept.sessions.into_iter();
+        let session = sessions.next().ok_or("no descriptor of its session was kept")?;
+        self.resume_session(fetch, session)
+    }
+}
+
+impl FuseWay {
+    /// Goes on with one kept session.
+    pub fn resume_session(&self, fetch: &Arc<LayerFetch>, kept: KeptSession) -> Result<Box<dyn LayerMounted>, Cause> {
         let toc = fetch.layer().toc_digest();
-        let kept = kept.session.ok_or("no descriptor of its session was kept")?;
         let (name, target) = (kept.name, fetch.layer().mount_point());
         let session = Session::resume(
             self.filesystem(fetch),
@@ -98,11 +106,13 @@ impl Way for FuseWay {
         match session {
             Ok(session) => Ok(self.served(session, Some(name))),
             Err(error) => {
-                // Whoever reads there gets errors instead of waiting for ever.
-                if let Err(error) = fuse_session::abort(kept.number) {
-                    tracing::debug!(%toc, %error, "a connection that is not resumed had ended");
+                if matches!(error, MountError::Kept(_)) {
+                    // The connection is over, or another's. Whoever reads there gets errors instead of waiting for ever.
+                    if let Err(error) = fuse_session::abort(kept.number) {
+                        tracing::debug!(%toc, %error, "a connection that is not resumed had ended");
+                    }
+                    self.descriptors.forget(&name);
                 }
-                self.descriptors.forget(&name);
                 Err(error.into())
             }
         }
@@ -142,7 +152,7 @@ impl LayerMounted for FuseMounted {
         })
     }
 
-    fn unmount(self: Box<Self>) -> Result<(), Cause> {
+    fn unmount(self: Box<Self>) -> Result<Ended, Cause> {
         let Self {
             session,
             kept,
@@ -153,7 +163,8 @@ impl LayerMounted for FuseMounted {
         if let Some(name) = kept {
             descriptors.forget(&name);
         }
-        Ok(unmounted?)
+        unmounted?;
+        Ok(Ended::Wholly)
     }
 
     fn leave(self: Box<Self>) {

@@ -14,7 +14,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine as _;
@@ -55,8 +56,10 @@ pub struct KeptLayer {
     pub group: Option<Group>,
     /// Of a native mount.
     pub data: Option<File>,
-    /// Of a mount by FUSE.
-    pub session: Option<KeptSession>,
+    /// A group that is of no use and must not be closed.
+    lost: Option<Group>,
+    /// Of mounts by FUSE; of several, where another one has taken the place of the first.
+    pub sessions: Vec<KeptSession>,
 }
 
 /// What came back from the store, and the store itself.
@@ -70,6 +73,8 @@ pub struct Descriptors {
 struct Kept {
     journal: Option<OwnedFd>,
     layers: HashMap<String, KeptLayer>,
+    /// What is of no use and must not be closed.
+    spare: Vec<OwnedFd>,
 }
 
 impl Descriptors {
@@ -117,7 +122,13 @@ impl Descriptors {
         let state = parts.next();
         let layer = kept.layers.entry(layer.to_owned()).or_default();
         match (kind, state) {
+            // A second one is nobody's that is known; as long as it is open nobody is allowed anything by its end.
+            (GROUP, None) if layer.group.is_some() || !is_group(&descriptor) => {
+                kept.spare.push(descriptor);
+                true
+            }
             (GROUP, None) => layer.group.replace(Group::kept(descriptor)).is_none(),
+            (DATA, None) if layer.data.is_some() || !is_writable(&descriptor) => false,
             (DATA, None) => layer.data.replace(File::from(descriptor)).is_none(),
             (FUSE, Some(state)) => {
                 let Some((number, negotiated)) = session_state(state) else {
@@ -129,7 +140,8 @@ impl Descriptors {
                     negotiated,
                     name: name.to_owned(),
                 };
-                layer.session.replace(session).is_none()
+                layer.sessions.push(session);
+                true
             }
             _ => false,
         }
@@ -158,11 +170,22 @@ impl Descriptors {
         self.lock().layers.remove(&short(layer))
     }
 
-    /// What a layer's directory is to know of its mount.
-    pub fn inherited(&self, layer: &Digest) -> LayerInherited {
-        let inherited = self.with_layer(layer, |kept| match (&kept.group, kept.data.take()) {
-            (Some(_), Some(data)) => LayerInherited::ReadByKernel(data),
-            (Some(_), None) | (None, Some(_)) => LayerInherited::Nothing,
+    /// What the directory of a layer, with this `data`, is to know of its mount.
+    pub fn inherited(&self, layer: &Digest, data: &Path) -> LayerInherited {
+        let inherited = self.with_layer(layer, |kept| match (kept.group.take(), kept.data.take()) {
+            (Some(group), Some(data)) => {
+                kept.group = Some(group);
+                LayerInherited::ReadByKernel(data)
+            }
+            (Some(group), None) => {
+                // Whoever opened `data` now would ask a group that nobody reads.
+                let unmarked = group.unmark_at(data);
+                tracing::error!(toc = %layer, ?unmarked, "a layer's group was kept without its data; containers that use it may read errors");
+                kept.lost = Some(group);
+                LayerInherited::Nothing
+            }
+            (None, Some(_)) => LayerInherited::Nothing,
+            (None, None) if kept.sessions.is_empty() => LayerInherited::Nothing,
             (None, None) => LayerInherited::Mount,
         });
         inherited.unwrap_or(LayerInherited::Nothing)
@@ -171,6 +194,18 @@ impl Descriptors {
     /// Whether something is kept of native mounts.
     pub fn has_native(&self) -> bool {
         self.lock().layers.values().any(|kept| kept.group.is_some())
+    }
+
+    /// Takes all that is kept of native mounts and was not taken.
+    pub fn take_native(&self, layers: &[Digest]) -> Vec<(Digest, KeptLayer)> {
+        let mut kept = self.lock();
+        let take = |layer: &Digest| {
+            let is_native = kept.layers.get(&short(layer)).is_some_and(|kept| kept.group.is_some());
+            is_native
+                .then(|| kept.layers.remove(&short(layer)).map(|found| (*layer, found)))
+                .flatten()
+        };
+        layers.iter().filter_map(take).collect()
     }
 
     /// Looks at what is kept of a layer.
@@ -191,8 +226,9 @@ impl Descriptors {
     /// Keeps what a native mount depends on.
     pub fn keep_native(&self, layer: &Digest, group: BorrowedFd<'_>, data: BorrowedFd<'_>) -> io::Result<()> {
         let [group_name, data_name] = native_names(layer);
-        self.keep(&group_name, group)?;
-        self.keep(&data_name, data).inspect_err(|_| self.forget(&group_name))
+        // In this order: of a layer whose group is there, there is the data too.
+        self.keep(&data_name, data)?;
+        self.keep(&group_name, group).inspect_err(|_| self.forget(&data_name))
     }
 
     /// A native mount needs nothing any more.
@@ -233,6 +269,17 @@ impl Descriptors {
         let store = store.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no descriptor store"))?;
         store.keep(name, descriptor)
     }
+}
+
+/// Whether a descriptor is of a fanotify group: answers are written to it.
+fn is_group(descriptor: &OwnedFd) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+    link.is_ok_and(|link| link.as_os_str() == "anon_inode:[fanotify]")
+}
+
+fn is_writable(descriptor: &OwnedFd) -> bool {
+    use rustix::fs::OFlags;
+    rustix::fs::fcntl_getfl(descriptor).is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 fn short(layer: &Digest) -> String {

@@ -1,4 +1,10 @@
 //! Layers that the kernel serves itself: EROFS over `data`, filled on demand. See [`crate::layer::native`].
+//!
+//! A layer's file system outlives its mount as long as containers have it in use, and what answers for it must be there as long. So there
+//! is one [`Serving`] of a layer, whatever is mounted of it, and it ends with the last of its file systems.
+
+mod gone;
+mod serving;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -7,274 +13,191 @@ use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use estargz::digest::Digest;
 use hullspeed_erofs::mount::{Detached, Mounter};
-use rustix::fs::inotify;
 use rustix::fs::{Advice, AtFlags, CWD, OFlags, StatxFlags};
-use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use tokio::runtime::Handle;
 
+use self::gone::{Gone, Watches};
+use self::serving::{Serving, Servings};
 use super::kept::{Descriptors, KeptLayer};
-use super::{Forget, Kind, LayerMounted, Way};
+use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::layer::Cause;
 use crate::layer::cache::detach_stale;
 use crate::layer::fetch::LayerFetch;
-use crate::layer::native::group::Group;
-use crate::layer::native::service::{Member, Service};
+use crate::layer::native::service::Service;
 
 /// The largest page of any machine this runs on.
 const PAGE: u64 = 64 << 10;
 /// How long it is waited for the end of a file system that was unmounted.
 const GRACE: Duration = Duration::from_secs(2);
-/// How often it is looked whether it has ended.
-const LOOK: Duration = Duration::from_millis(5);
 
 /// Mounts natively.
 pub struct NativeWay {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
-    service: Service,
+    servings: Arc<Servings>,
     mounter: Mounter,
-    descriptors: Descriptors,
+    watches: Watches,
     read_ahead_kib: u32,
-    runtime: Handle,
-    /// Layers whose file system is in use although it was unmounted: their readers are answered as long as this process runs.
-    lingering: Mutex<Vec<Serving>>,
 }
 
 impl NativeWay {
     /// What is not complete is answered for by `service`; its descriptors are kept in the store of `descriptors`.
-    pub fn new(service: Service, descriptors: Descriptors, read_ahead_kib: u32, runtime: Handle) -> Self {
-        Self {
-            shared: Arc::new(Shared {
-                service,
-                mounter: Mounter::default(),
-                descriptors,
-                read_ahead_kib,
-                runtime,
-                lingering: Mutex::default(),
-            }),
-        }
+    pub fn new(
+        service: Service,
+        descriptors: Descriptors,
+        read_ahead_kib: u32,
+        runtime: Handle,
+    ) -> Result<Self, Cause> {
+        Ok(Self {
+            servings: Arc::new(Servings::new(service, descriptors, runtime)),
+            mounter: Mounter::default(),
+            watches: Watches::new()?,
+            read_ahead_kib,
+        })
     }
 
     /// Mounts a complete layer in the place of what is mounted there, which stays for those who use it. At no moment is there neither.
     pub fn take_over(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause> {
-        let layer = fetch.layer();
-        if !fetch.is_complete() {
+        let target = fetch.layer().mount_point();
+        let (serving, detached, gone) = self.prepared(fetch)?;
+        if !serving.is_alone() {
+            serving.release(gone);
             return Err("it is not complete".into());
         }
-        let target = layer.mount_point();
-        let image = layer.erofs_image()?;
-        layer.leave_to_kernel();
-        let detached = self.shared.detached(fetch, &image)?;
-        let device = detached.device();
+        let mounted = NativeMounted::new(&target, &detached, gone, serving);
         detached.attach_beneath(&target)?;
         rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
-        Ok(Box::new(NativeMounted {
-            gone: Gone::watch(&target)?,
-            target,
-            device,
-            serving: Serving::new(&self.shared, fetch, None),
-        }))
+        Ok(Box::new(mounted.shown()))
+    }
+
+    /// Sets up what answers for a layer and its file system, which nobody sees yet.
+    fn prepared(&self, fetch: &Arc<LayerFetch>) -> Result<(Arc<Serving>, Detached, Gone), Cause> {
+        let layer = fetch.layer();
+        let image = layer.erofs_image()?;
+        let serving = self.servings.serve(fetch)?;
+        let made = || -> Result<(Detached, Gone), Cause> {
+            let detached = self.mounter.create(&image, layer.content().as_fd())?;
+            if let Err(error) = detached.set_read_ahead(self.read_ahead_kib) {
+                tracing::warn!(%error, "the read-ahead of a layer's mount stays at the kernel's default");
+            }
+            let gone = self.watches.watch(&hullspeed_erofs::mount::path_of(detached.as_fd()))?;
+            Ok((detached, gone))
+        };
+        match made() {
+            Ok((detached, gone)) => Ok((serving, detached, gone)),
+            Err(error) => {
+                serving.release(Gone::unknown());
+                Err(error)
+            }
+        }
+    }
+
+    /// Looks after file systems that were in use when they were unmounted. Called every now and then.
+    pub fn tidy(&self) {
+        self.servings.tidy();
+    }
+
+    /// Denies what is asked of a layer whose group was kept, and of which nothing else can be had.
+    pub fn deny(&self, toc: Digest, kept: KeptLayer) {
+        self.servings.deny(toc, kept);
+    }
+
+    /// All that was kept is served: what the journal holds of others is of no use.
+    pub fn settle(&self) {
+        self.servings.settle();
     }
 
     /// Stops answering: a successor goes on.
     pub fn leave(&self) {
-        self.shared.service.leave();
+        self.servings.leave();
     }
 }
 
 impl Way for NativeWay {
     fn mount(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause> {
-        let layer = fetch.layer();
-        let target = layer.mount_point();
+        let target = fetch.layer().mount_point();
         detach_stale(&target)?;
-        let image = layer.erofs_image()?;
-        // From here on no hole is punched; if this fails, not until the layer is closed.
-        layer.leave_to_kernel();
-        let serving = self.shared.serve(fetch)?;
-        let mounted = self.shared.show(fetch, &image, &target);
-        let (device, gone) = match mounted {
-            Ok(mounted) => mounted,
-            Err(error) => {
-                serving.end();
-                return Err(error);
-            }
-        };
-        serving.watch();
-        Ok(Box::new(NativeMounted {
-            target,
-            device,
-            gone,
-            serving,
-        }))
+        let (serving, detached, gone) = self.prepared(fetch)?;
+        let mounted = NativeMounted::new(&target, &detached, gone, serving);
+        detached.attach(&target)?;
+        Ok(Box::new(mounted.shown()))
     }
 
     fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
-        let layer = fetch.layer();
-        let target = layer.mount_point();
-        let group = kept.group.ok_or("no group was kept")?;
-        if !layer.is_read_by_kernel() {
+        let target = fetch.layer().mount_point();
+        if !fetch.layer().is_read_by_kernel() {
             return Err("its data was not kept".into());
         }
-        let member = self.shared.service.resume(group, fetch.clone())?;
-        let serving = Serving::new(&self.shared, fetch, Some(member));
-        let found = device_of(&target).map_err(Cause::from).and_then(|device| {
-            let gone = Gone::watch(&target)?;
-            is_erofs(&target)?
-                .then_some((device, gone))
-                .ok_or_else(|| "no EROFS is mounted there".into())
+        let serving = self.servings.resume(fetch, kept)?;
+        if !is_erofs(&target)? {
+            // Somebody may have it in use all the same; it is served as long as this process runs.
+            serving.linger(Gone::unknown());
+            return Err("no EROFS is mounted there".into());
+        }
+        let device = device_of(&target)?;
+        let gone = self.watches.watch(&target).unwrap_or_else(|error| {
+            tracing::warn!(path = %target.display(), %error, "it will not be known when a layer's file system has ended");
+            Gone::unknown()
         });
-        let (device, gone) = match found {
-            Ok(found) => found,
-            Err(error) => {
-                // Somebody may still have it in use, or nobody ever saw it: there is no telling.
-                self.shared.linger(serving);
-                return Err(error);
-            }
-        };
-        serving.watch();
         Ok(Box::new(NativeMounted {
             target,
             device,
-            gone,
-            serving,
+            gone: Some(gone),
+            serving: Some(serving),
+            is_shown: true,
         }))
-    }
-}
-
-impl Shared {
-    /// Sets up what answers for a layer, unless it is complete.
-    fn serve(self: &Arc<Self>, fetch: &Arc<LayerFetch>) -> Result<Serving, Cause> {
-        if fetch.is_complete() {
-            return Ok(Serving::new(self, fetch, None));
-        }
-        let layer = fetch.layer();
-        let toc = layer.toc_digest();
-        let slot = self.service.journal().claim(&toc);
-        let slot = slot.ok_or("no slot in the journal of events is free")?;
-        let made = Group::new().and_then(|group| {
-            group.mark(layer.content())?;
-            self.descriptors
-                .keep_native(&toc, group.as_fd(), layer.content().as_fd())?;
-            Ok(group)
-        });
-        let group = match made {
-            Ok(group) => group,
-            Err(error) => {
-                slot.release();
-                return Err(error.into());
-            }
-        };
-        match self.service.join(group, slot, fetch.clone()) {
-            Ok(member) => Ok(Serving::new(self, fetch, Some(member))),
-            Err(error) => {
-                self.descriptors.forget_native(&toc);
-                Err(error.into())
-            }
-        }
-    }
-
-    fn show(&self, fetch: &LayerFetch, image: &Path, target: &Path) -> Result<((u32, u32), Gone), Cause> {
-        let detached = self.detached(fetch, image)?;
-        let device = detached.device();
-        detached.attach(target)?;
-        let gone = Gone::watch(target).inspect_err(|_| {
-            // The first error is the one to report.
-            let _ = rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        })?;
-        Ok((device, gone))
-    }
-
-    fn detached(&self, fetch: &LayerFetch, image: &Path) -> Result<Detached, Cause> {
-        let detached = self.mounter.create(image, fetch.layer().content().as_fd())?;
-        if let Err(error) = detached.set_read_ahead(self.read_ahead_kib) {
-            tracing::warn!(%error, "the read-ahead of a layer's mount stays at the kernel's default");
-        }
-        Ok(detached)
-    }
-
-    fn linger(&self, serving: Serving) {
-        tracing::warn!(toc = %serving.fetch.layer().toc_digest(), "a layer's file system is in use although it was unmounted; it is served on");
-        self.lingering
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(serving);
-    }
-}
-
-/// What answers for a mounted layer.
-struct Serving {
-    shared: Arc<Shared>,
-    fetch: Arc<LayerFetch>,
-    member: Arc<Mutex<Option<Arc<Member>>>>,
-    watching: Mutex<Option<tokio::task::AbortHandle>>,
-}
-
-impl Serving {
-    fn new(shared: &Arc<Shared>, fetch: &Arc<LayerFetch>, member: Option<Arc<Member>>) -> Self {
-        Self {
-            shared: shared.clone(),
-            fetch: fetch.clone(),
-            member: Arc::new(Mutex::new(member)),
-            watching: Mutex::default(),
-        }
-    }
-
-    /// Leaves the kernel alone with the layer once it is complete.
-    fn watch(&self) {
-        let (member, descriptors) = (self.member.clone(), self.shared.descriptors.clone());
-        let (completed, toc) = (self.fetch.completed(), self.fetch.layer().toc_digest());
-        let watch = async move {
-            if completed.await {
-                // A panic there has been reported, and leaves the layer served.
-                let _ = tokio::task::spawn_blocking(move || retire(&member, &descriptors, &toc)).await;
-            }
-        };
-        let task = self.shared.runtime.spawn(watch);
-        *self.watching.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
-    }
-
-    fn unwatch(&self) {
-        if let Some(task) = self.watching.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            task.abort();
-        }
-    }
-
-    /// Nobody reads of the layer any more.
-    fn end(self) {
-        self.unwatch();
-        retire(&self.member, &self.shared.descriptors, &self.fetch.layer().toc_digest());
-    }
-}
-
-/// Takes the mark away and gives back what was kept for it.
-fn retire(member: &Mutex<Option<Arc<Member>>>, descriptors: &Descriptors, toc: &Digest) {
-    let mut member = member.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(retiring) = member.take() else { return };
-    match retiring.clone().retire() {
-        Ok(()) => {
-            descriptors.forget_native(toc);
-            tracing::debug!(%toc, "the kernel serves the layer alone");
-        }
-        Err(error) => {
-            tracing::warn!(%toc, %error, "the layer's mark stays");
-            *member = Some(retiring);
-        }
     }
 }
 
 struct NativeMounted {
     target: PathBuf,
     device: (u32, u32),
-    gone: Gone,
-    serving: Serving,
+    /// These are there until the file system is given up.
+    gone: Option<Gone>,
+    serving: Option<Arc<Serving>>,
+    is_shown: bool,
+}
+
+impl NativeMounted {
+    fn new(target: &Path, detached: &Detached, gone: Gone, serving: Arc<Serving>) -> Self {
+        Self {
+            target: target.to_owned(),
+            device: detached.device(),
+            gone: Some(gone),
+            serving: Some(serving),
+            is_shown: false,
+        }
+    }
+
+    fn shown(mut self) -> Self {
+        self.is_shown = true;
+        self
+    }
+
+    fn take_down(&mut self) -> Result<Ended, Cause> {
+        let (Some(gone), Some(serving)) = (self.gone.take(), self.serving.take()) else {
+            return Ok(Ended::Wholly);
+        };
+        let detached = match device_of(&self.target) {
+            Ok(found) if found == self.device && self.is_shown => {
+                rustix::mount::unmount(&self.target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            }
+            Ok(_) | Err(_) => Ok(()),
+        };
+        if gone.within(GRACE) {
+            serving.release(gone);
+            detached?;
+            return Ok(Ended::Wholly);
+        }
+        tracing::warn!(path = %self.target.display(), "a layer's file system is in use although it was unmounted; it is served on");
+        serving.linger(gone);
+        detached?;
+        Ok(Ended::InUse)
+    }
 }
 
 impl LayerMounted for NativeMounted {
@@ -295,16 +218,17 @@ impl LayerMounted for NativeMounted {
     }
 
     fn forget(&self) -> Forget {
-        let (fetch, target) = (self.serving.fetch.clone(), self.target.clone());
+        let (fetch, target) = (
+            self.serving.as_ref().map(|serving| serving.fetch()),
+            self.target.clone(),
+        );
         Box::new(move |chunk| {
+            let Some(fetch) = fetch else { return Ok(()) };
             let path = fetch.layer().index().path_of(chunk.ino);
             let path = target.join(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(&path)));
             // It is a regular file by the index, and opening it reads nothing of it.
-            let file = rustix::fs::open(
-                &path,
-                OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                rustix::fs::Mode::empty(),
-            )?;
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty())?;
             // Only pages that lie in the range as a whole are dropped.
             let first = chunk.file_offset / PAGE * PAGE;
             let end = chunk
@@ -320,72 +244,22 @@ impl LayerMounted for NativeMounted {
         })
     }
 
-    fn unmount(self: Box<Self>) -> Result<(), Cause> {
-        let Self {
-            target,
-            device,
-            gone,
-            serving,
-        } = *self;
-        let detached = match device_of(&target) {
-            Ok(found) if found == device => {
-                rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            }
-            Ok(_) | Err(_) => Ok(()),
-        };
-        if gone.within(GRACE) {
-            serving.end();
-        } else {
-            let shared = serving.shared.clone();
-            shared.linger(serving);
-        }
-        Ok(detached?)
+    fn unmount(mut self: Box<Self>) -> Result<Ended, Cause> {
+        self.take_down()
     }
 
-    fn leave(self: Box<Self>) {
+    fn leave(mut self: Box<Self>) {
         // The mark, the group and the journal stay; nobody takes the mark away behind the successor's back.
-        self.serving.unwatch();
-        std::mem::forget(
-            self.serving
-                .member
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        if let Some(serving) = self.serving.take() {
+            serving.leave();
+        }
     }
 }
 
-/// Tells when a file system has ended: its mount may be gone, and others (overlays over it) still have it in use.
-struct Gone {
-    watch: std::os::fd::OwnedFd,
-}
-
-impl Gone {
-    fn watch(root: &Path) -> io::Result<Self> {
-        let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-        // What is asked for never happens on a read-only file system; the end is told in any case.
-        inotify::add_watch(&watch, root, inotify::WatchFlags::MODIFY | inotify::WatchFlags::ONLYDIR)?;
-        Ok(Self { watch })
-    }
-
-    fn within(&self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
-        let mut buffer = [std::mem::MaybeUninit::uninit(); 512];
-        loop {
-            let mut reader = inotify::Reader::new(&self.watch, &mut buffer);
-            match reader.next() {
-                // Only the root is watched, and only its end is news.
-                Ok(event)
-                    if event
-                        .events()
-                        .intersects(inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED) =>
-                {
-                    return true;
-                }
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(_) if Instant::now() < until => std::thread::sleep(LOOK),
-                Err(_) => return false,
-            }
+impl Drop for NativeMounted {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_down() {
+            tracing::warn!(path = %self.target.display(), error = &*error as &dyn std::error::Error, "a layer's mount did not end cleanly");
         }
     }
 }

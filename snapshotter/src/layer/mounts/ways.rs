@@ -5,8 +5,10 @@
 
 use std::sync::Arc;
 
+use estargz::digest::Digest;
+
 use super::fuse::FuseWay;
-use super::kept::{Descriptors, KeptLayer};
+use super::kept::Descriptors;
 use super::native::NativeWay;
 use super::{LayerMounted, Way};
 use crate::layer::Cause;
@@ -53,7 +55,7 @@ pub struct Up {
     /// What those see who come now.
     pub mount: Box<dyn LayerMounted>,
     /// What was there before, for those who use it still.
-    pub former: Option<Box<dyn LayerMounted>>,
+    pub former: Vec<Box<dyn LayerMounted>>,
 }
 
 /// All ways to mount a layer on this node.
@@ -99,20 +101,38 @@ impl Ways {
 
     /// Mounts a layer, or goes on with the mount that an earlier process left. Blocks.
     pub fn bring_up(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Up, Cause> {
-        let toc = fetch.layer().toc_digest();
-        let mut former = None;
-        if let Some(kept) = self.descriptors.take_layer(&toc) {
-            match self.resume(fetch, kept) {
-                Ok(mounted) if mounted.is_shown() => return Ok(Up { mount: mounted, former }),
-                Ok(mounted) => former = Some(mounted),
-                Err(error) => {
-                    tracing::error!(%toc, error = &*error as &dyn std::error::Error,
-                        "a mount of an earlier process cannot be gone on with; containers that use it get errors, new ones do not");
-                }
-            }
+        let mut former = self.resumed(fetch);
+        if let Some(shown) = former.iter().position(|mounted| mounted.is_shown()) {
+            let mount = former.swap_remove(shown);
+            return Ok(Up { mount, former });
         }
         let mount = self.mount(fetch, store)?;
         Ok(Up { mount, former })
+    }
+
+    /// What an earlier process left of the layer.
+    fn resumed(&self, fetch: &Arc<LayerFetch>) -> Vec<Box<dyn LayerMounted>> {
+        let toc = fetch.layer().toc_digest();
+        let Some(mut kept) = self.descriptors.take_layer(&toc) else {
+            return Vec::new();
+        };
+        let sessions = std::mem::take(&mut kept.sessions);
+        let native = kept.group.is_some().then(|| {
+            let native = self.native.as_ref().ok_or("native mounts are not served")?;
+            native.resume(fetch, kept)
+        });
+        let by_fuse = sessions
+            .into_iter()
+            .map(|session| self.fuse.resume_session(fetch, session));
+        let told = |resumed: Result<Box<dyn LayerMounted>, Cause>| {
+            resumed
+                .inspect_err(|error| {
+                    tracing::error!(%toc, error = &**error as &dyn std::error::Error,
+                        "a mount of an earlier process cannot be gone on with; containers that use it get errors, new ones do not");
+                })
+                .ok()
+        };
+        native.into_iter().chain(by_fuse).filter_map(told).collect()
     }
 
     fn mount(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
@@ -149,12 +169,20 @@ impl Ways {
             .ok()
     }
 
-    fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
-        if kept.group.is_some() {
-            let native = self.native.as_ref().ok_or("native mounts are not served")?;
-            return native.resume(fetch, kept);
+    /// Looks after what is in use although it was unmounted. Called every now and then.
+    pub fn tidy(&self) {
+        if let Some(native) = &self.native {
+            native.tidy();
         }
-        self.fuse.resume(fetch, kept)
+    }
+
+    /// Everything was restored that can be: what else an earlier process left of these layers is answered with errors.
+    pub fn settle(&self, layers: &[Digest]) {
+        let Some(native) = &self.native else { return };
+        for (toc, kept) in self.descriptors.take_native(layers) {
+            native.deny(toc, kept);
+        }
+        native.settle();
     }
 
     /// Stops answering for native mounts: a successor goes on.

@@ -115,16 +115,16 @@ impl Journal {
             .unwrap_or_default()
     }
 
+    fn is_of(&self, slot: usize, layer: &Digest) -> bool {
+        let words = self.words(slot);
+        let name = || words[NAME].iter().map(|word| word.load(Ordering::Acquire));
+        words[0].load(Ordering::Acquire) == FORM && name().eq(name_of(layer))
+    }
+
     /// The slot of a layer that a predecessor served, with what it left.
     pub fn resume(self: &Arc<Self>, layer: &Digest) -> Option<Slot> {
-        let name = name_of(layer);
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = (0..SLOTS).find(|&slot| {
-            let words = self.words(slot);
-            !claimed[slot]
-                && words[0].load(Ordering::Acquire) == FORM
-                && words[NAME].iter().map(|word| word.load(Ordering::Acquire)).eq(name)
-        })?;
+        let found = (0..SLOTS).find(|&slot| !claimed[slot] && self.is_of(slot, layer))?;
         claimed[found] = true;
         Some(Slot {
             journal: self.clone(),
@@ -132,10 +132,13 @@ impl Journal {
         })
     }
 
-    /// A slot for a layer that has none; `None` if all are in use.
+    /// A slot for a layer whose group is new; `None` if all are in use.
     pub fn claim(self: &Arc<Self>, layer: &Digest) -> Option<Slot> {
         let free = {
             let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
+            // What was noted for another group of the layer must not be taken for this one's.
+            let others = (0..SLOTS).filter(|&slot| !claimed[slot] && self.is_of(slot, layer));
+            others.for_each(|slot| self.words(slot)[0].store(0, Ordering::Release));
             // Those that a predecessor left are not free before it is known that nobody waits in them.
             let free = (0..SLOTS).find(|&slot| !claimed[slot] && self.words(slot)[0].load(Ordering::Acquire) == 0)?;
             claimed[free] = true;

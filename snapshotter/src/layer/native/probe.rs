@@ -33,6 +33,8 @@ const FILES: [&str; 3] = ["fill", "deny", "kill"];
 const BLOCK: usize = 4096;
 /// What is written where the hole was.
 const CONTENT: [u8; BLOCK] = [0xa5; BLOCK];
+/// What the name of the directory begins with.
+const PREFIX: &str = ".self-test-";
 /// How long each wait lasts at most.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked whether something has come.
@@ -153,7 +155,8 @@ struct Trial {
 impl Trial {
     fn new(root: &Path) -> Result<Self, Cause> {
         fs::create_dir_all(root)?;
-        let directory = tempfile::Builder::new().prefix(".self-test-").tempdir_in(root)?;
+        sweep(root);
+        let directory = tempfile::Builder::new().prefix(PREFIX).tempdir_in(root)?;
         let json = toc();
         let toc = Digest::of(json.as_bytes());
         let layout = BlobLayout {
@@ -179,6 +182,15 @@ impl Trial {
 
     fn mount(&self) -> Result<Detached, Cause> {
         Ok(Mounter::default().create(&self.directory.path().join("erofs"), self.data.as_fd())?)
+    }
+}
+
+/// Removes what a trial left that was interrupted.
+fn sweep(root: &Path) {
+    let is_left = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with(PREFIX);
+    for entry in fs::read_dir(root).into_iter().flatten().flatten().filter(is_left) {
+        // What stays takes a few blocks.
+        let _ = fs::remove_dir_all(entry.path());
     }
 }
 

@@ -1,20 +1,24 @@
 //! Answers the kernel's questions about the layers that it serves itself.
 //!
 //! One thread reads the events of all groups. What is resident it allows at once; what is not is fetched on the runtime, and answered
-//! there. Whatever is not understood is denied. A layer whose table in the journal is full, or for which there are no descriptors left,
-//! is not read from until there is room: its readers wait in the kernel's queue, and nobody gets an error for it.
+//! there. Whatever is not understood is denied. A layer whose table in the journal is full is not read from until there is room, and all
+//! layers together take no more than a part of the descriptors that there are: readers wait in the kernel's queue, and get no error for it.
+//! (When there is no descriptor for an event, the kernel itself denies it.)
 
 mod member;
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use estargz::digest::Digest;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use tokio::runtime::Handle;
@@ -23,7 +27,7 @@ pub use self::member::Member;
 use self::member::{MAX_NUMBER, Ownership, Question, reserve};
 use super::event::{Asked, Event};
 use super::group::{Answer, Group};
-use super::journal::{Journal, Received, Slot};
+use super::journal::{Entry, Journal, Received, Slot};
 use crate::layer::fetch::{LayerFetch, Reading};
 use crate::metrics::Metrics;
 use crate::metrics::defs::{NativeEventLabels, NativeOutcome};
@@ -95,7 +99,13 @@ impl Service {
             let inner = inner.clone();
             std::thread::Builder::new()
                 .name("native-events".to_owned())
-                .spawn(move || inner.run())?
+                .spawn(move || {
+                    if catch_unwind(AssertUnwindSafe(|| inner.run())).is_err() {
+                        // Nobody would answer any more. The next process goes on where this one was.
+                        tracing::error!("a panic while events were read; the process ends");
+                        std::process::abort();
+                    }
+                })?
         };
         *inner.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(Self { inner })
@@ -106,37 +116,44 @@ impl Service {
         &self.inner.journal
     }
 
-    /// Answers for `fetch`'s layer from now on. The group has its mark.
-    pub fn join(&self, group: Group, slot: Slot, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
-        let member = self.inner.member(group, slot, fetch);
+    /// Answers for a layer from now on. The group has its mark.
+    pub fn join(&self, group: Group, slot: Slot, toc: Digest, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
+        let member = self.inner.member(group, slot, toc);
+        member.fetch_by(fetch);
         self.inner.admit(&member)?;
         Ok(member)
     }
 
-    /// Goes on for a layer that a predecessor served: answers first what it left.
-    pub fn resume(&self, group: Group, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
-        let toc = fetch.layer().toc_digest();
-        let Some(slot) = self.inner.journal.resume(&toc) else {
-            return self.resume_blind(group, fetch);
+    /// Goes on for a layer that a predecessor served: answers first what it left. Without a `fetch`, until there is one, whatever is
+    /// asked is denied.
+    pub fn resume(&self, group: Group, toc: Digest, fetch: Option<Arc<LayerFetch>>) -> io::Result<Arc<Member>> {
+        let (slot, left) = match self.inner.journal.resume(&toc) {
+            Some(slot) => {
+                let left = slot.left();
+                (slot, left)
+            }
+            None => (self.resume_blind(&group, &toc)?, Vec::new()),
         };
-        let left = slot.left();
-        let member = self.inner.member(group, slot, fetch);
-        let reserved: Vec<_> = left.iter().map(|entry| reserve(entry.number)).collect();
-        let foreign = reserved.iter().filter(|is_reserved| !**is_reserved).count();
+        let member = self.inner.member(group, slot, toc);
+        if let Some(fetch) = fetch {
+            member.fetch_by(fetch);
+        }
+        let ownership = |entry: &Entry| {
+            if reserve(entry.number) {
+                Ownership::Ours
+            } else {
+                Ownership::Foreign
+            }
+        };
+        // All of them first: what is opened for one must not take another's number.
+        let left: Vec<_> = left.into_iter().map(|entry| (entry, ownership(&entry))).collect();
+        let foreign = left.iter().filter(|(_, whose)| *whose == Ownership::Foreign).count();
         member.blocking.store(foreign, Ordering::Release);
         if !left.is_empty() {
             tracing::info!(%toc, events = left.len(), foreign, "going on with what an earlier process was asked");
         }
-        for (entry, is_reserved) in left.into_iter().zip(reserved) {
-            let question = Question {
-                number: entry.number,
-                pid: 0,
-                ownership: if is_reserved {
-                    Ownership::Ours
-                } else {
-                    Ownership::Foreign
-                },
-            };
+        for (entry, ownership) in left {
+            let question = Question::new(&member, entry.number, ownership, 0);
             self.inner.handle(&member, question, entry.asked);
         }
         self.inner.admit(&member)?;
@@ -144,9 +161,8 @@ impl Service {
     }
 
     /// Without a journal it is not known who waits: whoever does gets an error, once; the kernel asks again for most of them.
-    fn resume_blind(&self, group: Group, fetch: Arc<LayerFetch>) -> io::Result<Arc<Member>> {
-        let toc = fetch.layer().toc_digest();
-        let slot = self.inner.journal.claim(&toc);
+    fn resume_blind(&self, group: &Group, toc: &Digest) -> io::Result<Slot> {
+        let slot = self.inner.journal.claim(toc);
         let slot = slot.ok_or_else(|| io::Error::other("no slot in the journal of events is free"))?;
         let numbers = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
         let numbers = numbers.and_then(|most| i32::try_from(most).ok()).unwrap_or(MAX_NUMBER);
@@ -154,7 +170,7 @@ impl Service {
             (0..numbers.min(MAX_NUMBER)).filter(|number| matches!(group.answer(*number, Answer::Deny), Ok(true)));
         let denied = denied.count();
         tracing::warn!(%toc, denied, "the journal of events has no slot of this layer; what it left unanswered was denied");
-        self.join(group, slot, fetch)
+        Ok(slot)
     }
 
     /// Stops answering, and leaves what is pending to a successor; the groups must be kept elsewhere.
@@ -189,15 +205,9 @@ impl Inner {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn member(self: &Arc<Self>, group: Group, slot: Slot, fetch: Arc<LayerFetch>) -> Arc<Member> {
-        Arc::new(Member {
-            token: self.next.fetch_add(1, Ordering::Relaxed),
-            group,
-            slot: Some(slot),
-            fetch,
-            inner: self.clone(),
-            blocking: AtomicUsize::new(0),
-        })
+    fn member(self: &Arc<Self>, group: Group, slot: Slot, toc: Digest) -> Arc<Member> {
+        let token = self.next.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Member::new(self, token, toc, group, slot))
     }
 
     /// Begins to read the member's events, once no number of its predecessor's stands in the way.
@@ -239,7 +249,7 @@ impl Inner {
             // It is not there yet, or has gone.
             Ok(()) | Err(Errno::NOENT) => {}
             Err(errno) => {
-                tracing::error!(toc = %member.fetch.layer().toc_digest(), %errno, "the events of a layer are not heard any more");
+                tracing::error!(toc = %member.toc, %errno, "the events of a layer are not heard any more");
             }
         }
     }
@@ -275,6 +285,7 @@ impl Inner {
         let Some(slot) = &member.slot else { return };
         for _ in 0..TURN {
             let room = self.most.saturating_sub(self.pending.load(Ordering::Acquire));
+            let _alone = member.reading.lock().unwrap_or_else(PoisonError::into_inner);
             match slot.receive(member.group.as_fd(), room) {
                 Ok(Received::Events(events)) if !events.is_empty() => {
                     for event in events {
@@ -284,11 +295,11 @@ impl Inner {
                 Ok(Received::Nothing) => break,
                 Ok(Received::Full) => return self.starve(member),
                 Ok(Received::Events(_)) => {
-                    tracing::error!(toc = %member.fetch.layer().toc_digest(), "the kernel's events are of a version that is not known");
+                    tracing::error!(toc = %member.toc, "the kernel's events are of a version that is not known");
                     break;
                 }
                 Err(error) => {
-                    tracing::warn!(toc = %member.fetch.layer().toc_digest(), %error, "events cannot be read now; their readers wait");
+                    tracing::warn!(toc = %member.toc, %error, "events cannot be read now; their readers wait");
                     self.metrics.native_event_read_failures.inc();
                     std::thread::sleep(REST);
                     break;
@@ -321,84 +332,74 @@ impl Inner {
 
     fn take(self: &Arc<Self>, member: &Arc<Member>, event: Event) {
         if event.fd < 0 {
-            tracing::error!(toc = %member.fetch.layer().toc_digest(), asked = ?event.asked, "the kernel told of an event without a number");
+            tracing::error!(toc = %member.toc, asked = ?event.asked, "the kernel told of an event without a number");
             self.count(NativeOutcome::Unknown);
             return;
         }
-        let question = Question {
-            number: event.fd,
-            pid: event.pid,
-            ownership: Ownership::Ours,
-        };
-        self.handle(member, question, event.asked);
+        let question = Question::new(member, event.fd, Ownership::Ours, event.pid);
+        // The question is denied by being dropped; the next one is another reader's.
+        if catch_unwind(AssertUnwindSafe(|| self.handle(member, question, event.asked))).is_err() {
+            tracing::error!(toc = %member.toc, asked = ?event.asked, "a panic while an event was looked at; it is denied");
+        }
     }
 
-    fn handle(self: &Arc<Self>, member: &Arc<Member>, question: Question, asked: Asked) {
+    fn handle(self: &Arc<Self>, member: &Arc<Member>, mut question: Question, asked: Asked) {
         let Asked::Range { offset, count } = asked else {
-            tracing::error!(toc = %member.fetch.layer().toc_digest(), ?asked, "an event that is not understood is denied");
+            tracing::error!(toc = %member.toc, ?asked, "an event that is not understood is denied");
             self.count(NativeOutcome::Unknown);
-            return member.answer(question, Answer::Deny);
+            return question.answer(Answer::Deny);
         };
-        let fetch = &member.fetch;
+        let Some(fetch) = member.fetch() else {
+            self.count(NativeOutcome::Denied);
+            return question.answer(Answer::Deny);
+        };
         let range = offset..offset.saturating_add(count);
         let chunks = fetch.layer().index().chunks_at(range);
         fetch.note_read(&chunks);
         if fetch.layer().residency().contains_all(chunks.clone()) {
             fetch.layer().touch();
             self.count(NativeOutcome::Resident);
-            return member.answer(question, Answer::Allow);
+            return question.answer(Answer::Allow);
         }
-        self.pending.fetch_add(1, Ordering::AcqRel);
-        let work = self.clone().fetch(member.clone(), question, chunks, offset, count);
-        let mut work = Box::pin(work);
+        question.count();
+        let mut work = Box::pin(
+            self.clone()
+                .fetch(fetch, question, chunks, offset..offset.saturating_add(count)),
+        );
         // What is there after all costs no hop. The no-op waker loses nothing: a task is always polled once more.
         if work.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.runtime.spawn(work);
         }
     }
 
-    async fn fetch(
-        self: Arc<Self>,
-        member: Arc<Member>,
-        question: Question,
-        chunks: std::ops::Range<u32>,
-        offset: u64,
-        count: u64,
-    ) {
+    async fn fetch(self: Arc<Self>, fetch: Arc<LayerFetch>, question: Question, chunks: Range<u32>, range: Range<u64>) {
         let began = Instant::now();
-        let fetch = &member.fetch;
-        let is_front = count >= FRONT
-            && fetch
-                .layer()
-                .index()
-                .chunk(chunks.start)
-                .is_some_and(|chunk| chunk.file_offset == 0 && chunk.data_offset == offset);
+        let count = range.end - range.start;
+        let first = fetch.layer().index().chunk(chunks.start);
+        let is_front =
+            count >= FRONT && first.is_some_and(|chunk| chunk.file_offset == 0 && chunk.data_offset == range.start);
         let reading = if is_front { Reading::Front } else { Reading::Part };
         let result = {
             // Nothing of it is given up between its coming and its being read.
             let _held = fetch.layer().hold(chunks.clone());
             fetch.ensure(chunks, reading).await
         };
-        let bytes = usize::try_from(count).unwrap_or(usize::MAX);
         // While it waits, so that it is there to be looked at.
         let brought = if result.is_ok() { count } else { 0 };
         fetch.readers().note(question.pid, brought, began.elapsed());
         match result {
             Ok(()) => {
-                fetch.count_read(false, bytes);
+                fetch.count_read(false, usize::try_from(count).unwrap_or(usize::MAX));
                 self.count(NativeOutcome::Fetched);
-                member.answer(question, Answer::Allow);
+                question.answer(Answer::Allow);
             }
             // A successor goes on with it.
             Err(_) if self.leaving.load(Ordering::Acquire) => {}
             Err(_) => {
                 self.count(NativeOutcome::Denied);
-                member.answer(question, Answer::Deny);
+                question.answer(Answer::Deny);
             }
         }
-        tracing::trace!(pid = question.pid, waited = ?began.elapsed(), "answered");
-        self.pending.fetch_sub(1, Ordering::AcqRel);
-        self.feed();
     }
 
     fn count(&self, outcome: NativeOutcome) {

@@ -10,11 +10,11 @@ use estargz::digest::Digest;
 use estargz::index::LayerIndex;
 
 use super::{CacheError, MAX_TOC_FILE_BYTES, build_index, io_error, read_origin, verify};
-use crate::layer::cache::files;
 use crate::layer::cache::layer::{OpenLayer, Parts, RESIDENT};
 use crate::layer::cache::residency::{Binding, Residency};
 use crate::layer::cache::shelf::Shelf;
 use crate::layer::cache::stale::MOUNT_POINT;
+use crate::layer::cache::{files, kernel};
 use crate::layer::sys::{self, Mapped};
 
 /// Opens a layer that is there.
@@ -39,9 +39,17 @@ pub(super) fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Open
         Some(kept) => kept,
         None => open_data(&path)?,
     };
+    let read_by_kernel = is_kept || kernel::is_noted(&data).map_err(io_error("look at", &path))?;
     let length = data.metadata().map_err(io_error("stat", &path))?.len();
     let residency = if length == index.data_size() {
         load_residency(&dir, &binding, index.chunk_count())?
+    } else if read_by_kernel {
+        // Cleared away as a whole; those who have it in use keep it.
+        let fault = format!("has {length} bytes instead of {}", index.data_size());
+        return Err(io_error("use", &path)(io::Error::new(
+            io::ErrorKind::InvalidData,
+            fault,
+        )));
     } else {
         tracing::warn!(path = %path.display(), length, expected = index.data_size(), "data has a wrong length; starting empty");
         reset_data(&dir, &data, index.data_size())?;
@@ -58,11 +66,11 @@ pub(super) fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Open
                 map,
                 data,
                 residency,
+                read_by_kernel,
             };
             let layer = OpenLayer::new(shelf.clone(), parts);
-            if is_kept {
-                layer.leave_to_kernel();
-            } else if let Err(error) = layer.trim() {
+            // What the kernel may read stays, known or not.
+            if !read_by_kernel && let Err(error) = layer.trim() {
                 tracing::warn!(dir = %layer.dir().display(), %error, "what an unclean stop left stays");
             }
             Ok(layer)

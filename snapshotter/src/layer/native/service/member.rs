@@ -2,31 +2,191 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use estargz::digest::Digest;
 use rustix::event::epoll;
 use rustix::fs::{Mode, OFlags};
 
 use super::{Inner, REST, is_passing};
+use crate::layer::cache::CachedLayer;
 use crate::layer::fetch::LayerFetch;
 use crate::layer::native::group::{Answer, Group};
 use crate::layer::native::journal::{Received, Slot};
 use crate::layer::native::sys;
 
-/// A layer whose readers ask.
+/// Beyond any number of descriptors that a process may have.
+pub(super) const MAX_NUMBER: i32 = 1 << 20;
+
+/// A layer whose readers ask. There is at most one of a layer.
 pub struct Member {
     pub(super) token: u64,
+    pub(super) toc: Digest,
     pub(super) group: Group,
     pub(super) slot: Option<Slot>,
-    pub(super) fetch: Arc<LayerFetch>,
+    fetch: Mutex<Option<Arc<LayerFetch>>>,
     pub(super) inner: Arc<Inner>,
     /// Events of a predecessor whose numbers this process uses otherwise: new ones could get the same.
     pub(super) blocking: AtomicUsize,
+    /// Held while events are read and taken: the inbox is one reader's.
+    pub(super) reading: Mutex<()>,
+    retired: AtomicBool,
 }
 
-/// Beyond any number of descriptors that a process may have.
-pub(super) const MAX_NUMBER: i32 = 1 << 20;
+impl Member {
+    pub(super) fn new(inner: &Arc<Inner>, token: u64, toc: Digest, group: Group, slot: Slot) -> Self {
+        Self {
+            token,
+            toc,
+            group,
+            slot: Some(slot),
+            fetch: Mutex::default(),
+            inner: inner.clone(),
+            blocking: AtomicUsize::new(0),
+            reading: Mutex::default(),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    /// Who fetches what readers ask for; none where all that is asked is denied.
+    pub(super) fn fetch(&self) -> Option<Arc<LayerFetch>> {
+        self.fetch.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on `fetch` fetches what readers ask for.
+    pub fn fetch_by(&self, fetch: Arc<LayerFetch>) {
+        *self.fetch.lock().unwrap_or_else(PoisonError::into_inner) = Some(fetch);
+    }
+
+    /// Takes the mark away, answers what came before, and forgets the layer. Only for a layer that is complete, or that nobody has
+    /// mounted: whoever asks now is allowed.
+    pub fn retire(self: &Arc<Self>, layer: &CachedLayer) -> io::Result<()> {
+        self.group.unmark(layer.content())?;
+        if let Some(slot) = &self.slot {
+            self.drain(slot)?;
+        }
+        self.inner.members().remove(&self.token);
+        // Gone with the last who has the group open, at the latest.
+        let _ = epoll::delete(&self.inner.epoll, &self.group);
+        self.retired.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes all events that there are.
+    fn drain(self: &Arc<Self>, slot: &Slot) -> io::Result<()> {
+        loop {
+            let received = {
+                let _alone = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+                let received = slot.receive(self.group.as_fd(), usize::MAX);
+                match received {
+                    Ok(Received::Events(events)) if !events.is_empty() => {
+                        events.into_iter().for_each(|event| self.inner.take(self, event));
+                        continue;
+                    }
+                    other => other,
+                }
+            };
+            match received {
+                Ok(Received::Full) => std::thread::sleep(REST),
+                Ok(Received::Events(_) | Received::Nothing) => return Ok(()),
+                Err(error) if is_passing(&error) => std::thread::sleep(REST),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn answer(&self, number: i32, ownership: Ownership, answer: Answer) {
+        if let Err(error) = self.group.answer(number, answer) {
+            tracing::error!(toc = %self.toc, number, ?answer, %error, "the kernel refused an answer");
+        }
+        if let Some(slot) = &self.slot {
+            slot.forget(number);
+        }
+        // Not before: its number must not come up again while the journal has it.
+        match ownership {
+            Ownership::Ours => sys::close_event(number),
+            Ownership::Foreign => {
+                if self.blocking.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    self.inner.listen(self);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if self.inner.leaving.load(Ordering::Acquire) && !self.retired.load(Ordering::Acquire) {
+            // A successor needs it.
+            return;
+        }
+        if let Some(slot) = self.slot.take() {
+            slot.release();
+        }
+    }
+}
+
+/// Whose descriptor has the number of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ownership {
+    /// The event's: it is closed when the event has been answered.
+    Ours,
+    /// Something else's, since a predecessor read the event.
+    Foreign,
+}
+
+/// The duty to answer an event. What is dropped without an answer is denied; or left to a successor, if one is to come.
+pub(super) struct Question {
+    member: Arc<Member>,
+    number: i32,
+    ownership: Ownership,
+    /// Who waits, in our namespace of processes.
+    pub(super) pid: i32,
+    answered: bool,
+    counted: bool,
+}
+
+impl Question {
+    pub(super) fn new(member: &Arc<Member>, number: i32, ownership: Ownership, pid: i32) -> Self {
+        Self {
+            member: member.clone(),
+            number,
+            ownership,
+            pid,
+            answered: false,
+            counted: false,
+        }
+    }
+
+    /// Counts among those that are worked on, until it is answered.
+    pub(super) fn count(&mut self) {
+        if !std::mem::replace(&mut self.counted, true) {
+            self.member.inner.pending.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    pub(super) fn answer(mut self, answer: Answer) {
+        self.give(answer);
+    }
+
+    fn give(&mut self, answer: Answer) {
+        self.answered = true;
+        self.member.answer(self.number, self.ownership, answer);
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        if !self.answered && !self.member.inner.leaving.load(Ordering::Acquire) {
+            self.give(Answer::Deny);
+        }
+        if self.counted {
+            self.member.inner.pending.fetch_sub(1, Ordering::AcqRel);
+            self.member.inner.feed();
+        }
+    }
+}
 
 /// Occupies a number, so that no event gets it; whether it was free.
 pub(super) fn reserve(number: i32) -> bool {
@@ -42,86 +202,5 @@ pub(super) fn reserve(number: i32) -> bool {
             is_it
         }
         Err(_) => false,
-    }
-}
-
-/// Whose descriptor has the number of an event.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ownership {
-    /// The event's: it is closed when the event has been answered.
-    Ours,
-    /// Something else's, since a predecessor read the event.
-    Foreign,
-}
-
-/// An event that waits for its answer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Question {
-    pub(super) number: i32,
-    pub(super) pid: i32,
-    pub(super) ownership: Ownership,
-}
-
-impl Member {
-    /// The layer.
-    pub fn fetch(&self) -> &Arc<LayerFetch> {
-        &self.fetch
-    }
-
-    /// The group.
-    pub fn group(&self) -> &Group {
-        &self.group
-    }
-
-    /// Takes the mark away, answers what came before, and forgets the layer. Only for a layer that is complete, or that nobody has
-    /// mounted: whoever asks now is allowed.
-    pub fn retire(self: Arc<Self>) -> io::Result<()> {
-        self.group.unmark(self.fetch.layer().content())?;
-        self.inner.members().remove(&self.token);
-        // Gone with the last who has the group open, at the latest.
-        let _ = epoll::delete(&self.inner.epoll, &self.group);
-        let Some(slot) = &self.slot else { return Ok(()) };
-        loop {
-            match slot.receive(self.group.as_fd(), usize::MAX) {
-                Ok(Received::Events(events)) if !events.is_empty() => {
-                    events.into_iter().for_each(|event| self.inner.take(&self, event));
-                }
-                Ok(Received::Full) => std::thread::sleep(REST),
-                Ok(Received::Events(_) | Received::Nothing) => return Ok(()),
-                Err(error) if is_passing(&error) => std::thread::sleep(REST),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    pub(super) fn answer(&self, question: Question, answer: Answer) {
-        if let Err(error) = self.group.answer(question.number, answer) {
-            tracing::error!(toc = %self.fetch.layer().toc_digest(), number = question.number, ?answer, %error,
-                "the kernel refused an answer");
-        }
-        if let Some(slot) = &self.slot {
-            slot.forget(question.number);
-        }
-        // Not before: its number must not come up again while the journal has it.
-        match question.ownership {
-            Ownership::Ours => sys::close_event(question.number),
-            Ownership::Foreign => {
-                if self.blocking.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    self.inner.listen(self);
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        if self.inner.leaving.load(Ordering::Acquire) {
-            // A successor needs it.
-            return;
-        }
-        if let Some(slot) = self.slot.take() {
-            slot.release();
-        }
     }
 }
