@@ -342,7 +342,8 @@ impl<B: AsRef<[u8]>> LayerIndex<B> {
         let chunks = self.chunk_records();
         let begins = |chunk: &ChunkRecord| {
             let file = self.inode_record(chunk.ino.get().into());
-            file.map_or(0, |file| file.data_offset.get()).saturating_add(chunk.file_offset.get())
+            file.map_or(0, |file| file.data_offset.get())
+                .saturating_add(chunk.file_offset.get())
         };
         if range.is_empty() {
             return 0..0;

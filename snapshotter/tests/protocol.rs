@@ -132,7 +132,7 @@ impl Daemon {
         let socket = config.socket.clone();
         let layers = layers.clone();
         let (stop, stopped) = oneshot::channel::<()>();
-        let make = async move |_, _| Ok(Arc::new(layers) as Arc<dyn LayerMounts>);
+        let make = async move |_, _, _| Ok(Arc::new(layers) as Arc<dyn LayerMounts>);
         let task = tokio::spawn(run(config, make, async move { drop(stopped.await) }));
         for _ in 0..200 {
             if let Ok(client) = Client::connect(format!("unix:{}", socket.display())).await {

@@ -96,12 +96,7 @@ impl<B: AsRef<[u8]>> Check<'_, B> {
                 Some(FileKind::Regular) => {
                     // Who looks for what lies at a place of the data file searches the chunks as if they were sorted by it.
                     let in_order = record.first.get() as u64 == chunks && record.data_offset.get() >= data_end;
-                    self.require(
-                        children == 0 || in_order,
-                        "content out of order",
-                        Section::Inodes,
-                        at,
-                    )?;
+                    self.require(children == 0 || in_order, "content out of order", Section::Inodes, at)?;
                     if children > 0 {
                         data_end = record.data_offset.get().saturating_add(record.size.get());
                     }

@@ -72,6 +72,7 @@ fn every_value_is_taken_over() {
         address = ""
         [layers]
         lazy = false
+        mount = "fuse"
         mount_timeout = "1m"
         restore_parallelism = 2
         [registry]
@@ -127,6 +128,7 @@ fn every_value_is_taken_over() {
         (log.format, metrics.address, layers.lazy),
         (LogFormat::Text, None, false)
     );
+    assert_eq!(layers.mount, MountChoice::Fuse);
     assert_eq!(
         (layers.mount_timeout, layers.restore_parallelism),
         (Duration::from_secs(60), 2)

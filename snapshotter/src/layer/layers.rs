@@ -231,7 +231,10 @@ impl Shared {
 
     fn all_slots(&self) -> Vec<(Digest, Arc<Slot>)> {
         let slots = self.slots();
-        slots.iter().map(|(toc_digest, slot)| (*toc_digest, slot.clone())).collect()
+        slots
+            .iter()
+            .map(|(toc_digest, slot)| (*toc_digest, slot.clone()))
+            .collect()
     }
 
     async fn unmount_all(self: &Arc<Self>) {
@@ -239,7 +242,9 @@ impl Shared {
             let shared = self.clone();
             async move { shared.unmount_and_forget(toc_digest, slot).await }
         };
-        stream::iter(self.all_slots()).for_each_concurrent(PARALLEL, unmount).await;
+        stream::iter(self.all_slots())
+            .for_each_concurrent(PARALLEL, unmount)
+            .await;
     }
 
     /// Leaves all mounts to the next process, if something keeps them; unmounts them otherwise.
@@ -257,7 +262,9 @@ impl Shared {
                 shared.forget(&toc_digest, slot);
             }
         };
-        stream::iter(self.all_slots()).for_each_concurrent(PARALLEL, leave).await;
+        stream::iter(self.all_slots())
+            .for_each_concurrent(PARALLEL, leave)
+            .await;
     }
 
     /// Takes down what an earlier process left mounted and no snapshot refers to any more: nobody else would answer for it.
@@ -270,7 +277,9 @@ impl Shared {
             let origin = self.store.origin(&toc_digest);
             let slot = self.slot(&toc_digest);
             let restored = match origin {
-                Ok(Origin { image, layer_digest, .. }) => {
+                Ok(Origin {
+                    image, layer_digest, ..
+                }) => {
                     let origin = LayerOrigin {
                         toc_digest,
                         image,

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
-use super::defs::{EvictedLabels, FetchLabels, KindLabels, OpErrorLabels, OpLabels, PrepareLabels, PrepareResult};
+use super::defs::{
+    EvictedLabels, FetchLabels, KindLabels, MountLabels, NativeEventLabels, NativeOutcome, OpErrorLabels, OpLabels,
+    PrepareLabels, PrepareResult,
+};
 use super::defs::{ResultLabels, SourceLabels};
 use super::*;
 
@@ -62,6 +65,16 @@ fn the_documented_metrics_are_the_real_ones() {
     metrics
         .cache_evicted_bytes
         .get_or_create(&EvictedLabels { kind: "layer" })
+        .inc();
+    metrics
+        .layers_mounted
+        .get_or_create(&MountLabels { mount: "erofs" })
+        .inc();
+    metrics
+        .native_events
+        .get_or_create(&NativeEventLabels {
+            outcome: NativeOutcome::Fetched,
+        })
         .inc();
     let mut text = String::new();
     encode(&mut text, &registry).unwrap();

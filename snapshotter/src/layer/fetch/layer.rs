@@ -246,7 +246,8 @@ impl LayerFetch {
         let layer = self.layer.clone();
         let result = tokio::task::spawn_blocking(move || layer.checkpoint()).await;
         if matches!(result, Ok(Ok(()))) && self.layer.residency().is_complete() && !self.layer.is_dirty() {
-            self.complete.send_if_modified(|complete| !std::mem::replace(complete, true));
+            self.complete
+                .send_if_modified(|complete| !std::mem::replace(complete, true));
         }
         // It is tried again at every interval; a disk that is full is said once.
         let dir = self.layer.dir().display();

@@ -13,6 +13,7 @@ use hullspeed_registry::{Client, Reference, Upload, Version};
 use rustix::mount::{MountFlags, mount};
 
 use super::*;
+use crate::config::MountChoice;
 use crate::layer::mounts::kept::Descriptors;
 use crate::layer::source::registry::registry_digest;
 use crate::layer::testing::{Packing, Sample, noise};
@@ -132,11 +133,15 @@ pub(super) fn config(root: &Path) -> Config {
 }
 
 pub(super) fn layers(root: &Path) -> (Layers, Metrics) {
-    let metrics = Metrics::unregistered();
-    (
-        Layers::new(&config(root), metrics.clone(), Descriptors::default(), Handle::current()).unwrap(),
-        metrics,
-    )
+    layers_mounted_by(root, MountChoice::Auto)
+}
+
+/// Without a descriptor store, natively is for complete layers.
+pub(super) fn layers_mounted_by(root: &Path, mount: MountChoice) -> (Layers, Metrics) {
+    let (mut config, metrics) = (config(root), Metrics::unregistered());
+    config.layers.mount = mount;
+    let layers = Layers::new(&config, metrics.clone(), Descriptors::default(), Handle::current());
+    (layers.unwrap(), metrics)
 }
 
 /// Layers that are mounted, in whichever way.
@@ -370,7 +375,7 @@ async fn privileged_everything_that_a_tree_can_hold_comes_through_fuse() {
     let registry = Registry::start();
     registry.push(std::slice::from_ref(&sample)).await;
     let dir = tempfile::tempdir().unwrap();
-    let (layers, metrics) = layers(dir.path());
+    let (layers, metrics) = layers_mounted_by(dir.path(), MountChoice::Fuse);
     // Without the manifest's digest, so also without the blob's size.
     let root = layers.mount(request(&registry, &sample, None)).await.unwrap().path;
     assert_eq!(toc_requests(&metrics), 1);

@@ -24,7 +24,12 @@ pub(super) fn of(
     descriptors: Descriptors,
     runtime: &Handle,
 ) -> Result<Ways, Cause> {
-    let fuse = FuseWay::new(config.fuse.clone(), runtime.clone(), metrics.clone(), descriptors.clone());
+    let fuse = FuseWay::new(
+        config.fuse.clone(),
+        runtime.clone(),
+        metrics.clone(),
+        descriptors.clone(),
+    );
     let reach = reach(config, root, &descriptors)?;
     if reach == Reach::Nothing && !descriptors.has_native() {
         return Ok(Ways::new(fuse, None, reach, descriptors));
@@ -34,7 +39,10 @@ pub(super) fn of(
         Ok(native) => Ok(Ways::new(fuse, Some(native), reach, descriptors)),
         Err(error) if config.layers.mount == MountChoice::Erofs => Err(error),
         Err(error) => {
-            tracing::error!(error = &*error as &dyn std::error::Error, "layers are not mounted natively");
+            tracing::error!(
+                error = &*error as &dyn std::error::Error,
+                "layers are not mounted natively"
+            );
             Ok(Ways::new(fuse, None, Reach::Nothing, descriptors))
         }
     }
@@ -57,14 +65,22 @@ fn native(config: &Config, metrics: &Metrics, descriptors: &Descriptors, runtime
     let journal = match kept {
         Some(Ok(journal)) => journal,
         Some(Err(error)) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "the journal of events that was kept is of no use");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "the journal of events that was kept is of no use"
+            );
             fresh(descriptors)?
         }
         None => fresh(descriptors)?,
     };
     let service = Service::start(Arc::new(journal), metrics.clone(), runtime.clone())?;
     let read_ahead_kib = u32::try_from(config.fuse.read_ahead.bytes() / 1024).unwrap_or(u32::MAX);
-    Ok(NativeWay::new(service, descriptors.clone(), read_ahead_kib, runtime.clone()))
+    Ok(NativeWay::new(
+        service,
+        descriptors.clone(),
+        read_ahead_kib,
+        runtime.clone(),
+    ))
 }
 
 /// A new journal, kept where there is a store; without one nothing is noted in it that would have to be.
@@ -73,7 +89,9 @@ fn fresh(descriptors: &Descriptors) -> Result<Journal, JournalError> {
     if descriptors.has_store() {
         use std::os::fd::AsFd;
         descriptors.forget("journal");
-        descriptors.keep_journal(journal.as_fd()).map_err(JournalError::Memory)?;
+        descriptors
+            .keep_journal(journal.as_fd())
+            .map_err(JournalError::Memory)?;
     }
     Ok(journal)
 }

@@ -157,7 +157,10 @@ impl LayerMounted for FuseMounted {
             return self.session.leave();
         }
         if let Err(error) = self.unmount() {
-            tracing::warn!(error = &*error as &dyn std::error::Error, "a mount that cannot be left did not end cleanly");
+            tracing::warn!(
+                error = &*error as &dyn std::error::Error,
+                "a mount that cannot be left did not end cleanly"
+            );
         }
     }
 }

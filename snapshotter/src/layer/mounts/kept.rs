@@ -83,7 +83,9 @@ impl Descriptors {
         };
         let names: Vec<String> = inherited.kept_names().map(ToOwned::to_owned).collect();
         for name in names {
-            let Some(descriptor) = inherited.take_kept(&name) else { continue };
+            let Some(descriptor) = inherited.take_kept(&name) else {
+                continue;
+            };
             if !descriptors.take(&name, descriptor) {
                 tracing::warn!(name, "a kept descriptor is of no use here and is given back");
                 descriptors.forget(&name);

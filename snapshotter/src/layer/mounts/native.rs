@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ use crate::layer::fetch::LayerFetch;
 use crate::layer::native::group::Group;
 use crate::layer::native::service::{Member, Service};
 
+/// The largest page of any machine this runs on.
+const PAGE: u64 = 64 << 10;
 /// How long it is waited for the end of a file system that was unmounted.
 const GRACE: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has ended.
@@ -103,7 +106,9 @@ impl Way for NativeWay {
         let serving = Serving::new(&self.shared, fetch, Some(member));
         let found = device_of(&target).map_err(Cause::from).and_then(|device| {
             let gone = Gone::watch(&target)?;
-            is_erofs(&target)?.then_some((device, gone)).ok_or_else(|| "no EROFS is mounted there".into())
+            is_erofs(&target)?
+                .then_some((device, gone))
+                .ok_or_else(|| "no EROFS is mounted there".into())
         });
         let (device, gone) = match found {
             Ok(found) => found,
@@ -135,7 +140,8 @@ impl Shared {
         let slot = slot.ok_or("no slot in the journal of events is free")?;
         let made = Group::new().and_then(|group| {
             group.mark(layer.content())?;
-            self.descriptors.keep_native(&toc, group.as_fd(), layer.content().as_fd())?;
+            self.descriptors
+                .keep_native(&toc, group.as_fd(), layer.content().as_fd())?;
             Ok(group)
         });
         let group = match made {
@@ -161,16 +167,19 @@ impl Shared {
         }
         let device = detached.device();
         detached.attach(target)?;
-        let gone = Gone::watch(target).map_err(|error| {
+        let gone = Gone::watch(target).inspect_err(|_| {
+            // The first error is the one to report.
             let _ = rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-            error
         })?;
         Ok((device, gone))
     }
 
     fn linger(&self, serving: Serving) {
         tracing::warn!(toc = %serving.fetch.layer().toc_digest(), "a layer's file system is in use although it was unmounted; it is served on");
-        self.lingering.lock().unwrap_or_else(PoisonError::into_inner).push(serving);
+        self.lingering
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(serving);
     }
 }
 
@@ -260,9 +269,23 @@ impl LayerMounted for NativeMounted {
             let path = fetch.layer().index().path_of(chunk.ino);
             let path = target.join(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(&path)));
             // It is a regular file by the index, and opening it reads nothing of it.
-            let file = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
-            let length = std::num::NonZeroU64::new(u64::from(chunk.size));
-            Ok(rustix::fs::fadvise(file, chunk.file_offset, length, Advice::DontNeed)?)
+            let file = rustix::fs::open(
+                &path,
+                OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            )?;
+            // Only pages that lie in the range as a whole are dropped.
+            let first = chunk.file_offset / PAGE * PAGE;
+            let end = chunk
+                .file_offset
+                .saturating_add(u64::from(chunk.size))
+                .next_multiple_of(PAGE);
+            Ok(rustix::fs::fadvise(
+                file,
+                first,
+                NonZeroU64::new(end - first),
+                Advice::DontNeed,
+            )?)
         })
     }
 
@@ -291,7 +314,13 @@ impl LayerMounted for NativeMounted {
     fn leave(self: Box<Self>) {
         // The mark, the group and the journal stay; nobody takes the mark away behind the successor's back.
         self.serving.unwatch();
-        std::mem::forget(self.serving.member.lock().unwrap_or_else(PoisonError::into_inner).take());
+        std::mem::forget(
+            self.serving
+                .member
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
     }
 }
 
@@ -315,7 +344,13 @@ impl Gone {
             let mut reader = inotify::Reader::new(&self.watch, &mut buffer);
             match reader.next() {
                 // Only the root is watched, and only its end is news.
-                Ok(event) if event.events().intersects(inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED) => return true,
+                Ok(event)
+                    if event
+                        .events()
+                        .intersects(inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED) =>
+                {
+                    return true;
+                }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(_) if Instant::now() < until => std::thread::sleep(LOOK),
                 Err(_) => return false,

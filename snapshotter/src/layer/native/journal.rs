@@ -109,7 +109,10 @@ impl Journal {
     }
 
     fn words(&self, slot: usize) -> &[AtomicU64] {
-        self.words.words().get(slot * SLOT..(slot + 1) * SLOT).unwrap_or_default()
+        self.words
+            .words()
+            .get(slot * SLOT..(slot + 1) * SLOT)
+            .unwrap_or_default()
     }
 
     /// The slot of a layer that a predecessor served, with what it left.
@@ -259,7 +262,9 @@ impl Slot {
         self.enter(&found);
         self.clear_inbox();
         let words = |entry: &[AtomicU64]| [entry[0].load(Ordering::Acquire), entry[1].load(Ordering::Acquire)];
-        self.table().filter_map(|entry| Entry::from_words(words(entry))).collect()
+        self.table()
+            .filter_map(|entry| Entry::from_words(words(entry)))
+            .collect()
     }
 
     fn inbox(&self) -> Vec<Event> {
@@ -290,7 +295,10 @@ impl Slot {
             let free = self.table().find(|entry| entry[0].load(Ordering::Acquire) == 0);
             let Some(free) = free else {
                 // Only in what another version left, which read more than there is room for.
-                tracing::error!(number = event.fd, "the journal of events is full; a reader may wait until it is killed");
+                tracing::error!(
+                    number = event.fd,
+                    "the journal of events is full; a reader may wait until it is killed"
+                );
                 continue;
             };
             free[1].store(second, Ordering::Relaxed);
@@ -300,7 +308,9 @@ impl Slot {
 
     /// How many events are in the table.
     pub fn pending(&self) -> usize {
-        self.table().filter(|entry| entry[0].load(Ordering::Acquire) != 0).count()
+        self.table()
+            .filter(|entry| entry[0].load(Ordering::Acquire) != 0)
+            .count()
     }
 
     /// The event of this number was answered.

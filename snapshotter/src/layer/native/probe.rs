@@ -30,9 +30,9 @@ use crate::layer::mounts::ways::Reach;
 
 /// Files of the tiny layer, each a block long.
 const FILES: [&str; 3] = ["fill", "deny", "kill"];
-const BLOCK: u64 = 4096;
+const BLOCK: usize = 4096;
 /// What is written where the hole was.
-const CONTENT: [u8; BLOCK as usize] = [0xa5; BLOCK as usize];
+const CONTENT: [u8; BLOCK] = [0xa5; BLOCK];
 /// How long each wait lasts at most.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked whether something has come.
@@ -81,7 +81,11 @@ pub struct Report {
 impl Report {
     /// Which layers can be mounted natively.
     pub fn reach(&self) -> Reach {
-        let passed = |step| self.steps.iter().any(|(tried, outcome)| *tried == step && outcome.is_ok());
+        let passed = |step| {
+            self.steps
+                .iter()
+                .any(|(tried, outcome)| *tried == step && outcome.is_ok())
+        };
         if passed(Step::Kill) {
             Reach::All
         } else if passed(Step::Erofs) {
@@ -162,12 +166,12 @@ impl Trial {
         fs::write(directory.path().join("erofs"), image)?;
         let path = directory.path().join("data");
         let data = File::options().read(true).write(true).create_new(true).open(&path)?;
-        data.set_len(FILES.len() as u64 * BLOCK)?;
+        data.set_len((FILES.len() * BLOCK) as u64)?;
         let trial = Self { directory, data, toc };
         // Without a mark the holes are zeros; that the file system is there at all is what counts.
         let mount = trial.mount()?;
         let found = read(mount.as_fd(), FILES[0])?;
-        if found != [0; BLOCK as usize] {
+        if found != [0; BLOCK] {
             return Err("a hole is not zeros".into());
         }
         Ok(trial)
@@ -180,7 +184,7 @@ impl Trial {
 
 /// A table of contents for [`FILES`].
 fn toc() -> String {
-    let digest = Digest::of(&CONTENT);
+    let digest = Digest::of(CONTENT);
     let entry = |(at, name): (usize, &&str)| {
         format!(
             r#"{{"name":"{name}","type":"reg","size":{BLOCK},"modtime":"2020-01-01T00:00:00Z","mode":420,"offset":{},"digest":"{digest}","chunkDigest":"{digest}"}}"#,
@@ -191,9 +195,14 @@ fn toc() -> String {
     format!(r#"{{"version":1,"entries":[{}]}}"#, entries.join(","))
 }
 
-fn read(root: BorrowedFd<'_>, name: &str) -> io::Result<[u8; BLOCK as usize]> {
-    let file = File::from(rustix::fs::openat(root, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?);
-    let mut bytes = [0; BLOCK as usize];
+fn read(root: BorrowedFd<'_>, name: &str) -> io::Result<Vec<u8>> {
+    let file = File::from(rustix::fs::openat(
+        root,
+        name,
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?);
+    let mut bytes = vec![0; BLOCK];
     file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes)
 }
@@ -224,7 +233,7 @@ impl<'a> Questions<'a> {
     }
 
     /// Reads a file on a thread of its own; it ends at the latest when the group is closed.
-    fn reader(&self, name: &'static str) -> io::Result<mpsc::Receiver<io::Result<[u8; BLOCK as usize]>>> {
+    fn reader(&self, name: &'static str) -> io::Result<mpsc::Receiver<io::Result<Vec<u8>>>> {
         let (sender, receiver) = mpsc::channel();
         let mount = self.mount.clone();
         std::thread::Builder::new()
@@ -257,7 +266,7 @@ impl<'a> Questions<'a> {
 
     fn write(&self, file: usize) -> io::Result<()> {
         // Through a descriptor that was opened before the mark: one that raised events would wait for this thread.
-        self.trial.data.write_all_at(&CONTENT, file as u64 * BLOCK)
+        self.trial.data.write_all_at(&CONTENT, (file * BLOCK) as u64)
     }
 
     fn fill(&self) -> Result<(), Cause> {
@@ -324,14 +333,14 @@ impl<'a> Questions<'a> {
 }
 
 fn check(asked: Asked, file: usize) -> Result<(), Cause> {
-    let offset = file as u64 * BLOCK;
+    let offset = (file * BLOCK) as u64;
     match asked {
-        Asked::Range { offset: from, count } if from == offset && count == BLOCK => Ok(()),
+        Asked::Range { offset: from, count } if from == offset && count == BLOCK as u64 => Ok(()),
         other => Err(format!("asked for {other:?} instead of {BLOCK} bytes at {offset}").into()),
     }
 }
 
-fn right(reader: &mpsc::Receiver<io::Result<[u8; BLOCK as usize]>>) -> Result<(), Cause> {
+fn right(reader: &mpsc::Receiver<io::Result<Vec<u8>>>) -> Result<(), Cause> {
     match reader.recv_timeout(PATIENCE)? {
         Ok(found) if found == CONTENT => Ok(()),
         Ok(_) => Err("other bytes were read than were written".into()),
@@ -347,8 +356,14 @@ pub fn stand_in() -> Option<ExitCode> {
         return None;
     }
     let layer = arguments.next().and_then(|digest| digest.parse().ok());
-    let served = layer.ok_or(io::ErrorKind::InvalidInput.into()).and_then(|layer| wait_for_end(&layer));
-    Some(if served.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let served = layer
+        .ok_or(io::ErrorKind::InvalidInput.into())
+        .and_then(|layer| wait_for_end(&layer));
+    Some(if served.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn wait_for_end(layer: &Digest) -> io::Result<()> {
@@ -359,7 +374,10 @@ fn wait_for_end(layer: &Digest) -> io::Result<()> {
     let until = Instant::now() + 2 * PATIENCE;
     while Instant::now() < until {
         let mut polled = [PollFd::new(&group, PollFlags::IN)];
-        poll(&mut polled, Some(&Timespec::try_from(PATIENCE).map_err(io::Error::other)?))?;
+        poll(
+            &mut polled,
+            Some(&Timespec::try_from(PATIENCE).map_err(io::Error::other)?),
+        )?;
         // Never answered. When nobody has killed this process, its end is as good.
         slot.receive(group.as_fd(), 1)?;
         std::thread::sleep(LOOK);
@@ -376,7 +394,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let report = run(root.path(), false);
         assert_eq!(report.reach(), Reach::Complete, "{report}");
-        assert!(report.to_string().starts_with("erofs: passed, store: there is none"), "{report}");
+        assert!(
+            report.to_string().starts_with("erofs: passed, store: there is none"),
+            "{report}"
+        );
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
@@ -390,8 +411,18 @@ mod tests {
         };
         assert_eq!(steps(&[(Step::Erofs, false)]).reach(), Reach::Nothing);
         let events = steps(&[(Step::Erofs, true), (Step::Store, true), (Step::Events, false)]);
-        assert_eq!((events.reach(), events.to_string().as_str()), (Reach::Complete, "erofs: passed, store: passed, events: no"));
-        let all = [Step::Erofs, Step::Store, Step::Events, Step::Fill, Step::Deny, Step::Kill];
+        assert_eq!(
+            (events.reach(), events.to_string().as_str()),
+            (Reach::Complete, "erofs: passed, store: passed, events: no")
+        );
+        let all = [
+            Step::Erofs,
+            Step::Store,
+            Step::Events,
+            Step::Fill,
+            Step::Deny,
+            Step::Kill,
+        ];
         assert_eq!(steps(&all.map(|step| (step, true))).reach(), Reach::All);
     }
 }

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -101,7 +101,9 @@ impl Service {
         });
         let thread = {
             let inner = inner.clone();
-            std::thread::Builder::new().name("native-events".to_owned()).spawn(move || inner.run())?
+            std::thread::Builder::new()
+                .name("native-events".to_owned())
+                .spawn(move || inner.run())?
         };
         *inner.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(Self { inner })
@@ -137,7 +139,11 @@ impl Service {
             let question = Question {
                 number: entry.number,
                 pid: 0,
-                ownership: if is_reserved { Ownership::Ours } else { Ownership::Foreign },
+                ownership: if is_reserved {
+                    Ownership::Ours
+                } else {
+                    Ownership::Foreign
+                },
             };
             self.inner.handle(&member, question, entry.asked);
         }
@@ -152,7 +158,8 @@ impl Service {
         let slot = slot.ok_or_else(|| io::Error::other("no slot in the journal of events is free"))?;
         let numbers = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
         let numbers = numbers.and_then(|most| i32::try_from(most).ok()).unwrap_or(MAX_NUMBER);
-        let denied = (0..numbers.min(MAX_NUMBER)).filter(|number| matches!(group.answer(*number, Answer::Deny), Ok(true)));
+        let denied =
+            (0..numbers.min(MAX_NUMBER)).filter(|number| matches!(group.answer(*number, Answer::Deny), Ok(true)));
         let denied = denied.count();
         tracing::warn!(%toc, denied, "the journal of events has no slot of this layer; what it left unanswered was denied");
         self.join(group, slot, fetch)
@@ -181,7 +188,11 @@ const MAX_NUMBER: i32 = 1 << 20;
 
 /// Occupies a number, so that no event gets it; whether it was free.
 fn reserve(number: i32) -> bool {
-    let place = rustix::fs::open(c"/dev/null", rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty());
+    let place = rustix::fs::open(
+        c"/dev/null",
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    );
     let reserved = place.and_then(|place| rustix::io::fcntl_dupfd_cloexec(place, number));
     match reserved {
         Ok(fd) => {
@@ -311,7 +322,12 @@ impl Inner {
         } else {
             epoll::EventFlags::empty()
         };
-        let added = epoll::add(&self.epoll, &member.group, epoll::EventData::new_u64(member.token), flags);
+        let added = epoll::add(
+            &self.epoll,
+            &member.group,
+            epoll::EventData::new_u64(member.token),
+            flags,
+        );
         if added.is_err() {
             self.members().remove(&member.token);
         } else if flags.is_empty() && member.blocking.load(Ordering::Acquire) == 0 {
@@ -328,7 +344,12 @@ impl Inner {
     /// Hears of the member's next event.
     fn listen(&self, member: &Member) {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
-        match epoll::modify(&self.epoll, &member.group, epoll::EventData::new_u64(member.token), flags) {
+        match epoll::modify(
+            &self.epoll,
+            &member.group,
+            epoll::EventData::new_u64(member.token),
+            flags,
+        ) {
             // It is not there yet, or has gone.
             Ok(()) | Err(Errno::NOENT) => {}
             Err(errno) => {
@@ -445,12 +466,19 @@ impl Inner {
         let work = self.clone().fetch(member.clone(), question, chunks, offset, count);
         let mut work = Box::pin(work);
         // What is there after all costs no hop. The no-op waker loses nothing: a task is always polled once more.
-        if let Poll::Pending = work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        if work.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.runtime.spawn(work);
         }
     }
 
-    async fn fetch(self: Arc<Self>, member: Arc<Member>, question: Question, chunks: std::ops::Range<u32>, offset: u64, count: u64) {
+    async fn fetch(
+        self: Arc<Self>,
+        member: Arc<Member>,
+        question: Question,
+        chunks: std::ops::Range<u32>,
+        offset: u64,
+        count: u64,
+    ) {
         let began = Instant::now();
         let fetch = &member.fetch;
         let is_front = count >= FRONT

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use super::super::tests::{Registry, blocking, config, contents, layers, request};
+use super::super::tests::{Registry, blocking, config, contents, layers, layers_mounted_by, request};
 use super::super::warming::{Share, WarmRequest};
 use super::*;
+use crate::config::MountChoice;
 use crate::layer::LayerMounts as _;
 use crate::layer::cache::limits::Amount;
 use crate::layer::layers::Layers;
@@ -103,11 +104,20 @@ async fn privileged_reports_tell_what_is_open_and_what_is_only_cached() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn privileged_wrong_bytes_are_found_dropped_and_fetched_again() {
+    wrong_bytes_are_found(MountChoice::Fuse).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_wrong_bytes_that_the_kernel_may_read_are_found_and_written_over() {
+    wrong_bytes_are_found(MountChoice::Auto).await;
+}
+
+async fn wrong_bytes_are_found(by: MountChoice) {
     let registry = Registry::start();
     let samples = samples();
     let manifest = registry.push(&samples).await;
     let dir = tempfile::tempdir().unwrap();
-    let (layers, metrics) = layers(dir.path());
+    let (layers, metrics) = layers_mounted_by(dir.path(), by);
     let inspector = layers.inspector().unwrap();
     warm(&layers, &registry).await;
     let mount = layers
@@ -143,8 +153,8 @@ async fn privileged_wrong_bytes_are_found_dropped_and_fetched_again() {
     assert_eq!((other.wrong, other.told[0].toc_digest), (1, samples[0].toc_digest));
     assert_eq!((other.chunks, other.bytes < sound.bytes), (sound.chunks - 1, true));
     assert_eq!(metrics.verify_failures.get(), 2);
-    // The mounted layer fetches what it lacks; nothing wrong was ever read.
-    assert!(!inspector.live()[0].is_complete());
+    // The mounted layer fetches what it lacks; nothing wrong was ever read. The kernel does not ask any more.
+    assert_eq!(inspector.live()[0].is_complete(), by == MountChoice::Auto);
     assert!(blocking(move || contents(&mount.path)).await == samples[0].files);
     assert_eq!(verified(&inspector, Some(samples[0].toc_digest)).await.wrong, 0);
     assert!(inspector.live()[0].is_complete());
@@ -153,11 +163,17 @@ async fn privileged_wrong_bytes_are_found_dropped_and_fetched_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn privileged_wrong_bytes_that_were_read_leave_the_page_cache() {
+    for by in [MountChoice::Fuse, MountChoice::Auto] {
+        wrong_bytes_leave_the_page_cache(by).await;
+    }
+}
+
+async fn wrong_bytes_leave_the_page_cache(by: MountChoice) {
     let registry = Registry::start();
     let samples = samples();
     let manifest = registry.push(&samples).await;
     let dir = tempfile::tempdir().unwrap();
-    let (layers, _) = layers(dir.path());
+    let (layers, _) = layers_mounted_by(dir.path(), by);
     let inspector = layers.inspector().unwrap();
     warm(&layers, &registry).await;
     let request = request(&registry, &samples[1], Some(manifest));
@@ -239,7 +255,13 @@ async fn privileged_pruning_takes_what_nobody_uses_and_nothing_else() {
     let mut config = config(dir.path());
     config.cache.quota = Amount::NONE;
     config.cache.min_free = Amount::NONE;
-    let layers = Layers::new(&config, Metrics::unregistered(), Descriptors::default(), Handle::current()).unwrap();
+    let layers = Layers::new(
+        &config,
+        Metrics::unregistered(),
+        Descriptors::default(),
+        Handle::current(),
+    )
+    .unwrap();
     let inspector = layers.inspector().unwrap();
     warm(&layers, &registry).await;
     let mount = layers

@@ -13,7 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::Inspector;
 use crate::layer::NotLazy;
 use crate::layer::cache::CachedLayer;
-use crate::layer::fetch::LayerNames;
+use crate::layer::fetch::{LayerFetch, LayerNames, Reading};
 use crate::layer::layers::{Shared, Slot, Used};
 
 /// Wrong chunks that are named; the others are counted.
@@ -175,11 +175,15 @@ impl Shared {
         };
         let (layer, sender, stop) = (fetch.layer().clone(), sender.clone(), stop.clone());
         let slot = used.slot.clone();
+        let (mending, runtime) = (fetch.clone(), self.runtime.clone());
         let metrics = self.metrics.clone();
         let verified = tokio::task::spawn_blocking(move || {
             verify_layer(&layer, &stop, |chunk, wrong| {
                 if let Some(wrong) = &wrong {
                     metrics.verify_failures.inc();
+                    if layer.is_read_by_kernel() {
+                        runtime.block_on(mend(&mending, wrong));
+                    }
                     forget_pages(&slot, &layer, wrong);
                 }
                 sender.send_modify(|report| note(report, chunk, wrong));
@@ -217,6 +221,14 @@ fn drop_wrong(layer: &CachedLayer, chunk: u32) -> std::io::Result<()> {
     Err(std::io::Error::other(format!(
         "chunk {chunk} is wrong and is being read all the time; it stays for now"
     )))
+}
+
+/// Fetches a wrong chunk at once, where the kernel may read it without asking.
+async fn mend(fetch: &Arc<LayerFetch>, wrong: &WrongChunk) {
+    if let Err(error) = fetch.ensure(wrong.chunk..wrong.chunk + 1, Reading::Part).await {
+        tracing::error!(toc = %wrong.toc_digest, chunk = wrong.chunk, file = wrong.file, error = &*error as &dyn std::error::Error,
+            "wrong bytes stay readable, since the right ones cannot be had now");
+    }
 }
 
 /// Makes the kernel forget what it read of a wrong chunk before that was dropped.

@@ -358,7 +358,13 @@ async fn a_warm_leaves_what_is_free_to_others_and_says_so() {
     let mut config = config(dir.path());
     config.cache.min_free = crate::layer::cache::limits::Amount::Percent(100);
     let metrics = Metrics::unregistered();
-    let full = super::super::Layers::new(&config, metrics.clone(), Descriptors::default(), tokio::runtime::Handle::current()).unwrap();
+    let full = super::super::Layers::new(
+        &config,
+        metrics.clone(),
+        Descriptors::default(),
+        tokio::runtime::Handle::current(),
+    )
+    .unwrap();
     for share in [Share::Toc, Share::All] {
         let report = last(&mut full.warmer().unwrap().warm(warm(&registry, share)).await.unwrap()).await;
         // What is there is there.
