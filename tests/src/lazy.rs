@@ -114,6 +114,12 @@ impl Source {
     pub async fn node(&self, name: &str, config: &str) -> Result<LazyNode> {
         LazyNode::start(&self.run, name, self.proxy.address(), config).await
     }
+
+    /// As [`Self::node`], under a keeper on either way: a killed daemon comes back by itself, and mounts go on.
+    pub async fn kept_node(&self, name: &str, config: &str) -> Result<LazyNode> {
+        let snapshotter = Snapshotter::start_kept(&self.run, name, config).await?;
+        LazyNode::with(&self.run, name, self.proxy.address(), snapshotter).await
+    }
 }
 
 /// A snapshotter without a containerd.
@@ -130,6 +136,10 @@ impl LazyNode {
     /// Starts a daemon in `<run>/<name>` that gets its images from `host`.
     pub async fn start(run: &RunDir, name: &str, host: SocketAddr, config: &str) -> Result<Self> {
         let snapshotter = Snapshotter::start(run, name, config).await?;
+        Self::with(run, name, host, snapshotter).await
+    }
+
+    async fn with(run: &RunDir, name: &str, host: SocketAddr, snapshotter: Snapshotter) -> Result<Self> {
         let snapshots = Snapshots::connect(&snapshotter.socket(), "").await?;
         let views = run.directory(&format!("{name}-views"))?;
         Ok(Self {
@@ -143,6 +153,13 @@ impl LazyNode {
     /// Starts the daemon again after it was stopped or killed.
     pub async fn start_again(&mut self, run: &RunDir) -> Result<()> {
         self.snapshotter.start_again(run).await?;
+        self.snapshots = Snapshots::connect(&self.snapshotter.socket(), "").await?;
+        Ok(())
+    }
+
+    /// Waits for the daemon that its keeper starts again.
+    pub async fn wait_again(&mut self) -> Result<()> {
+        self.snapshotter.wait_ready()?;
         self.snapshots = Snapshots::connect(&self.snapshotter.socket(), "").await?;
         Ok(())
     }
