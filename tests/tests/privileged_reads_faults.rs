@@ -97,14 +97,25 @@ async fn fails_and_recovers(name: &str, failure: &Failure) {
             answers.map(|(method, answer)| (method, answer.unwrap())).collect::<Vec<_>>()
         })
     };
-    for again in [false, true] {
+    // What failed is not believed the next time either; the wait is the same.
+    let rounds = if matches!(failure, Failure::Answers(Fault::Corrupt(_))) { 3 } else { 1 };
+    for round in 0..rounds {
         for (method, answer) in ask_all() {
-            assert!(is_error(method, &answer), "{name}: {method} (again: {again}): {answer}");
+            assert!(is_error(method, &answer), "{name}: {method}, round {round}: {answer}");
         }
     }
+    // The same open files and mappings; the host may not be asked at once again.
     source.proxy.heal();
-    for (method, answer) in ask_all() {
-        assert_eq!(answer, "ok", "{name}, after it: {method}");
+    let healed = Instant::now();
+    loop {
+        let answers = ask_all();
+        if answers.iter().all(|(_, answer)| answer == "ok") {
+            break;
+        }
+        for (method, answer) in &answers {
+            let bounded = healed.elapsed() < LIMIT && (answer == "ok" || is_error(method, answer));
+            assert!(bounded, "{name}, {:?} after it: {method}: {answer}", healed.elapsed());
+        }
     }
     check_all(view.path(), &files()).await.unwrap();
     drop(asked);
