@@ -24,6 +24,8 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+/// `MOVE_MOUNT_BENEATH`.
+const BENEATH: MoveMountFlags = MoveMountFlags::from_bits_retain(0x200);
 /// Most messages of the kernel that an error shows; its log holds eight.
 const MESSAGES_MAX: usize = 8;
 /// Most bytes of one of them.
@@ -156,14 +158,17 @@ impl Detached {
 
     /// Shows the mount at `target`.
     pub fn attach(self, target: &Path) -> Result<(), MountError> {
-        move_mount(
-            self.mount.as_fd(),
-            "",
-            CWD,
-            target,
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-        )
-        .map_err(|source| MountError::Attach {
+        self.put(target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    }
+
+    /// Puts the mount below the one that is at `target`, where it is seen once that is taken away: at no moment is there none.
+    /// Needs Linux 6.5, as file-backed EROFS needs 6.12.
+    pub fn attach_beneath(self, target: &Path) -> Result<(), MountError> {
+        self.put(target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | BENEATH)
+    }
+
+    fn put(self, target: &Path, flags: MoveMountFlags) -> Result<(), MountError> {
+        move_mount(self.mount.as_fd(), "", CWD, target, flags).map_err(|source| MountError::Attach {
             target: target.to_owned(),
             source,
         })

@@ -127,16 +127,6 @@ pub enum MountError {
     /// The kept descriptor cannot be served; what is wrong with it.
     #[error("kept descriptor cannot be served: {0}")]
     Kept(&'static str),
-    /// Another file system, or none, is mounted where a kept one should be.
-    #[error("{target} is on device {found}, not on {expected}", target = .target.display())]
-    OtherMount {
-        /// The mount point.
-        target: PathBuf,
-        /// The kept mount's device.
-        expected: DeviceNumber,
-        /// What is there.
-        found: DeviceNumber,
-    },
     /// A worker thread could not be started.
     #[error("cannot start a worker thread")]
     Thread(#[source] std::io::Error),

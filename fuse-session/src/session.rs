@@ -170,6 +170,12 @@ impl Session {
         &self.target
     }
 
+    /// Whether the mount is where it was put; not if somebody took it away or put another in its place, and it lives on for those
+    /// who use it.
+    pub fn is_shown(&self) -> bool {
+        mount::device_of(CWD, &self.target).is_ok_and(|found| found == self.device)
+    }
+
     /// Device number of the mount.
     pub fn device(&self) -> DeviceNumber {
         self.device

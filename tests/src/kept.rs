@@ -166,8 +166,12 @@ impl Kept {
 
     /// Puts the pipe at the gate.
     fn shut(&self) -> Result<()> {
-        rustix::fs::mkfifoat(rustix::fs::CWD, &self.gate, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
-            .with_context(|| format!("cannot make {}", self.gate.display()))
+        rustix::fs::mkfifoat(
+            rustix::fs::CWD,
+            &self.gate,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        )
+        .with_context(|| format!("cannot make {}", self.gate.display()))
     }
 
     /// Waits until the daemon runs.
@@ -248,7 +252,9 @@ mod tests {
     #[test]
     fn the_keepers_lines_are_understood() {
         let line = |by: &str| {
-            format!(r#"{{"level":"WARN","message":"the program ended, and is started again","by":"{by}","target":"hullspeed_keeper"}}"#)
+            format!(
+                r#"{{"level":"WARN","message":"the program ended, and is started again","by":"{by}","target":"hullspeed_keeper"}}"#
+            )
         };
         assert_eq!(ending(&line("exit code 69")).unwrap().code(), Some(69));
         assert_eq!(ending(&line("signal 9")).unwrap().signal(), Some(9));

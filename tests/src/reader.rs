@@ -60,7 +60,10 @@ impl Reader {
         let (source, program) = (directory.join("reader.c"), directory.join("reader"));
         fs::write(&source, SOURCE).with_context(|| format!("cannot write {}", source.display()))?;
         let mut command = Command::new("cc");
-        command.args(["-static", "-O2", "-pthread", "-o"]).arg(&program).arg(&source);
+        command
+            .args(["-static", "-O2", "-pthread", "-o"])
+            .arg(&program)
+            .arg(&source);
         crate::process::output(&mut command)?;
         Ok(Self { program })
     }
@@ -75,7 +78,9 @@ impl Reader {
     /// Has every file read by two of `threads` threads at about the same time; the faults that they find, and how often a
     /// file was read. `list` is made for it.
     pub fn crowd(&self, threads: usize, list: &Path, root: &Path, files: &[ContentFile]) -> Result<(Vec<String>, u64)> {
-        let lines = files.iter().zip(METHODS.iter().filter(|name| needs_no_copies(name)).cycle());
+        let lines = files
+            .iter()
+            .zip(METHODS.iter().filter(|name| needs_no_copies(name)).cycle());
         write_list(list, lines.map(|(file, method)| line(method, Order::Whole, root, file)))?;
         let mut command = Command::new(&self.program);
         command.arg("crowd").arg(threads.to_string()).arg(list);
@@ -234,7 +239,10 @@ impl Drop for Hammer {
 
 /// Where the threads of a process are in the kernel.
 fn stacks(pid: u32) -> String {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
     let stack = |task: fs::DirEntry| {
         let text = fs::read_to_string(task.path().join("stack")).unwrap_or_default();
         let calls = text.lines().filter_map(|line| line.split_whitespace().nth(1));
@@ -275,11 +283,8 @@ mod tests {
         let reader = Reader::compile(directory.path()).unwrap();
         let mut checking = reader.check(65536, directory.path()).unwrap();
         let mut ask = |method: &str, file: &ContentFile| {
-            [Order::Whole, Order::Scattered].map(|order| {
-                checking
-                    .ask((method, order), directory.path(), file, LIMIT)
-                    .unwrap()
-            })
+            [Order::Whole, Order::Scattered]
+                .map(|order| checking.ask((method, order), directory.path(), file, LIMIT).unwrap())
         };
         for (file, method) in files.iter().flat_map(|file| METHODS.map(|method| (file, method))) {
             assert_eq!(ask(method, file), ["ok", "ok"], "{method} of {}", file.path);
@@ -292,13 +297,22 @@ mod tests {
         fs::write(&path, &content).unwrap();
         for method in METHODS {
             let found = ask(method, large);
-            assert!(found.iter().all(|found| found.starts_with("wrong 655") && found.ends_with("zeros")), "{method}: {found:?}");
+            assert!(
+                found
+                    .iter()
+                    .all(|found| found.starts_with("wrong 655") && found.ends_with("zeros")),
+                "{method}: {found:?}"
+            );
         }
         let mut content = large.content();
         content[300_000] ^= 1;
         fs::write(&path, &content).unwrap();
         for method in METHODS {
-            assert_eq!(ask(method, large), ["wrong 300000 bytes", "wrong 300000 bytes"], "{method}");
+            assert_eq!(
+                ask(method, large),
+                ["wrong 300000 bytes", "wrong 300000 bytes"],
+                "{method}"
+            );
         }
         fs::write(&path, &content[..150_000]).unwrap();
         for method in METHODS {
@@ -325,7 +339,11 @@ mod tests {
         let (faults, reads) = hammer();
         assert!(faults.is_empty() && reads > 10, "{reads}: {faults:?}");
         fs::write(directory.path().join("file-300001"), vec![0; 300_001]).unwrap();
-        let found = |faults: Vec<String>| faults.iter().any(|fault| fault.contains("file-300001: wrong") && fault.ends_with("zeros"));
+        let found = |faults: Vec<String>| {
+            faults
+                .iter()
+                .any(|fault| fault.contains("file-300001: wrong") && fault.ends_with("zeros"))
+        };
         assert!(found(crowd().0) && found(hammer().0));
     }
 }

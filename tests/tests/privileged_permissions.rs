@@ -107,21 +107,69 @@ fn write_tree(root: PathBuf, identity: PathBuf) {
     tree.program("capable", 0o755, (0, 0));
     set(&tree.root.join("bin/capable"), "security.capability", &CAPABILITY);
 
-    let named = acl(&[Entry::Owner(6), Entry::User(NAMED, 4), Entry::Group(0), Entry::Mask(4), Entry::Others(0)]);
-    let group = [Entry::Owner(6), Entry::Group(0), Entry::NamedGroup(NAMED_GROUP, 6), Entry::Mask(6), Entry::Others(0)];
-    let masked = [Entry::Owner(6), Entry::User(NAMED, 7), Entry::Group(0), Entry::Mask(2), Entry::Others(4)];
-    let refused = [Entry::Owner(6), Entry::User(NAMED, 0), Entry::Group(4), Entry::Mask(4), Entry::Others(4)];
-    let open = acl(&[Entry::Owner(7), Entry::User(NAMED, 7), Entry::Group(5), Entry::Mask(7), Entry::Others(5)]);
+    let named = acl(&[
+        Entry::Owner(6),
+        Entry::User(NAMED, 4),
+        Entry::Group(0),
+        Entry::Mask(4),
+        Entry::Others(0),
+    ]);
+    let group = [
+        Entry::Owner(6),
+        Entry::Group(0),
+        Entry::NamedGroup(NAMED_GROUP, 6),
+        Entry::Mask(6),
+        Entry::Others(0),
+    ];
+    let masked = [
+        Entry::Owner(6),
+        Entry::User(NAMED, 7),
+        Entry::Group(0),
+        Entry::Mask(2),
+        Entry::Others(4),
+    ];
+    let refused = [
+        Entry::Owner(6),
+        Entry::User(NAMED, 0),
+        Entry::Group(4),
+        Entry::Mask(4),
+        Entry::Others(4),
+    ];
+    let open = acl(&[
+        Entry::Owner(7),
+        Entry::User(NAMED, 7),
+        Entry::Group(5),
+        Entry::Mask(7),
+        Entry::Others(5),
+    ]);
     tree.file("private", 0o600, &[]);
     tree.file("acl-user", 0o640, &[(ACCESS, &named)]);
     tree.file("acl-group", 0o660, &[(ACCESS, &acl(&group))]);
     tree.file("acl-masked", 0o624, &[(ACCESS, &acl(&masked))]);
     tree.file("acl-refused", 0o644, &[(ACCESS, &acl(&refused))]);
-    tree.file("attributes", 0o644, &[("user.empty", b""), ("user.long", &[7; 900]), ("trusted.own", b"root's")]);
-    let enter = [Entry::Owner(7), Entry::User(NAMED, 1), Entry::Group(0), Entry::Mask(1), Entry::Others(0)];
+    tree.file(
+        "attributes",
+        0o644,
+        &[
+            ("user.empty", b""),
+            ("user.long", &[7; 900]),
+            ("trusted.own", b"root's"),
+        ],
+    );
+    let enter = [
+        Entry::Owner(7),
+        Entry::User(NAMED, 1),
+        Entry::Group(0),
+        Entry::Mask(1),
+        Entry::Others(0),
+    ];
     tree.directory("closed", 0o710, &[(ACCESS, &acl(&enter))]);
     tree.file("closed/inside", 0o644, &[]);
-    tree.directory("inherits", 0o775, &[(ACCESS, &open), (DEFAULT, &open), ("user.of-a-directory", b"yes")]);
+    tree.directory(
+        "inherits",
+        0o775,
+        &[(ACCESS, &open), (DEFAULT, &open), ("user.of-a-directory", b"yes")],
+    );
     tree.directory("group", 0o2775, &[]);
     chown(tree.root.join("group"), None, Some(NAMED_GROUP)).unwrap();
     tree.directory("group", 0o2777, &[]);
@@ -132,7 +180,13 @@ fn build(run: &RunDir) -> PathBuf {
     let source = run.path().join("identity.c");
     fs::write(&source, include_str!("../programs/identity.c")).unwrap();
     let identity = run.path().join("identity");
-    output(Command::new("cc").args(["-static", "-O2", "-o"]).arg(&identity).arg(&source)).unwrap();
+    output(
+        Command::new("cc")
+            .args(["-static", "-O2", "-o"])
+            .arg(&identity)
+            .arg(&source),
+    )
+    .unwrap();
     write_tree(root.clone(), identity);
     fs::write(above.join("above"), "a layer above").unwrap();
     let layout = run.path().join(TAG);
@@ -150,19 +204,46 @@ async fn report(node: &mut Node, run: &RunDir, image: &LayoutImage, name: &str) 
     let target = run.directory(&format!("container-{name}")).unwrap();
     let chain = chain_id(&image.diff_ids());
     let view = node.snapshots.container("container", &chain, &target).await.unwrap();
-    let programs = ["identity", "setuid-root", "setuid", "setgid", "both", "setuid-of-the-group", "capable"];
+    let programs = [
+        "identity",
+        "setuid-root",
+        "setuid",
+        "setgid",
+        "both",
+        "setuid-of-the-group",
+        "capable",
+    ];
     let files = [
-        "/private", "/acl-user", "/acl-group", "/acl-masked", "/acl-refused", "/closed/inside", "/closed", "/attributes",
+        "/private",
+        "/acl-user",
+        "/acl-group",
+        "/acl-masked",
+        "/acl-refused",
+        "/closed/inside",
+        "/closed",
+        "/attributes",
     ];
     let attributed = [
-        "/acl-user", "/acl-group", "/acl-masked", "/attributes", "/inherits", "/closed", "/bin/capable", "/bin/setuid", "/group",
+        "/acl-user",
+        "/acl-group",
+        "/acl-masked",
+        "/attributes",
+        "/inherits",
+        "/closed",
+        "/bin/capable",
+        "/bin/setuid",
+        "/group",
     ];
     let mut said = String::new();
     let users = [(0, "0"), (NAMED, "1000"), (OTHER, "3000"), (OTHER, "3000,2000")];
     for (user, groups) in users {
         let mut ask = |arguments: &[&str]| {
             let mut command = Command::new(run.path().join("identity"));
-            command.arg("as").arg(view.path()).args([&user.to_string(), groups]).args(arguments);
+            command
+                .arg("as")
+                .arg(view.path())
+                .args([&user.to_string(), groups])
+                .args(arguments);
             let done = command.output().unwrap();
             let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
             said += &format!("as {user} of {groups}: {arguments:?}: {}\n{text}", done.status);
@@ -173,7 +254,11 @@ async fn report(node: &mut Node, run: &RunDir, image: &LayoutImage, name: &str) 
         let own = ["/bin/identity"];
         ask(&[&own[..], &["open"], &files].concat());
         ask(&[&own[..], &["xattrs"], &attributed].concat());
-        ask(&["/bin/identity", "make", if user == OTHER { "/group" } else { "/inherits" }]);
+        ask(&[
+            "/bin/identity",
+            "make",
+            if user == OTHER { "/group" } else { "/inherits" },
+        ]);
         if user == OTHER {
             fs::remove_file(view.path().join("group/made-0")).unwrap();
             fs::remove_dir(view.path().join("group/made-1")).unwrap();
@@ -220,6 +305,9 @@ async fn files_let_programs_do_what_they_let_them_do_on_overlayfs() {
         "/inherits/made-1: 40775 0 0",
         "/group/made-1: 42755 3000 2000",
     ] {
-        assert!(expected.contains(line), "overlayfs itself does not say {line:?}:\n{expected}");
+        assert!(
+            expected.contains(line),
+            "overlayfs itself does not say {line:?}:\n{expected}"
+        );
     }
 }

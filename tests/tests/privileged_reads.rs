@@ -1,10 +1,10 @@
 //! Every way to read gives the right bytes: cold files in a container's view, overlayfs over lazy layers.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
-use std::fs;
 
 use hullspeed_tests::content::{ContentFile, noise};
 use hullspeed_tests::layer_tar;
@@ -17,8 +17,7 @@ use hullspeed_tests::scenario::Scenario;
 use hullspeed_tests::way::Way;
 
 /// Nothing comes but what is asked for, in the smallest pieces.
-const COLD: &str =
-    "[fetch]\nprefetch = false\nbackground = false\nread_around = \"4KiB\"\nmax_range = \"64KiB\"\nread_deadline = \"20s\"\n";
+const COLD: &str = "[fetch]\nprefetch = false\nbackground = false\nread_around = \"4KiB\"\nmax_range = \"64KiB\"\nread_deadline = \"20s\"\n";
 
 /// Bytes of a chunk.
 const CHUNK: usize = 64 << 10;
@@ -68,7 +67,9 @@ async fn each_way_reads_cold_files_of_each_size() {
     let source = source().await;
     let reader = Reader::compile(&source.run.directory("reader").unwrap()).unwrap();
     let layers = [Order::Whole, Order::Scattered].map(of_order);
-    let files = layers.each_ref().map(|layer| layer.iter().map(|(_, _, file)| file.clone()).collect());
+    let files = layers
+        .each_ref()
+        .map(|layer| layer.iter().map(|(_, _, file)| file.clone()).collect());
     let image = source
         .publish("image", &files, &["--chunk-size", &CHUNK.to_string()])
         .unwrap();
@@ -83,7 +84,11 @@ async fn each_way_reads_cold_files_of_each_size() {
     let mut check = |temperature: &str, (method, order, file): &(&str, Order, ContentFile)| {
         let answer = checking.ask((method, *order), view.path(), file, LIMIT).unwrap();
         let fine = answer == "ok" || is_refused(way, method, &answer);
-        assert!(fine, "{temperature}: {method}, {order:?}, {} bytes: {answer}", file.size);
+        assert!(
+            fine,
+            "{temperature}: {method}, {order:?}, {} bytes: {answer}",
+            file.size
+        );
     };
     source.proxy.reset();
     scattered(&all).for_each(|what| check("cold", what));
@@ -106,7 +111,9 @@ fn write_programs(directory: &Path) {
     ] {
         fs::write(directory.join("payload.bin"), noise(seed, (2 << 20) + 777)).unwrap();
         let mut command = Command::new("cc");
-        command.current_dir(directory).args(["-O2", &format!("-DSEED={seed}ull")]);
+        command
+            .current_dir(directory)
+            .args(["-O2", &format!("-DSEED={seed}ull")]);
         output(command.args(arguments).args(["-o", name, "payload.c"])).unwrap();
     }
     fs::remove_file(directory.join("payload.c")).unwrap();
@@ -116,7 +123,10 @@ fn write_programs(directory: &Path) {
 #[tokio::test(flavor = "multi_thread")]
 async fn cold_programs_and_libraries_are_executed() {
     let source = source().await;
-    let (root, empty) = (source.run.directory("root").unwrap(), source.run.directory("empty").unwrap());
+    let (root, empty) = (
+        source.run.directory("root").unwrap(),
+        source.run.directory("empty").unwrap(),
+    );
     write_programs(&root);
     fs::write(empty.join("other"), "a layer above").unwrap();
     let layout = source.run.path().join("programs");
@@ -179,7 +189,12 @@ async fn sixty_four_threads_read_twenty_thousand_cold_files() {
             !is_refused(way, what.split(' ').next().unwrap(), answer)
         });
         let refused = all - faults.len() as u64;
-        assert!(faults.is_empty(), "{round}: {} faults: {:#?}", faults.len(), &faults[..faults.len().min(20)]);
+        assert!(
+            faults.is_empty(),
+            "{round}: {} faults: {:#?}",
+            faults.len(),
+            &faults[..faults.len().min(20)]
+        );
         assert_eq!(reads + refused, expected, "{round}");
     }
     node.snapshots.remove(view).await.unwrap();

@@ -94,11 +94,17 @@ async fn fails_and_recovers(name: &str, failure: &Failure) {
                 })
                 .collect();
             let answers = asking.into_iter().map(|asking| asking.join().unwrap());
-            answers.map(|(method, answer)| (method, answer.unwrap())).collect::<Vec<_>>()
+            answers
+                .map(|(method, answer)| (method, answer.unwrap()))
+                .collect::<Vec<_>>()
         })
     };
     // What failed is not believed the next time either; the wait is the same.
-    let rounds = if matches!(failure, Failure::Answers(Fault::Corrupt(_))) { 3 } else { 1 };
+    let rounds = if matches!(failure, Failure::Answers(Fault::Corrupt(_))) {
+        3
+    } else {
+        1
+    };
     for round in 0..rounds {
         for (method, answer) in ask_all() {
             assert!(is_error(method, &answer), "{name}: {method}, round {round}: {answer}");
@@ -162,7 +168,9 @@ fn write_whole(root: &Path) -> Vec<ContentFile> {
     fs::write(bin.join("payload.c"), include_str!("../programs/payload.c")).unwrap();
     fs::write(bin.join("payload.bin"), noise(5, 3 << 20)).unwrap();
     let mut command = Command::new("cc");
-    command.current_dir(&bin).args(["-O2", "-static", "-DSEED=5ull", "-o", "payload", "payload.c"]);
+    command
+        .current_dir(&bin)
+        .args(["-O2", "-static", "-DSEED=5ull", "-o", "payload", "payload.c"]);
     output(&mut command).unwrap();
     for left in ["payload.c", "payload.bin"] {
         fs::remove_file(bin.join(left)).unwrap();
@@ -174,7 +182,9 @@ fn write_whole(root: &Path) -> Vec<ContentFile> {
         fs::write(root.join(&file.path), file.content()).unwrap();
     }
     // EROFS on a file refuses direct I/O whoever is there.
-    let methods = METHODS.iter().filter(|method| !["direct", "copy_file_range"].contains(method));
+    let methods = METHODS
+        .iter()
+        .filter(|method| !["direct", "copy_file_range"].contains(method));
     let lines: String = files
         .iter()
         .zip(methods.cycle())
@@ -237,13 +247,21 @@ async fn a_complete_layer_is_read_and_executed_with_the_daemon_stopped() {
     let logs = scenario.run.directory("pods").unwrap();
     let pod = Pod::new("whole", &logs, &scenario.run.names().cgroup);
     let sandbox = node.cri.run_sandbox(&pod).await.unwrap();
-    let container = node.cri.create_container(&sandbox, &pod, "main", &reference).await.unwrap();
+    let container = node
+        .cri
+        .create_container(&sandbox, &pod, "main", &reference)
+        .await
+        .unwrap();
     node.cri.start_container(&container).await.unwrap();
     let snapshotter = node.snapshotter().unwrap();
     let pid = snapshotter.process().pid();
     let end = Instant::now() + Duration::from_secs(60);
     while marks(pid) > 0 {
-        assert!(Instant::now() < end, "the layers are not left to the kernel: {} marks", marks(pid));
+        assert!(
+            Instant::now() < end,
+            "the layers are not left to the kernel: {} marks",
+            marks(pid)
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let rootfs = node.containerd.rootfs(&container);
@@ -256,14 +274,22 @@ async fn a_complete_layer_is_read_and_executed_with_the_daemon_stopped() {
     node.snapshotter().unwrap().process().signal(Signal::STOP).unwrap();
     scenario.proxy.set_carrier(Carrier::Refusing);
     for round in ["first", "again"] {
-        let read = node.cri.exec(&container, &["/bin/reader", "crowd", "8", "/list"]).await.unwrap();
+        let read = node
+            .cri
+            .exec(&container, &["/bin/reader", "crowd", "8", "/list"])
+            .await
+            .unwrap();
         let said = String::from_utf8_lossy(&read.stdout).into_owned();
         assert_eq!(said.trim(), format!("done {}", 2 * files.len()), "{round}");
         let executed = node.cri.exec(&container, &["/bin/payload"]).await.unwrap();
         assert_eq!(executed.exit_code, 0, "{round}");
         forget(&rootfs, &files);
     }
-    assert_eq!(node.snapshotter().unwrap().process().pid(), pid, "the daemon was started anew");
+    assert_eq!(
+        node.snapshotter().unwrap().process().pid(),
+        pid,
+        "the daemon was started anew"
+    );
     node.snapshotter().unwrap().process().signal(Signal::CONT).unwrap();
     node.cri.remove_container(&container).await.unwrap();
     node.cri.remove_sandbox(&sandbox).await.unwrap();

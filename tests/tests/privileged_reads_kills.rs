@@ -37,7 +37,10 @@ impl Dice {
     }
 
     fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
     }
 
@@ -60,12 +63,22 @@ fn layers(name: &str, count: usize, size: usize) -> Vec<Vec<ContentFile>> {
 
 /// Compares every byte of an image, read by several at once.
 async fn check_every_byte(source: &Source, reader: &Reader, root: &Path, files: &[ContentFile]) {
-    let (reader, list, root, files) = (reader.clone(), source.run.path().join("every"), root.to_owned(), files.to_vec());
+    let (reader, list, root, files) = (
+        reader.clone(),
+        source.run.path().join("every"),
+        root.to_owned(),
+        files.to_vec(),
+    );
     let reading = tokio::task::spawn_blocking(move || {
         let way = Way::of_this_run().unwrap();
         let (mut faults, reads) = reader.crowd(8, &list, &root, &files).unwrap();
         faults.retain(|fault| !is_refused(way, fault));
-        assert!(faults.is_empty(), "{} faults: {:#?}", faults.len(), &faults[..faults.len().min(20)]);
+        assert!(
+            faults.is_empty(),
+            "{} faults: {:#?}",
+            faults.len(),
+            &faults[..faults.len().min(20)]
+        );
         assert!(reads > 0);
     });
     let done = tokio::time::timeout(Duration::from_secs(60), reading).await;
@@ -85,7 +98,12 @@ fn finish(hammers: Vec<Hammer>, node: &LazyNode) -> u64 {
         let finished = hammer.finish(STUCK * 2);
         let (mut faults, reads) = finished.unwrap_or_else(|error| panic!("{error:#}\n{}", node.snapshotter.log_end()));
         faults.retain(|fault| !is_refused(way, fault));
-        assert!(faults.is_empty(), "{} faults: {:#?}", faults.len(), &faults[..faults.len().min(20)]);
+        assert!(
+            faults.is_empty(),
+            "{} faults: {:#?}",
+            faults.len(),
+            &faults[..faults.len().min(20)]
+        );
         assert!(reads > 0, "a reader has read nothing");
         all += reads;
     }
@@ -124,7 +142,9 @@ async fn a_daemon_killed_again_and_again_costs_its_readers_time_and_nothing_else
     let mut hammers = Vec::new();
     let hammer = |number: usize| {
         let list = source.run.path().join(format!("list-{number}"));
-        reader.hammer((number, number as u64), STUCK, &list, view.path(), &files).unwrap()
+        reader
+            .hammer((number, number as u64), STUCK, &list, view.path(), &files)
+            .unwrap()
     };
     let (begin, mut kills) = (Instant::now(), 0);
     while begin.elapsed() < STORM {
@@ -178,7 +198,11 @@ async fn a_daemon_killed_while_layers_come_and_complete_serves_them_all() {
         check_every_byte(&source, &reader, view.path(), &files).await;
         // Again from the disk, with what the kernel had forgotten.
         let mut checking = reader.check(65536, source.run.path()).unwrap();
-        for (file, method) in files.iter().zip(METHODS.iter().cycle()).filter(|(_, method)| **method != "direct") {
+        for (file, method) in files
+            .iter()
+            .zip(METHODS.iter().cycle())
+            .filter(|(_, method)| **method != "direct")
+        {
             let answer = checking.ask((method, Order::Whole), view.path(), file, STUCK).unwrap();
             assert_eq!(answer, "ok", "round {round}: {method} of {}", file.path);
         }
@@ -201,7 +225,9 @@ async fn a_daemon_killed_while_layers_come_and_complete_serves_them_all() {
     kill(&mut node);
     node.wait_again().await.unwrap();
     let records = node.snapshotter.log_records().unwrap();
-    let started = records.iter().rfind(|record| record["message"] == "the program is started");
+    let started = records
+        .iter()
+        .rfind(|record| record["message"] == "the program is started");
     let expected = u64::from(node.snapshotter.way() == Way::Erofs);
     assert_eq!(started.unwrap()["kept"], expected, "{}", node.snapshotter.log_end());
 }

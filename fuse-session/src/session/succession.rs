@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use fuse3::raw::Filesystem;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::CWD;
 use rustix::io::Errno;
 
 use super::{Session, initialise};
@@ -34,8 +33,8 @@ impl Session {
     /// for `init` only, and asks nothing of the mount.
     ///
     /// # Errors
-    /// When `device` is no descriptor of a living connection, when `target` is not a mount of the device `number`, and as for
-    /// [`Session::mount`]. The mount and the connection are left as they are: whoever has another descriptor may try again. Who
+    /// When `device` is no descriptor of a living connection, and as for [`Session::mount`]. That another mount is at `target` by
+    /// now is none: those who use this one are served ([`Session::is_shown`]). The mount and the connection are left as they are: whoever has another descriptor may try again. Who
     /// gives up unmounts `target` and ends the connection by [`crate::abort`].
     pub fn resume<FS>(
         fs: FS,
@@ -51,7 +50,6 @@ impl Session {
         config.check()?;
         let target = std::path::absolute(target).unwrap_or_else(|_| target.to_owned());
         check_descriptor(device.as_fd(), number).map_err(MountError::Kept)?;
-        check_target(&target, number)?;
         let fs = Arc::new(fs);
         initialise(&fs, fuse3::raw::Request::default(), &config.runtime).map_err(|errno| MountError::Handshake {
             target: target.clone(),
@@ -131,21 +129,4 @@ fn check_descriptor(device: BorrowedFd<'_>, number: DeviceNumber) -> Result<(), 
         // Kernels before 6.18 do not say which one.
         _ => Ok(()),
     }
-}
-
-/// Whether the mount at `target` is the one that is meant, without a request to it.
-fn check_target(target: &Path, expected: DeviceNumber) -> Result<(), MountError> {
-    let found = mount::device_of(CWD, target).map_err(|source| MountError::Mount {
-        target: target.to_owned(),
-        step: "statx",
-        source,
-    })?;
-    if found == expected {
-        return Ok(());
-    }
-    Err(MountError::OtherMount {
-        target: target.to_owned(),
-        expected,
-        found,
-    })
 }

@@ -494,6 +494,9 @@ fn privileged_a_session_can_be_left_and_taken_up_in_one_process() {
         mounted.session = Some(Session::resume(fs, device, &root, number, negotiated, config).unwrap());
     }
     load.finish();
+    assert!(mounted.session().is_shown());
+    rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert!(!mounted.session().is_shown());
     let session = mounted.session.take().unwrap();
     within(Duration::from_secs(20), move || session.unmount()).unwrap();
     assert!(!super::is_mounted(&root));
@@ -516,22 +519,7 @@ fn privileged_what_is_handed_over_is_examined() {
         resume(device(&other), mounted.root(), &mounted),
         MountError::Kept(_)
     ));
-    match resume(device(&mounted), other.root(), &mounted) {
-        MountError::OtherMount { expected, found, .. } => {
-            assert_eq!(
-                (expected, found),
-                (mounted.session().device(), other.session().device())
-            );
-        }
-        error => panic!("{error:?}"),
-    }
-    let missing = mounted.root().join("missing/deeper");
     drop(other);
-    assert!(matches!(
-        resume(device(&mounted), Path::new("/nowhere/at/all"), &mounted),
-        MountError::Mount { step: "statx", .. }
-    ));
-    assert!(!missing.exists());
     // A connection that is over.
     let kept = device(&mounted);
     fuse_session::abort(mounted.session().device()).unwrap();

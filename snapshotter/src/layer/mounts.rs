@@ -63,6 +63,9 @@ pub trait LayerMounted: Send + Sync {
     /// Whether the mount is there and served.
     fn is_alive(&self) -> bool;
 
+    /// Whether those who come now see it; not if another mount has taken its place.
+    fn is_shown(&self) -> bool;
+
     /// What makes the kernel forget a chunk; it may wait for reads that are under way, and so is not called with locks held.
     fn forget(&self) -> Forget;
 

@@ -231,14 +231,10 @@ impl LayerFetch {
         *self.complete.borrow()
     }
 
-    /// Resolves when [`Self::is_complete`]; never if the layer is closed before.
-    pub fn completed(&self) -> impl Future<Output = ()> + Send + 'static {
+    /// Resolves to true when [`Self::is_complete`], to false when nobody has the layer any more.
+    pub fn completed(&self) -> impl Future<Output = bool> + Send + 'static {
         let mut complete = self.complete.subscribe();
-        async move {
-            if complete.wait_for(|complete| *complete).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
+        async move { complete.wait_for(|complete| *complete).await.is_ok() }
     }
 
     /// Makes residency durable; failing costs fetches after an unclean stop, no more.

@@ -11,7 +11,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use super::{Shared, Slot, cache_error};
 use crate::layer::cache::{CacheError, CachedLayer};
 use crate::layer::fetch::{LayerFetch, LayerNames};
-use crate::layer::mounts::LayerMounted;
+use crate::layer::mounts::ways::Up;
+use crate::layer::mounts::{Kind, LayerMounted};
 use crate::layer::source::BlobSource;
 use crate::layer::{LayerMount, LayerOrigin, LayerRequest, NotLazy};
 use crate::metrics::defs::MountLabels;
@@ -19,6 +20,8 @@ use crate::metrics::defs::MountLabels;
 /// A layer's mount and what serves it.
 pub(super) struct Mounted {
     mount: Box<dyn LayerMounted>,
+    /// What was mounted before, for those who use it still.
+    former: Option<Box<dyn LayerMounted>>,
     fetch: Arc<LayerFetch>,
 }
 
@@ -26,12 +29,14 @@ impl Slot {
     /// Makes the kernel forget a chunk that it may have read, if the layer is mounted. Blocks.
     pub(super) fn forget_pages(&self, chunk: &Chunk) -> io::Result<()> {
         // The lock is not held while the kernel waits for reads under way.
-        let forget = self
-            .mounted
-            .blocking_lock()
-            .as_ref()
-            .map(|mounted| mounted.mount.forget());
-        forget.map_or(Ok(()), |forget| forget(chunk))
+        let forget: Vec<_> = {
+            let mounted = self.mounted.blocking_lock();
+            let mounts = mounted
+                .iter()
+                .flat_map(|mounted| mounted.former.iter().chain([&mounted.mount]));
+            mounts.map(|mount| mount.forget()).collect()
+        };
+        forget.into_iter().try_for_each(|forget| forget(chunk))
     }
 }
 
@@ -238,18 +243,47 @@ impl Shared {
             path: fetch.layer().mount_point(),
         };
         let (shared, served) = (self.clone(), fetch.clone());
-        let mount = tokio::task::spawn_blocking(move || shared.ways.bring_up(&served, &shared.store)).await;
-        let mount = mount.map_err(Into::into).and_then(|mount| mount);
-        let mount = mount.map_err(|cause| NotLazy::Mount {
+        let up = tokio::task::spawn_blocking(move || shared.ways.bring_up(&served, &shared.store)).await;
+        let up = up.map_err(Into::into).and_then(|up| up);
+        let Up { mount, former } = up.map_err(|cause| NotLazy::Mount {
             path: answer.path.clone(),
             cause,
         })?;
         self.mounted_by(&*mount).inc();
+        if mount.kind() == Kind::Fuse {
+            self.take_over_when_complete(&fetch);
+        }
         fetch.layer().touch();
         slot.set_live(Some(fetch.clone()));
         fetch.start_filling(prefetch);
-        *mounted = Some(Mounted { mount, fetch });
+        *mounted = Some(Mounted { mount, former, fetch });
         Ok(answer)
+    }
+
+    /// Mounts the layer natively for those who come later, once it is complete.
+    fn take_over_when_complete(self: &Arc<Self>, fetch: &Arc<LayerFetch>) {
+        let (shared, weak) = (self.clone(), Arc::downgrade(fetch));
+        let (completed, toc_digest) = (fetch.completed(), fetch.layer().toc_digest());
+        let take_over = async move {
+            let complete = shared.stop.run_until_cancelled(completed).await == Some(true);
+            let slot = shared.slots().get(&toc_digest).cloned();
+            let (Some(fetch), Some(slot), true) = (weak.upgrade(), slot, complete) else {
+                return;
+            };
+            let mut mounted = slot.mounted.lock().await;
+            let Some(mounted) = mounted.as_mut().filter(|mounted| Arc::ptr_eq(&mounted.fetch, &fetch)) else {
+                return;
+            };
+            let ways = shared.clone();
+            let native = tokio::task::spawn_blocking(move || ways.ways.take_over(&fetch, &ways.store)).await;
+            // A panic there has been reported, and leaves the layer as it was.
+            if let Ok(Some(native)) = native {
+                shared.mounted_by(&*mounted.mount).dec();
+                shared.mounted_by(&*native).inc();
+                mounted.former = Some(std::mem::replace(&mut mounted.mount, native));
+            }
+        };
+        self.tasks.spawn_on(take_over, &self.runtime);
     }
 
     fn mounted_by(&self, mount: &dyn LayerMounted) -> Gauge {
@@ -277,14 +311,16 @@ impl Shared {
     }
 
     async fn take_down(&self, slot: &Slot, mounted: Mounted) {
-        let Mounted { mount, fetch } = mounted;
+        let Mounted { mount, former, fetch } = mounted;
         let gauge = self.mounted_by(&*mount);
-        let result = tokio::task::spawn_blocking(move || mount.unmount()).await;
-        if let Ok(Err(error)) = result {
-            tracing::warn!(
-                error = &*error as &dyn std::error::Error,
-                "the layer's mount did not end cleanly"
-            );
+        let unmount = |mount: Box<dyn LayerMounted>| tokio::task::spawn_blocking(move || mount.unmount());
+        for mount in std::iter::once(mount).chain(former) {
+            if let Ok(Err(error)) = unmount(mount).await {
+                tracing::warn!(
+                    error = &*error as &dyn std::error::Error,
+                    "the layer's mount did not end cleanly"
+                );
+            }
         }
         close_unused(slot, &fetch, false).await;
         gauge.dec();
@@ -292,11 +328,13 @@ impl Shared {
 
     /// Leaves a layer's mount to the next process, and makes its residency durable.
     pub(super) async fn leave(&self, slot: &Slot) {
-        let Some(Mounted { mount, fetch }) = slot.mounted.lock().await.take() else {
+        let Some(Mounted { mount, former, fetch }) = slot.mounted.lock().await.take() else {
             return;
         };
         // First of all: what fails from here on because this process ends must be told nobody.
-        let left = tokio::task::spawn_blocking(move || mount.leave()).await;
+        let left =
+            tokio::task::spawn_blocking(move || std::iter::once(mount).chain(former).for_each(|mount| mount.leave()))
+                .await;
         if let Err(error) = left {
             tracing::error!(%error, "a layer's mount was not left as it should be");
         }

@@ -14,6 +14,7 @@ use rustix::mount::{MountFlags, mount};
 
 use super::*;
 use crate::config::MountChoice;
+use crate::layer::mounts::Kind;
 use crate::layer::mounts::kept::Descriptors;
 use crate::layer::source::registry::registry_digest;
 use crate::layer::testing::{Packing, Sample, noise};
@@ -146,8 +147,58 @@ pub(super) fn layers_mounted_by(root: &Path, mount: MountChoice) -> (Layers, Met
 
 /// Layers that are mounted, in whichever way.
 fn mounted(metrics: &Metrics) -> i64 {
-    let by = |mount| metrics.layers_mounted.get_or_create_owned(&MountLabels { mount }).get();
-    by("erofs") + by("fuse")
+    mounted_by(metrics, Kind::Erofs) + mounted_by(metrics, Kind::Fuse)
+}
+
+fn mounted_by(metrics: &Metrics, kind: Kind) -> i64 {
+    let labels = MountLabels { mount: kind.name() };
+    metrics.layers_mounted.get_or_create_owned(&labels).get()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_a_layer_that_becomes_complete_is_mounted_natively_for_those_who_come_later() {
+    let sample = Sample::uniform(20, 50_000, Packing::default());
+    let registry = Registry::start();
+    let manifest = registry.push(std::slice::from_ref(&sample)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, metrics) = layers(dir.path());
+    let request = request(&registry, &sample, Some(manifest));
+    let path = layers.mount(request).await.unwrap().path;
+    assert_eq!(mounted_by(&metrics, Kind::Fuse), 1);
+    let early = {
+        let path = path.clone();
+        blocking(move || std::fs::File::open(path).unwrap()).await
+    };
+    let by_fuse = |file: &std::fs::File| rustix::fs::fstatfs(file).unwrap().f_type == 0x6573_5546;
+    assert!(by_fuse(&early));
+    let read = async || {
+        let path = path.clone();
+        blocking(move || contents(&path)).await
+    };
+    assert!(read().await == sample.files);
+    let cached = layers.shared.store.load(&sample.toc_digest).unwrap().unwrap();
+    assert!(cached.residency().is_complete());
+    let natively = async || {
+        while mounted_by(&metrics, Kind::Erofs) == 0 {
+            layers.shared.checkpoint_all().await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), natively()).await.unwrap();
+    assert_eq!(mounted_by(&metrics, Kind::Fuse), 0);
+    // Who was there before goes on.
+    let late = std::fs::File::open(&path).unwrap();
+    assert!(by_fuse(&early) && !by_fuse(&late));
+    assert!(read().await == sample.files);
+    drop((early, late, cached));
+    layers.release(&sample.toc_digest).await;
+    assert_eq!(mounted(&metrics), 0);
+    assert_eq!(
+        std::fs::read_dir(&path).unwrap().count(),
+        0,
+        "something is mounted still"
+    );
+    layers.shutdown().await;
 }
 
 pub(super) fn request(registry: &Registry, layer: &Sample, manifest: Option<Digest>) -> LayerRequest {

@@ -130,6 +130,10 @@ impl LayerMounted for FuseMounted {
         self.session.is_alive()
     }
 
+    fn is_shown(&self) -> bool {
+        self.session.is_shown()
+    }
+
     fn forget(&self) -> Forget {
         let notifier = self.session.notifier();
         Box::new(move |chunk| {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use estargz::digest::Digest;
-use hullspeed_erofs::mount::Mounter;
+use hullspeed_erofs::mount::{Detached, Mounter};
 use rustix::fs::inotify;
 use rustix::fs::{Advice, AtFlags, CWD, OFlags, StatxFlags};
 use rustix::io::Errno;
@@ -61,6 +61,27 @@ impl NativeWay {
                 lingering: Mutex::default(),
             }),
         }
+    }
+
+    /// Mounts a complete layer in the place of what is mounted there, which stays for those who use it. At no moment is there neither.
+    pub fn take_over(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause> {
+        let layer = fetch.layer();
+        if !fetch.is_complete() {
+            return Err("it is not complete".into());
+        }
+        let target = layer.mount_point();
+        let image = layer.erofs_image()?;
+        layer.leave_to_kernel();
+        let detached = self.shared.detached(fetch, &image)?;
+        let device = detached.device();
+        detached.attach_beneath(&target)?;
+        rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+        Ok(Box::new(NativeMounted {
+            gone: Gone::watch(&target)?,
+            target,
+            device,
+            serving: Serving::new(&self.shared, fetch, None),
+        }))
     }
 
     /// Stops answering: a successor goes on.
@@ -161,10 +182,7 @@ impl Shared {
     }
 
     fn show(&self, fetch: &LayerFetch, image: &Path, target: &Path) -> Result<((u32, u32), Gone), Cause> {
-        let detached = self.mounter.create(image, fetch.layer().content().as_fd())?;
-        if let Err(error) = detached.set_read_ahead(self.read_ahead_kib) {
-            tracing::warn!(%error, "the read-ahead of a layer's mount stays at the kernel's default");
-        }
+        let detached = self.detached(fetch, image)?;
         let device = detached.device();
         detached.attach(target)?;
         let gone = Gone::watch(target).inspect_err(|_| {
@@ -172,6 +190,14 @@ impl Shared {
             let _ = rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         })?;
         Ok((device, gone))
+    }
+
+    fn detached(&self, fetch: &LayerFetch, image: &Path) -> Result<Detached, Cause> {
+        let detached = self.mounter.create(image, fetch.layer().content().as_fd())?;
+        if let Err(error) = detached.set_read_ahead(self.read_ahead_kib) {
+            tracing::warn!(%error, "the read-ahead of a layer's mount stays at the kernel's default");
+        }
+        Ok(detached)
     }
 
     fn linger(&self, serving: Serving) {
@@ -206,9 +232,10 @@ impl Serving {
         let (member, descriptors) = (self.member.clone(), self.shared.descriptors.clone());
         let (completed, toc) = (self.fetch.completed(), self.fetch.layer().toc_digest());
         let watch = async move {
-            completed.await;
-            // A panic there has been reported, and leaves the layer served.
-            let _ = tokio::task::spawn_blocking(move || retire(&member, &descriptors, &toc)).await;
+            if completed.await {
+                // A panic there has been reported, and leaves the layer served.
+                let _ = tokio::task::spawn_blocking(move || retire(&member, &descriptors, &toc)).await;
+            }
         };
         let task = self.shared.runtime.spawn(watch);
         *self.watching.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
@@ -261,6 +288,10 @@ impl LayerMounted for NativeMounted {
 
     fn is_alive(&self) -> bool {
         device_of(&self.target).is_ok_and(|device| device == self.device)
+    }
+
+    fn is_shown(&self) -> bool {
+        self.is_alive()
     }
 
     fn forget(&self) -> Forget {

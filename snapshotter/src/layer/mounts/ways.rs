@@ -24,6 +24,14 @@ pub enum Reach {
     All,
 }
 
+/// How a layer is mounted.
+pub struct Up {
+    /// What those see who come now.
+    pub mount: Box<dyn LayerMounted>,
+    /// What was there before, for those who use it still.
+    pub former: Option<Box<dyn LayerMounted>>,
+}
+
 /// All ways to mount a layer on this node.
 pub struct Ways {
     fuse: FuseWay,
@@ -49,17 +57,25 @@ impl Ways {
     }
 
     /// Mounts a layer, or goes on with the mount that an earlier process left. Blocks.
-    pub fn bring_up(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
+    pub fn bring_up(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Up, Cause> {
         let toc = fetch.layer().toc_digest();
+        let mut former = None;
         if let Some(kept) = self.descriptors.take_layer(&toc) {
             match self.resume(fetch, kept) {
-                Ok(mounted) => return Ok(mounted),
+                Ok(mounted) if mounted.is_shown() => return Ok(Up { mount: mounted, former }),
+                Ok(mounted) => former = Some(mounted),
                 Err(error) => {
                     tracing::error!(%toc, error = &*error as &dyn std::error::Error,
                         "a mount of an earlier process cannot be gone on with; containers that use it get errors, new ones do not");
                 }
             }
         }
+        let mount = self.mount(fetch, store)?;
+        Ok(Up { mount, former })
+    }
+
+    fn mount(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
+        let toc = fetch.layer().toc_digest();
         if let Some(native) = self.native_for(fetch, store) {
             match native.mount(fetch) {
                 Ok(mounted) => return Ok(mounted),
@@ -78,6 +94,18 @@ impl Ways {
             Reach::All => true,
         };
         self.native.as_ref().filter(|_| reaches && store.fits(fetch.layer()))
+    }
+
+    /// Mounts a layer natively, now that it is complete, in the place of another mount; `None` where it stays as it is. Blocks.
+    pub fn take_over(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Option<Box<dyn LayerMounted>> {
+        let native = self.native_for(fetch, store)?;
+        native
+            .take_over(fetch)
+            .inspect_err(|error| {
+                tracing::warn!(toc = %fetch.layer().toc_digest(), error = &**error as &dyn std::error::Error,
+                    "the layer is complete and stays mounted by FUSE");
+            })
+            .ok()
     }
 
     fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
