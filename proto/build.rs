@@ -20,7 +20,7 @@ const STORED_AS_JSON: [&str; 15] = [
 ];
 
 /// Messages of the control API that its command line prints as JSON; those with secrets are not among them.
-const SHOWN: [&str; 17] = [
+const SHOWN: [&str; 18] = [
     "StatusResponse",
     "KindCount",
     "ReasonCount",
@@ -30,6 +30,7 @@ const SHOWN: [&str; 17] = [
     "Explanation",
     "LayerSums",
     "LayerExplanation",
+    "Reader",
     "Residence",
     "Cost",
     "ListLayersResponse",
@@ -46,6 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "services/snapshots/v1/snapshots.proto",
             "services/containers/v1/containers.proto",
             "services/events/v1/events.proto",
+            "services/introspection/v1/introspection.proto",
             "services/sandbox/v1/sandbox.proto",
             "events/events.proto",
         ],

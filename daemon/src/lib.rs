@@ -6,13 +6,16 @@
 //!   service manager made and what it kept, [`fdstore`] gives it descriptors to keep, [`notify`] and [`signal`] are the
 //!   rest of the talk with it;
 //! - [`error`] writes an error with its causes in one line; [`grpc`] reaches peers on Unix sockets and names codes;
-//! - [`ask`] is how a command line reaches its daemon, [`answer`] how it shows what that says.
+//! - [`ask`] is how a command line reaches its daemon, [`answer`] how it shows what that says; [`doctor`] is what the commands of that
+//!   name have in common, [`containerd`] what all know of it.
 
 pub mod activation;
 pub mod answer;
 pub mod ask;
 pub mod cli;
 pub mod config;
+pub mod containerd;
+pub mod doctor;
 pub mod error;
 pub mod fdstore;
 pub mod grpc;

@@ -17,10 +17,16 @@ use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 pub mod facts;
-mod release;
 pub mod sysctls;
 
-pub use release::Release;
+pub use hullspeed_daemon::containerd::Release;
+
+/// Whether this version makes a privileged pod's sandbox with a writable sysfs: since 2.1. Before, pause mounted it for
+/// reading only, and a network namespace has one sysfs: the pod's containers cannot write to it either.
+#[must_use]
+pub fn has_writable_sysfs(version: &str) -> bool {
+    Release::of(version).is_none_or(|release| (release.major, release.minor) >= (2, 1))
+}
 
 /// Limit on connecting to a Unix socket whose server does not accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);

@@ -63,7 +63,7 @@ async fn ask(command: &Command, config: &Config) -> ExitCode {
         Command::Status(form) => ask::status(&client, form, out).await,
         Command::Pool { action, form } => ask::pool(&client, action, form, out).await,
         Command::Drain { wait, form } => ask::drain(&client, wait, form, out).await,
-        Command::Doctor(form) => return doctor::run(config, form.json, out).await,
+        Command::Doctor(form) => return doctor::run(config, form, out).await,
         Command::Serve | Command::CheckConfig => Ok(()),
     };
     asked.map_or_else(|error| fail(&chain(&error), error.exit_code()), |()| ExitCode::SUCCESS)

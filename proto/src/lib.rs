@@ -36,6 +36,13 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.events.v1");
             }
         }
+        /// What containerd says of itself.
+        pub mod introspection {
+            /// Version 1, the only one.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.introspection.v1");
+            }
+        }
         /// The store of sandboxes, beside their containers' records since containerd 1.7.
         pub mod sandbox {
             /// Version 1, the only one.

@@ -1,8 +1,12 @@
 //! The command line.
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
 use hullspeed_daemon::answer::Form;
 use hullspeed_daemon::cli::Options;
+
+use crate::doctor::CONTAINERD;
 
 pub mod ask;
 mod table;
@@ -11,7 +15,7 @@ mod table;
 #[derive(Debug, Parser)]
 #[command(name = "hullspeed-snapshotter", version, args_conflicts_with_subcommands = false)]
 #[command(
-    after_help = "Exit codes: 0 done or stopped as asked, 1 the daemon refused or a verification found something wrong, 64 wrong flags \
+    after_help = "Exit codes: 0 done or stopped as asked, 1 the daemon refused, or a verification or doctor found something wrong, 64 wrong flags \
     or configuration, 65 damaged metadata, 66 the image, snapshot or layer is unknown, 69 no daemon answers or something needed is \
     missing (as /dev/fuse), 70 defect, 73 root or socket cannot be made, 75 already running."
 )]
@@ -45,6 +49,15 @@ pub enum Command {
         /// What to do with it
         #[command(subcommand)]
         verb: CacheVerb,
+    },
+    /// Checks this node and says what to do about what it finds
+    Doctor {
+        /// Socket of containerd
+        #[arg(long, value_name = "SOCKET", default_value = CONTAINERD)]
+        containerd: PathBuf,
+        /// How it is shown.
+        #[command(flatten)]
+        form: Form,
     },
     /// Checks the configuration, prints it with all defaults filled in, and exits
     CheckConfig,
@@ -112,6 +125,10 @@ mod tests {
             subject: subject.to_owned(),
             form,
         };
+        let doctor = |containerd: &str, form| Command::Doctor {
+            containerd: containerd.into(),
+            form,
+        };
         let cache = |verb| Command::Cache { verb };
         let prune = |all_unused, form| cache(CacheVerb::Prune { all_unused, form });
         let verify = |layer: Option<&str>, form| {
@@ -125,6 +142,8 @@ mod tests {
             ("x status --json", Command::Status(json)),
             ("x explain nginx:1", explain("nginx:1", tables)),
             ("x explain --json sha256:00", explain("sha256:00", json)),
+            ("x doctor", doctor(CONTAINERD, tables)),
+            ("x doctor --containerd /c.sock --json", doctor("/c.sock", json)),
             ("x cache ls", cache(CacheVerb::Ls(tables))),
             ("x cache usage --json", cache(CacheVerb::Usage(json))),
             ("x cache prune", prune(false, tables)),

@@ -40,6 +40,12 @@ impl Client {
         Ok(answer?.into_inner())
     }
 
+    /// What only it knows of its ways to mount layers.
+    pub async fn diagnose(&self) -> Result<api::DiagnoseResponse, ClientError> {
+        let answer = self.connect().await?.diagnose(limited(api::DiagnoseRequest {})).await;
+        Ok(answer?.into_inner())
+    }
+
     /// Why something is served as it is.
     pub async fn explain(&self, subject: &str) -> Result<api::ExplainResponse, ClientError> {
         let request = limited(api::ExplainRequest {

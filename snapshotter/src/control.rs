@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
 use crate::explain::{ExplainError, Explainer};
-use crate::layer::layers::inspector::{VerifyError, Verifying};
+use crate::layer::layers::inspector::{Inspector, VerifyError, Verifying};
 use crate::layer::layers::warming::{
     LayerReport, LayerState, Share, WarmError, WarmReport, WarmRequest, Warmer, Warming,
 };
@@ -311,6 +311,12 @@ impl api::snapshotter_control_server::SnapshotterControl for Control {
             ..api::StatusResponse::default()
         };
         Ok(Response::new(view::status(own, self.explainer.overview())))
+    }
+
+    async fn diagnose(&self, _: Request<api::DiagnoseRequest>) -> Result<Response<api::DiagnoseResponse>, Status> {
+        let configured = self.explainer.config().layers.mount.name();
+        let mounts = self.explainer.inspector().map(Inspector::mounts);
+        Ok(Response::new(view::diagnosis(configured, mounts)))
     }
 
     async fn explain(&self, request: Request<api::ExplainRequest>) -> Result<Response<api::ExplainResponse>, Status> {

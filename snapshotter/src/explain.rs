@@ -14,7 +14,7 @@ use crate::snapshot::decisions::{Fallback, Refused};
 use crate::snapshot::outline::Outline;
 
 mod explainer;
-mod filesystem;
+pub(crate) mod filesystem;
 #[cfg(test)]
 mod tests;
 

@@ -13,6 +13,7 @@ pub mod mounts;
 pub mod native;
 mod open;
 pub mod platform;
+pub mod readers;
 pub mod report;
 pub mod source;
 mod sys;

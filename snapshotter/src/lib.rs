@@ -5,7 +5,7 @@
 //! - [`snapshot`] is the snapshots service as an ordinary library, [`grpc`] its translation to containerd's API;
 //! - [`layer`] mounts and warms eStargz layers; `snapshot` sees it only through [`layer::LayerMounts`];
 //! - [`explain`] tells operators why both do what they do; [`control`] is the translation of that and of warming to our own API, and
-//!   [`client`] the command line's end of it;
+//!   [`client`] the command line's end of it; [`doctor`] looks at the node, with or without a running daemon;
 //! - [`config`], [`cli`], [`metrics`] and [`heap`] are the daemon's frame, on top of `hullspeed_daemon`.
 //!
 //! No module keeps state in a global: what a part needs is handed to it by [`run`].
@@ -14,6 +14,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod doctor;
 pub mod explain;
 pub mod grpc;
 pub mod heap;

@@ -9,6 +9,7 @@ use hullspeed_daemon::error::chain;
 use hullspeed_daemon::{signal, telemetry};
 use hullspeed_snapshotter::cli::{Cli, Command, ask};
 use hullspeed_snapshotter::config::{self, Config};
+use hullspeed_snapshotter::doctor;
 use hullspeed_snapshotter::layer::native::probe;
 use hullspeed_snapshotter::run::{self, RunError};
 use hullspeed_snapshotter::{client::Client, heap};
@@ -59,6 +60,7 @@ async fn ask(command: &Command, config: &Config) -> ExitCode {
         Command::Status(form) => ask::status(&client, *form, out).await,
         Command::Explain { subject, form } => ask::explain(&client, subject, *form, out).await,
         Command::Cache { verb } => ask::cache(&client, verb, out).await,
+        Command::Doctor { containerd, form } => return doctor::run(config, containerd, *form, out).await,
         Command::Serve | Command::CheckConfig => Ok(()),
     };
     asked.map_or_else(|error| fail(&chain(&error), error.exit_code()), |()| ExitCode::SUCCESS)

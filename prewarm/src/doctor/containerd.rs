@@ -1,17 +1,15 @@
 //! containerd: whether it answers, its version and configuration.
 
-use std::collections::HashMap;
-
+use hullspeed_daemon::doctor::containerd::{ImagePolicy, SNAPSHOTTER, examine_version};
 use hullspeed_daemon::error::chain;
 use hullspeed_proto::cri::v1::{StatusRequest, VersionRequest};
-use serde_json::Value;
 use tokio::time::timeout;
 use tonic::{Code, Response, Status};
 
 use super::{ANSWER_LIMIT, Report};
 use crate::config::Config;
+use crate::containerd::Containerd;
 use crate::containerd::facts::Facts;
-use crate::containerd::{Containerd, Release};
 use crate::pool::{Preview, preview};
 use crate::run::pool_options;
 
@@ -38,7 +36,7 @@ pub(super) async fn examine(config: &Config, report: &mut Report) -> Option<Fact
                 let says = format!("{}: {} {}", condition.r#type, condition.reason, condition.message);
                 report.fail("cri", says, "containerd starts no pods like this; see its log");
             }
-            examine_annotations(&status.info, report);
+            ImagePolicy::of_status(&status.info).examine_annotations(SNAPSHOTTER, report);
         }
         Err(status) => report.fail(
             "cri",
@@ -72,44 +70,6 @@ fn unreachable(config: &Config, status: &Status, report: &mut Report) {
     }
     let advice = "start it, or set containerd.address; the relay waits for it meanwhile";
     report.fail("containerd", format!("{address} does not answer: {cause}"), advice);
-}
-
-fn examine_version(version: &str, report: &mut Report) {
-    match Release::of(version) {
-        Some(
-            Release {
-                major: 1, minor: 6 | 7, ..
-            }
-            | Release { major: 2, .. },
-        ) => report.ok("containerd", format!("version {version}")),
-        _ => report.warn(
-            "containerd",
-            format!("version {version} is not one that is tested"),
-            "1.6, 1.7 and 2.x are; with others, watch hullspeed_sandbox_requests",
-        ),
-    }
-}
-
-/// Without annotations the snapshotter cannot be lazy. containerd 2 keeps this setting where CRI does not show it.
-fn examine_annotations(information: &HashMap<String, String>, report: &mut Report) {
-    let config = information
-        .get("config")
-        .and_then(|text| serde_json::from_str::<Value>(text).ok());
-    let section = config.as_ref().and_then(|config| config.get("containerd"));
-    let Some(disabled) = section.and_then(|section| section.get("disableSnapshotAnnotations")) else {
-        return;
-    };
-    let ours = section.and_then(|section| section.get("snapshotter")) == Some(&Value::from("hullspeed"));
-    if ours && disabled == &Value::Bool(true) {
-        let advice = "set disable_snapshot_annotations = false in containerd's configuration";
-        report.warn(
-            "annotations",
-            "the snapshotter is told nothing of images, so no layer is lazy",
-            advice,
-        );
-    } else if ours {
-        report.ok("annotations", "the snapshotter is told of images");
-    }
 }
 
 fn examine_facts(config: &Config, facts: &Facts, report: &mut Report) {
@@ -165,45 +125,9 @@ pub(super) async fn limited<T>(call: impl Future<Output = Result<Response<T>, St
 
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
+    use hullspeed_daemon::doctor::Level;
+
     use super::*;
-
-    #[test]
-    fn versions_that_are_tested_are_known() {
-        for (version, level) in [
-            ("1.6.20~ds1", Level::Ok),
-            ("v1.7.34", Level::Ok),
-            ("2.1.9", Level::Ok),
-            ("1.5.9", Level::Warn),
-            ("3.0.0", Level::Warn),
-            ("", Level::Warn),
-            ("main", Level::Warn),
-        ] {
-            let mut report = Report::default();
-            examine_version(version, &mut report);
-            assert_eq!(report.findings[0].level, level, "{version}");
-        }
-    }
-
-    #[test]
-    fn missing_annotations_matter_for_our_snapshotter_only() {
-        let levels = |config: &str| {
-            let mut report = Report::default();
-            examine_annotations(&HashMap::from([("config".to_owned(), config.to_owned())]), &mut report);
-            report.findings.iter().map(|finding| finding.level).collect::<Vec<_>>()
-        };
-        let with = |snapshotter: &str, disabled: &str| {
-            levels(&format!(
-                r#"{{"containerd":{{"snapshotter":"{snapshotter}","disableSnapshotAnnotations":{disabled}}}}}"#
-            ))
-        };
-        assert_eq!(with("hullspeed", "true"), [Level::Warn]);
-        assert_eq!(with("hullspeed", "false"), [Level::Ok]);
-        assert!(with("overlayfs", "true").is_empty());
-        for text in ["", "[", "{}", "{\"containerd\":1}"] {
-            assert!(levels(text).is_empty(), "{text}");
-        }
-    }
 
     #[test]
     fn networks_handlers_and_the_pause_image_are_looked_at() {

@@ -94,7 +94,8 @@ fn judge(marked: &Marked, daemon: bool, report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
+    use hullspeed_daemon::doctor::Level;
+
     use super::*;
 
     #[test]

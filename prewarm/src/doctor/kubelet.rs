@@ -1,14 +1,11 @@
 //! The kubelet: where its CRI calls go, as far as its command line and files tell.
 
-use std::fs::{self, File};
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
+
+use hullspeed_daemon::doctor::processes::{self, flag, read};
 
 use super::{Places, Report};
 use crate::config::Config;
-
-/// Of larger files only the beginning is read.
-const MAX_FILE_BYTES: u64 = 4 << 20;
 
 const FLAG: &str = "--container-runtime-endpoint";
 const CONFIG_FLAG: &str = "--config";
@@ -80,53 +77,19 @@ fn endpoint(places: &Places) -> Option<Endpoint> {
 
 /// The arguments of a process that is called kubelet.
 fn running(proc: &Path) -> Option<Vec<String>> {
-    let entries = fs::read_dir(proc).ok()?.filter_map(Result::ok);
-    let numbered = entries.filter(|entry| {
-        entry
-            .file_name()
-            .to_string_lossy()
-            .bytes()
-            .all(|byte| byte.is_ascii_digit())
-    });
-    numbered
-        .filter_map(|entry| {
-            let text = read(&entry.path().join("cmdline"))?;
-            Some(text.split('\0').map(str::to_owned).collect::<Vec<_>>())
-        })
-        .find(|arguments| {
-            let program = arguments.first().map(Path::new).and_then(Path::file_name);
-            program.is_some_and(|name| name == "kubelet")
-        })
-}
-
-/// The value of the last such flag, in either of its forms.
-fn flag(arguments: &[String], name: &str) -> Option<String> {
-    let next = arguments.iter().skip(1).map(Some).chain([None]);
-    let values = arguments.iter().zip(next).filter_map(|(argument, next)| {
-        let rest = argument.strip_prefix(name)?;
-        match rest.strip_prefix('=') {
-            Some(value) => Some(value.to_owned()),
-            None if rest.is_empty() => next.cloned(),
-            None => None,
-        }
-    });
-    values.last()
-}
-
-/// The beginning of a file.
-pub(super) fn read(path: &Path) -> Option<String> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .ok()?
-        .take(MAX_FILE_BYTES)
-        .read_to_end(&mut bytes)
-        .ok()?;
-    Some(String::from_utf8_lossy(&bytes).into_owned())
+    let mut all = processes::all(proc).filter_map(|(_, process)| processes::arguments(&process));
+    all.find(|arguments| {
+        let program = arguments.first().map(Path::new).and_then(Path::file_name);
+        program.is_some_and(|name| name == "kubelet")
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
+    use std::fs;
+
+    use hullspeed_daemon::doctor::Level;
+
     use super::*;
 
     struct Node {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use hullspeed_daemon::doctor::machine;
 use rustix::fs::statfs;
 
 use super::{Places, Report};
@@ -15,16 +16,8 @@ const KERNEL: (u32, u32) = (5, 3);
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 pub(super) fn examine(config: &Config, places: &Places, report: &mut Report) {
-    if rustix::process::geteuid().is_root() {
-        report.ok("rights", "root");
-    } else {
-        report.fail(
-            "rights",
-            "not root; what follows may be wrong",
-            "run hullspeed-prewarm as root",
-        );
-    }
-    examine_kernel(&rustix::system::uname().release().to_string_lossy(), report);
+    machine::examine_rights("hullspeed-prewarm", report);
+    examine_kernel(&machine::kernel_release(), report);
     examine_state(&config.state, report);
     if places.selinux.join("enforce").exists() && config.adoption.privileged {
         report.warn(
@@ -38,13 +31,8 @@ pub(super) fn examine(config: &Config, places: &Places, report: &mut Report) {
 }
 
 fn examine_kernel(release: &str, report: &mut Report) {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    let version = match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => Some((major, minor)),
-        _ => None,
-    };
     let needed = format!("Linux {}.{} or later is needed", KERNEL.0, KERNEL.1);
-    match version {
+    match machine::kernel_version(release) {
         Some(version) if version >= KERNEL => report.ok("kernel", format!("Linux {release}")),
         Some(_) => report.fail("kernel", format!("Linux {release} is too old"), needed),
         None => report.warn("kernel", format!("no version can be read from {release:?}"), needed),
@@ -110,7 +98,8 @@ pub(super) fn examine_cgroup(config: &Config, places: &Places, systemd: bool, re
 
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
+    use hullspeed_daemon::doctor::Level;
+
     use super::*;
 
     #[test]

@@ -1,18 +1,15 @@
 //! The sockets: who serves the kubelet, whether the daemon and the snapshotter answer.
 
-use std::collections::HashMap;
-use std::fs;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
+use hullspeed_daemon::doctor::processes;
 use hullspeed_daemon::error::chain;
-use hullspeed_daemon::socket::bound_name;
 use hullspeed_proto::cri::v1::VersionRequest;
 use hullspeed_proto::hullspeed::prewarm::v1 as api;
 use tokio::time::timeout;
 
 use super::containerd::{advice, limited};
-use super::{ANSWER_LIMIT, Places, Report, kubelet};
+use super::{ANSWER_LIMIT, Places, Report};
 use crate::cli::table::names;
 use crate::client::Client;
 use crate::config::Config;
@@ -20,9 +17,6 @@ use crate::containerd::Containerd;
 
 /// The daemon's name among processes, which the kernel cuts to 15 bytes.
 const PROCESS: &str = "hullspeed-prewa";
-
-/// Flag of a listening socket in the kernel's table.
-const ACCEPTS: u32 = 1 << 16;
 
 /// Looks at the sockets; whether the daemon runs.
 pub(super) async fn examine(config: &Config, places: &Places, report: &mut Report) -> bool {
@@ -46,7 +40,7 @@ pub(super) async fn examine(config: &Config, places: &Places, report: &mut Repor
 
 fn examine_relay(config: &Config, places: &Places, report: &mut Report) -> bool {
     let socket = config.socket.display();
-    let owners = owners(&config.socket, &places.proc);
+    let owners = processes::listeners(&config.socket, &places.proc);
     let ours = owners.iter().find(|(_, name)| name == PROCESS);
     let activated = owners.iter().any(|(process, _)| *process == 1);
     match (ours, owners.first()) {
@@ -77,40 +71,6 @@ fn examine_relay(config: &Config, places: &Places, report: &mut Report) -> bool 
             false
         }
     }
-}
-
-/// Processes (with their names) that hold a listener of this path. Found without connecting, since a connection would
-/// start a daemon with socket activation.
-fn owners(socket: &Path, proc: &Path) -> Vec<(u32, String)> {
-    let table = kubelet::read(&proc.join("net/unix")).unwrap_or_default();
-    // Num RefCount Protocol Flags Type St Inode Path
-    let listeners = table.lines().filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
-        let inode = fields.nth(2)?;
-        let path = Path::new(fields.next()?);
-        let same = path.file_stem() == socket.file_stem() && path.parent() == socket.parent();
-        (flags & ACCEPTS != 0 && same).then(|| (format!("socket:[{inode}]"), path))
-    });
-    let listeners: HashMap<_, _> = listeners.collect();
-    if listeners.is_empty() {
-        return Vec::new();
-    }
-    let holds = |number: u32, process: &Path| {
-        let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten();
-        let targets = descriptors.filter_map(|descriptor| fs::read_link(descriptor.ok()?.path()).ok());
-        let mut paths = targets.filter_map(|target| listeners.get(target.to_str()?));
-        paths.any(|path| *path == socket || *path == bound_name(socket, number))
-    };
-    let entries = fs::read_dir(proc).into_iter().flatten().filter_map(Result::ok);
-    entries
-        .filter_map(|entry| Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path())))
-        .filter(|(number, process)| holds(*number, process))
-        .map(|(number, process)| {
-            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            (number, name.trim_end().to_owned())
-        })
-        .collect()
 }
 
 async fn examine_control(config: &Config, report: &mut Report) -> bool {
@@ -213,9 +173,8 @@ async fn examine_way_through(config: &Config, report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use hullspeed_daemon::doctor::Level;
 
-    use super::super::Level;
     use super::*;
 
     #[test]
@@ -239,32 +198,5 @@ mod tests {
             assert_eq!(finding.level, level);
             assert_eq!(finding.says.contains("shop/web (0a1b)"), named, "{finding:?}");
         }
-    }
-
-    #[tokio::test]
-    async fn who_listens_is_found_without_a_connection() {
-        let place = tempfile::tempdir().unwrap();
-        let path = place.path().join("s.sock");
-        let proc = Path::new("/proc");
-        let is_found = || {
-            let found = owners(&path, proc);
-            assert!(found.iter().all(|(_, name)| !name.is_empty() && !name.ends_with('\n')));
-            found.iter().map(|(process, _)| *process).collect::<Vec<_>>() == [std::process::id()]
-        };
-        assert_eq!(owners(&path, proc), []);
-        // As a service manager makes it.
-        let listener = UnixListener::bind(&path).unwrap();
-        assert!(is_found());
-        listener.set_nonblocking(true).unwrap();
-        assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
-        drop(listener);
-        assert_eq!(owners(&path, proc), []);
-        // As the daemon makes it.
-        let socket = hullspeed_daemon::socket::Socket::bind(&path).await.unwrap();
-        assert!(is_found());
-        drop(socket);
-        let other = UnixListener::bind(place.path().join("s.7")).unwrap();
-        assert_eq!(owners(&path, proc), [], "a socket of another name");
-        drop(other);
     }
 }

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 
 use super::parts::{put_text, text};
 use crate::adopt::gojson;
-use crate::containerd::Release;
 use crate::containerd::facts::Facts;
+use crate::containerd::has_writable_sysfs;
 use crate::containerd::sysctls::stored;
 use crate::ledger::{Adoption, sandbox_name};
 use crate::wire::{Edit, WireError, edit, put_bytes};
@@ -40,7 +40,7 @@ pub(crate) fn dressed(response: &[u8], adoption: &Adoption, facts: Option<&Facts
         };
         let config = facts.map_or(Cow::Borrowed(&adoption.config), |facts| stored(&adoption.config, facts));
         edit_document(&mut document, adoption, &gojson::value(&config));
-        if is_privileged(&adoption.config) && facts.is_some_and(|facts| Release::has_writable_sysfs(&facts.version)) {
+        if is_privileged(&adoption.config) && facts.is_some_and(|facts| has_writable_sysfs(&facts.version)) {
             show_writable_sysfs(&mut document);
         }
         let mut out = Vec::new();

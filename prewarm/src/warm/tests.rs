@@ -73,6 +73,10 @@ impl SnapshotterControl for Directed {
         Err(Status::unimplemented(""))
     }
 
+    async fn diagnose(&self, _: Request<api::DiagnoseRequest>) -> Result<Response<api::DiagnoseResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn explain(&self, _: Request<api::ExplainRequest>) -> Result<Response<api::ExplainResponse>, Status> {
         Err(Status::unimplemented(""))
     }

@@ -8,6 +8,8 @@ use hullspeed_proto::hullspeed::control::v1 as api;
 
 /// Digits of a digest that tell layers apart for a reader.
 const SHORT_DIGEST: usize = 12;
+/// Readers shown of one layer.
+const SHOWN_READERS: usize = 3;
 
 /// A digest, shortened.
 fn short(digest: &str) -> String {
@@ -59,6 +61,21 @@ pub(super) fn status(status: &api::StatusResponse) -> String {
         status.layers_mounted, status.layers_complete, status.layers_opening
     );
     line(&mut text, "layers", layers);
+    if !status.mount.is_empty() {
+        let native = format!(
+            "{}; {} mounted so, {} of them served by the kernel alone",
+            status.mount, status.layers_erofs, status.layers_kernel_alone
+        );
+        line(
+            &mut text,
+            "mounted as",
+            if status.mount.starts_with("erofs") {
+                &native
+            } else {
+                &status.mount
+            },
+        );
+    }
     let refused: u64 = status.snapshots_overlay.iter().map(|reason| reason.count).sum();
     let offered = format!("{} lazy, {refused} unpacked", status.snapshots_lazy);
     line(&mut text, "since the start", offered);
@@ -191,6 +208,7 @@ fn explanation(explanation: &api::Explanation) -> String {
     let mut table = empty(&[
         "LAYER",
         "STATE",
+        "MOUNT",
         "REASON",
         "RESIDENT",
         "CHUNKS",
@@ -204,9 +222,12 @@ fn explanation(explanation: &api::Explanation) -> String {
     for layer in &explanation.layers {
         table.add_row(layer_row(layer));
     }
-    let _ = writeln!(text, "\n{}", aligned(table, 3..10));
+    let _ = writeln!(text, "\n{}", aligned(table, 4..11));
     for layer in &explanation.layers {
         text.push_str(&details(layer));
+    }
+    if let Some(table) = readers(&explanation.layers) {
+        let _ = writeln!(text, "\n{table}");
     }
     if explanation.more > 0 {
         let _ = writeln!(text, "{} more layers are left out", explanation.more);
@@ -214,7 +235,7 @@ fn explanation(explanation: &api::Explanation) -> String {
     text
 }
 
-fn layer_row(layer: &api::LayerExplanation) -> [String; 11] {
+fn layer_row(layer: &api::LayerExplanation) -> [String; 12] {
     let residence = layer.residence.unwrap_or_default();
     let cost = layer.cost.clone().unwrap_or_default();
     let digest = if layer.digest.is_empty() {
@@ -234,6 +255,7 @@ fn layer_row(layer: &api::LayerExplanation) -> [String; 11] {
     [
         short(digest),
         layer.state.clone(),
+        mount_of(layer),
         layer.reason.clone(),
         resident,
         format!("{}/{}", residence.chunks_resident, residence.chunks),
@@ -244,6 +266,65 @@ fn layer_row(layer: &api::LayerExplanation) -> [String; 11] {
         if_open(format!("{}ms", cost.longest_stall_ms)),
         if_open(cost.background.clone()),
     ]
+}
+
+/// How a layer is mounted, for those who come now and for those who came before.
+fn mount_of(layer: &api::LayerExplanation) -> String {
+    let now = mount(&layer.mount, layer.mounted, layer.kernel_alone);
+    match layer.former_mount.as_str() {
+        "" => now,
+        before => format!("{now} ({before} before)"),
+    }
+}
+
+/// How a layer is mounted.
+fn mount(kind: &str, mounted: bool, kernel_alone: bool) -> String {
+    match (kind, mounted) {
+        (_, false) => "-".to_owned(),
+        // It is just being mounted or unmounted.
+        ("", true) => "?".to_owned(),
+        (kind, true) if kernel_alone => format!("{kind}, kernel alone"),
+        (kind, true) => kind.to_owned(),
+    }
+}
+
+/// Who waited most for each layer; nothing where nobody did.
+fn readers(layers: &[api::LayerExplanation]) -> Option<String> {
+    let mut table = empty(&[
+        "LAYER",
+        "POD",
+        "CONTAINER",
+        "COMMAND",
+        "WAITED",
+        "READS",
+        "BYTES",
+        "LAST",
+    ]);
+    let or_none = |text: String| if text.is_empty() { "-".to_owned() } else { text };
+    let mut more = 0;
+    for layer in layers {
+        for reader in layer.readers.iter().take(SHOWN_READERS) {
+            table.add_row([
+                short(&layer.digest),
+                or_none(reader.pod.clone()),
+                or_none(short(&reader.container)),
+                or_none(reader.command.clone()),
+                format!("{}ms", reader.waited_ms),
+                reader.reads.to_string(),
+                size(reader.bytes),
+                ago(reader.last_unix_ms),
+            ]);
+        }
+        more += layer.readers.len().saturating_sub(SHOWN_READERS) + layer.more_readers as usize;
+    }
+    if table.is_empty() {
+        return None;
+    }
+    let mut text = aligned(table, 4..7);
+    if more > 0 {
+        let _ = write!(text, "\n{more} more who waited are left out");
+    }
+    Some(text)
 }
 
 /// What does not fit into a row, for layers that need it.
@@ -329,7 +410,7 @@ pub(super) fn list(answer: &api::ListLayersResponse) -> String {
             size(residence.disk_bytes),
             percent(residence.chunks_resident.into(), residence.chunks.into()),
             format!("{}/{}", residence.chunks_resident, residence.chunks),
-            if layer.mounted { "yes" } else { "no" }.to_owned(),
+            mount(&layer.mount, layer.mounted, false),
             layer.references.to_string(),
             ago(layer.last_used_unix_ms),
             layer.image.clone(),

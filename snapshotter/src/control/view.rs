@@ -8,10 +8,15 @@ use hullspeed_proto::hullspeed::control::v1 as api;
 use crate::explain::{Explanation, LayerExplanation, Listing, Overview, References, Serving, SubjectKind, Sums, Usage};
 use crate::layer::cache::CacheLimits;
 use crate::layer::layers::inspector::{Space, Survey, VerifyReport, WrongChunk};
-use crate::layer::report::{Cost, Failure, Fetched, HostReport, LayerReport, Residence};
+use crate::layer::readers::{Reader, ReaderReport, Waits};
+use crate::layer::report::{
+    Cost, Failure, Fetched, HostReport, LayerReport, MountReport, ProbeStep, Residence, StoreReport,
+};
 
 /// Layers in one answer, over all that it explains.
 const MAX_LAYERS: usize = 1000;
+/// Readers told of one layer.
+const MAX_READERS: usize = 8;
 
 fn text(digest: Option<Digest>) -> String {
     digest.map(|digest| digest.to_string()).unwrap_or_default()
@@ -35,6 +40,9 @@ pub(super) fn status(status: api::StatusResponse, overview: Overview) -> api::St
         uptime,
         mounted,
         complete,
+        erofs,
+        kernel_alone,
+        mount,
         opening,
         in_flight,
         hosts,
@@ -61,6 +69,9 @@ pub(super) fn status(status: api::StatusResponse, overview: Overview) -> api::St
             .map(|(reason, count)| api::ReasonCount { reason, count })
             .collect(),
         failures: failures.into_iter().map(failure).collect(),
+        mount: mount.to_owned(),
+        layers_erofs: count(erofs),
+        layers_kernel_alone: count(kernel_alone),
         ..status
     }
 }
@@ -183,7 +194,14 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
         None if is_lazy => Default::default(),
         None => ("unknown".to_owned(), String::new(), String::new(), 0),
     };
-    let mounted = report.as_ref().is_some_and(|report| report.mounted);
+    let told = report.as_ref();
+    let mounted = told.is_some_and(|report| report.mounted);
+    let mount = told.and_then(|report| report.mount).unwrap_or_default();
+    let former_mount = told.and_then(|report| report.former_mount).unwrap_or_default();
+    let kernel_alone = told.is_some_and(|report| report.kernel_alone);
+    let known = told.map(|report| report.readers.as_slice()).unwrap_or_default();
+    let readers: Vec<_> = known.iter().take(MAX_READERS).map(reader).collect();
+    let more_readers = count(known.len() - readers.len());
     let (residence, cost) = report.map(residence_and_cost).unwrap_or_default();
     api::LayerExplanation {
         digest: text(digest),
@@ -198,6 +216,39 @@ fn layer(layer: LayerExplanation) -> api::LayerExplanation {
         mounted,
         residence,
         cost,
+        mount: mount.to_owned(),
+        former_mount: former_mount.to_owned(),
+        kernel_alone,
+        readers,
+        more_readers,
+    }
+}
+
+fn reader(report: &ReaderReport) -> api::Reader {
+    let ReaderReport {
+        reader: Reader {
+            pod,
+            container,
+            command,
+        },
+        waits:
+            Waits {
+                reads,
+                bytes,
+                waited,
+                first,
+                last,
+            },
+    } = report;
+    api::Reader {
+        pod: pod.as_ref().map(ToString::to_string).unwrap_or_default(),
+        container: container.as_ref().map(ToString::to_string).unwrap_or_default(),
+        command: command.clone(),
+        reads: *reads,
+        bytes: *bytes,
+        waited_ms: millis(*waited),
+        first_unix_ms: unix_millis(*first),
+        last_unix_ms: unix_millis(*last),
     }
 }
 
@@ -269,6 +320,7 @@ pub(super) fn listing(listing: Listing) -> api::ListLayersResponse {
         last_used_unix_ms: survey.last_used.map_or(0, unix_millis),
         references: count(references.count),
         snapshots: references.snapshots,
+        mount: report.mount.unwrap_or_default().to_owned(),
     };
     api::ListLayersResponse {
         layers: listing.layers.into_iter().map(row).collect(),
@@ -332,5 +384,34 @@ pub(super) fn verified(report: VerifyReport) -> api::VerifyCacheProgress {
         layers_failed: count(failed),
         error,
         done,
+    }
+}
+
+/// What this process knows of its ways to mount, where there are any.
+pub(super) fn diagnosis(configured: &str, mounts: Option<MountReport>) -> api::DiagnoseResponse {
+    let MountReport {
+        chosen,
+        reason,
+        steps,
+        store,
+    } = mounts.unwrap_or_default();
+    let step = |ProbeStep { name, ok, detail }| api::ProbeStep {
+        name: String::from(name),
+        ok,
+        detail,
+    };
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    api::DiagnoseResponse {
+        process: std::process::id(),
+        mount_configured: configured.to_owned(),
+        mount_chosen: chosen.to_owned(),
+        mount_reason: reason,
+        steps: steps.into_iter().map(step).collect(),
+        store: store.map(|StoreReport { capacity, kept }| api::DescriptorStore {
+            capacity: capacity as u64,
+            kept: kept as u64,
+        }),
+        // None is no limit.
+        open_files_limit: files.unwrap_or(u64::MAX),
     }
 }

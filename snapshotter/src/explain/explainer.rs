@@ -9,6 +9,7 @@ use estargz::digest::Digest;
 use super::{Cached, Explanation, Facts, MAX_NAMED, MAX_SUBJECT, filesystem, find};
 use crate::config::Config;
 use crate::layer::layers::inspector::{Inspector, Live, Space, Survey};
+use crate::layer::mounts::Kind;
 use crate::layer::report::{Failure, HostReport, LayerReport};
 use crate::snapshot::decisions::{Counts, Refused};
 use crate::snapshot::outline::Outline;
@@ -53,6 +54,12 @@ pub struct Overview {
     pub mounted: usize,
     /// Of these, layers of which everything is resident.
     pub complete: usize,
+    /// Of the layers mounted, those that the kernel serves.
+    pub erofs: usize,
+    /// Of these, those that nobody else serves any more.
+    pub kernel_alone: usize,
+    /// How layers are mounted from now on; nothing where none are lazy.
+    pub mount: &'static str,
     /// Layers being opened.
     pub opening: usize,
     /// Requests under way, by what they are for.
@@ -144,6 +151,11 @@ impl Explainer {
             uptime: self.started.elapsed(),
             mounted: mounted().count(),
             complete: mounted().filter(|live| live.is_complete()).count(),
+            erofs: mounted()
+                .filter(|live| live.mount() == Some(Kind::Erofs.name()))
+                .count(),
+            kernel_alone: mounted().filter(|live| live.is_kernel_alone()).count(),
+            mount: inspector.map(|inspector| inspector.mounts().chosen).unwrap_or_default(),
             opening: inspector.map_or(0, Inspector::opening),
             in_flight: inspector.map(Inspector::in_flight).unwrap_or_default(),
             hosts: inspector.map(Inspector::hosts).unwrap_or_default(),

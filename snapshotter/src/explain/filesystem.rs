@@ -19,7 +19,7 @@ const TYPES: [(u64, &str); 9] = [
 ];
 
 /// Fills in what the kernel tells of the filesystem at `path`.
-pub(super) fn measure(path: &Path, space: Space) -> io::Result<Space> {
+pub(crate) fn measure(path: &Path, space: Space) -> io::Result<Space> {
     let found = rustix::fs::statfs(path)?;
     // Kernels disagree on the width and the sign of these numbers.
     let number = |value: i128| u64::try_from(value).unwrap_or(0);

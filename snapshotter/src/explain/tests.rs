@@ -212,6 +212,10 @@ fn sums_are_of_all_layers() {
     let report = |bytes: u64| LayerReport {
         toc_digest: digest("toc"),
         mounted: true,
+        mount: Some("fuse"),
+        former_mount: None,
+        kernel_alone: false,
+        readers: Vec::new(),
         residence: Residence {
             content: Some(Content {
                 bytes,

@@ -28,6 +28,7 @@ mod flight;
 mod gate;
 mod group;
 pub(super) mod health;
+mod lately;
 mod layer;
 mod pace;
 mod plan;

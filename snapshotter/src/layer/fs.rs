@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use estargz::index::{FileKind, Inode};
@@ -276,10 +277,11 @@ impl LayerFs {
         self.directory(ino).map(drop)
     }
 
-    /// At most `size` bytes of a file from `offset` on; fewer only at its end.
+    /// At most `size` bytes of a file from `offset` on; fewer only at its end. The process `reader` asks for them, or nobody that is
+    /// known (0).
     ///
     /// What is resident is read at the first poll; what is not is waited for without a thread.
-    pub async fn read(&self, ino: u64, offset: u64, size: u32) -> Result<Bytes, FsError> {
+    pub async fn read(&self, ino: u64, offset: u64, size: u32, reader: i32) -> Result<Bytes, FsError> {
         let (place, chunks) = self.locate(ino, offset, size)?;
         if place.is_empty() {
             return Ok(Bytes::new());
@@ -292,13 +294,20 @@ impl LayerFs {
         }
         // Nothing of it is given up between its coming and its being read.
         let _held = self.layer().hold(chunks.clone());
+        let began = Instant::now();
         let reading = if offset == 0 && size >= LARGE_READ {
             Reading::Front
         } else {
             Reading::Part
         };
-        self.fetch.ensure(chunks, reading).await.map_err(FsError::Fetch)?;
-        let bytes = self.layer().read(place).map_err(FsError::Cache)?;
+        let fetched = self.fetch.ensure(chunks, reading).await;
+        let bytes = fetched
+            .map_err(FsError::Fetch)
+            .and_then(|()| self.layer().read(place).map_err(FsError::Cache));
+        // Who waited for an error has waited, too.
+        let length = bytes.as_ref().map_or(0, Bytes::len);
+        self.fetch.readers().note(reader, length as u64, began.elapsed());
+        let bytes = bytes?;
         self.fetch.count_read(false, bytes.len());
         Ok(bytes)
     }

@@ -211,9 +211,11 @@ impl fuse3::raw::Filesystem for LayerFuse {
         })
     }
 
-    async fn read(&self, _req: Request, inode: u64, _fh: u64, offset: u64, size: u32) -> FuseResult<ReplyData> {
+    async fn read(&self, req: Request, inode: u64, _fh: u64, offset: u64, size: u32) -> FuseResult<ReplyData> {
         let began = Instant::now();
-        let result = self.fs.read(inode, offset, size).await;
+        // Of another namespace it is 0.
+        let reader = i32::try_from(req.pid).unwrap_or(0);
+        let result = self.fs.read(inode, offset, size, reader).await;
         self.done("read", began, result).map(ReplyData::from)
     }
 

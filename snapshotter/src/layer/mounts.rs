@@ -32,7 +32,7 @@ pub enum Kind {
 
 impl Kind {
     /// Name in metrics and reports.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Erofs => "erofs",
             Self::Fuse => "fuse",

@@ -12,6 +12,7 @@
 //! `data` as it was opened before the mark (only such a descriptor raises no events itself), and the [`journal`], in which a successor
 //! finds what was read and not answered.
 
+pub mod bounds;
 pub mod event;
 pub mod group;
 pub mod journal;

@@ -7,6 +7,7 @@ use estargz::digest::Digest;
 use estargz::index::LayerIndex;
 
 use super::cache::Residency;
+use super::readers::ReaderReport;
 
 /// A layer of the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,10 +16,18 @@ pub struct LayerReport {
     pub toc_digest: Digest,
     /// Whether it is mounted.
     pub mounted: bool,
+    /// How: `erofs` or `fuse`; none where it is not, or its mount cannot be looked at now.
+    pub mount: Option<&'static str>,
+    /// How containers have it mounted that were started before it was mounted so.
+    pub former_mount: Option<&'static str>,
+    /// Whether the kernel serves it alone: nobody is asked any more.
+    pub kernel_alone: bool,
     /// How much of it there is.
     pub residence: Residence,
     /// What it has cost since it was opened; none of a layer that nobody has open.
     pub cost: Option<Cost>,
+    /// Who has waited for it since it was opened, those first that have waited longest.
+    pub readers: Vec<ReaderReport>,
 }
 
 /// How much of a layer is in the cache.
@@ -150,4 +159,37 @@ pub struct HostReport {
     pub failures_in_a_row: u32,
     /// Time until it is asked again as if nothing had happened; none where it is well.
     pub retry_in: Option<Duration>,
+}
+
+/// How layers are mounted, and why so.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MountReport {
+    /// Which layers are mounted as EROFS: all (`erofs`), complete ones (`erofs_when_complete`), none (`fuse`).
+    pub chosen: &'static str,
+    /// Why, for a person.
+    pub reason: String,
+    /// What was tried before that was decided, in order.
+    pub steps: Vec<ProbeStep>,
+    /// Where descriptors are kept while no daemon runs.
+    pub store: Option<StoreReport>,
+}
+
+/// One step of the self-test.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProbeStep {
+    /// Short and stable.
+    pub name: &'static str,
+    /// Whether it is as native mounts need it.
+    pub ok: bool,
+    /// What was found, for a person.
+    pub detail: String,
+}
+
+/// The descriptor store.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StoreReport {
+    /// The most descriptors that it keeps.
+    pub capacity: usize,
+    /// Those that it keeps, as far as is known.
+    pub kept: usize,
 }

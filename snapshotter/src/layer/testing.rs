@@ -273,7 +273,7 @@ pub(super) async fn read_file(fs: &LayerFs, path: &str) -> Vec<u8> {
     let size = fs.attributes(ino).unwrap().size;
     let mut content = Vec::new();
     while (content.len() as u64) < size {
-        let piece = fs.read(ino, content.len() as u64, 128 << 10).await.unwrap();
+        let piece = fs.read(ino, content.len() as u64, 128 << 10, 0).await.unwrap();
         assert!(!piece.is_empty());
         content.extend_from_slice(&piece);
     }

@@ -17,8 +17,8 @@ use super::{Hull, PatchError};
 use crate::adopt::eligibility::{EmptyDns, empty_dns, is_safe_sysctl};
 use crate::adopt::fault;
 use crate::adopt::hull::{Files, HOST_HOSTS, MAX_FILE_BYTES, Stamp};
-use crate::containerd::Release;
 use crate::containerd::facts::Facts;
+use crate::containerd::has_writable_sysfs;
 
 /// The host's resolver configuration, for pods without one of their own.
 const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -55,8 +55,7 @@ impl Identity {
             hostname: config.hostname.clone(),
             resolv_conf: resolv_conf(config.dns_config.as_ref(), &facts.version),
             sysctls,
-            writes_sysfs: context.is_some_and(|context| context.privileged)
-                && Release::has_writable_sysfs(&facts.version),
+            writes_sysfs: context.is_some_and(|context| context.privileged) && has_writable_sysfs(&facts.version),
         }
     }
 

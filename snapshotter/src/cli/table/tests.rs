@@ -41,6 +41,9 @@ fn a_status_shows_what_matters() {
         root: "/var/lib/hullspeed".to_owned(),
         layers_mounted: 7,
         layers_complete: 3,
+        mount: "erofs".to_owned(),
+        layers_erofs: 6,
+        layers_kernel_alone: 2,
         uptime_seconds: 90_000,
         snapshots_lazy: 40,
         snapshots_overlay: vec![api::ReasonCount {
@@ -70,6 +73,7 @@ fn a_status_shows_what_matters() {
         "filesystem        ext4",
         "no room to spare  1 B are free: what containers read is fetched, and nothing ahead of them",
         "layers            7 mounted, 3 of them complete",
+        "mounted as        erofs; 6 mounted so, 2 of them served by the kernel alone",
         "since the start   40 lazy, 2 unpacked",
         "requests now      2 demand",
         "no_toc_digest",
@@ -115,6 +119,24 @@ fn an_explanation_says_why_and_what_it_cost() {
             hosts: vec![backing_off()],
             ..Default::default()
         }),
+        mounted: true,
+        mount: "erofs".to_owned(),
+        kernel_alone: true,
+        former_mount: "fuse".to_owned(),
+        readers: vec![
+            api::Reader {
+                pod: "0b5e6d4c-1111-2222-3333-444455556666".to_owned(),
+                container: "34".repeat(32),
+                command: "nginx".to_owned(),
+                reads: 7,
+                bytes: 3 << 20,
+                waited_ms: 120,
+                last_unix_ms: now_ms() - 3_100,
+                ..Default::default()
+            },
+            api::Reader::default(),
+        ],
+        more_readers: 5,
         ..Default::default()
     };
     let overlay = api::LayerExplanation {
@@ -156,6 +178,11 @@ fn an_explanation_says_why_and_what_it_cost() {
         "hosts in order: mirror.example (backing off)",
         "efefefefefef  not lazy since 5s ago (mirror.example): not mounted within 30s",
         "3 more of that name",
+        "erofs, kernel alone (fuse before)",
+        "0b5e6d4c-1111-2222-3333-444455556666  343434343434  nginx",
+        "120ms",
+        "3.0 MiB  3s ago",
+        "5 more who waited",
     ];
     has(&text, &parts);
 }
@@ -173,6 +200,7 @@ fn the_cache_is_listed_and_what_was_done_to_it_told() {
                 ..Default::default()
             }),
             mounted: true,
+            mount: "fuse".to_owned(),
             references: 2,
             ..Default::default()
         }],
@@ -180,7 +208,7 @@ fn the_cache_is_listed_and_what_was_done_to_it_told() {
     });
     has(
         &listed,
-        &["121212121212", "1.5 KiB", "100%", "yes", "1 more are left out"],
+        &["121212121212", "1.5 KiB", "100%", "fuse", "1 more are left out"],
     );
     let failed = pruned(&api::PruneCacheResponse {
         layers: 2,

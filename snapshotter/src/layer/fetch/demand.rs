@@ -52,7 +52,9 @@ impl LayerFetch {
             return Ok(());
         }
         let began = Instant::now();
-        let deadline = self.engine().options.read_deadline;
+        let deadline = self
+            .lately
+            .patience(&chunks, self.engine().options.read_deadline, began);
         // The timer is made on the runtime: this may be polled outside of it.
         let over = AbortOnDrop(
             self.engine()
@@ -70,6 +72,7 @@ impl LayerFetch {
         if let Err(failure) = &result
             && let FetchError::Deadline { .. } = **failure
         {
+            self.lately.gave_up(chunks.clone(), Instant::now());
             let (names, failed) = (self.remotes().images(), self.counts().read().last_failure);
             tracing::error!(
                 image = names.first().map(|names| &*names.image),

@@ -14,11 +14,13 @@ use super::engine::Engine;
 use super::error::FetchError;
 use super::flight::{Flights, Urgency};
 use super::gate::{Lane, Share, Slot};
+use super::lately::Lately;
 use super::readahead::Readahead;
 use super::remotes::{Remote, Remotes};
 use super::sequence::Sequence;
 use super::tally::{Counts, Tally};
 use crate::layer::cache::CachedLayer;
+use crate::layer::readers::Readers;
 use crate::layer::source::BlobSource;
 use crate::metrics::defs::SourceLabels;
 
@@ -39,7 +41,10 @@ pub struct LayerFetch {
     flights: Flights,
     readahead: Mutex<Readahead>,
     pipes: Pipes,
+    /// What readers gave up lately.
+    pub(super) lately: Lately,
     counts: Counts,
+    readers: Readers,
     /// Whether it is being completed.
     completing: AtomicBool,
     /// Whether residency could not be made durable last time.
@@ -69,6 +74,7 @@ impl LayerFetch {
         if let Some((requests, bytes)) = engine.take_opened(&layer.toc_digest()) {
             counts.toc(requests, bytes);
         }
+        let readers = Readers::new(engine.runtime().clone());
         let complete = watch::Sender::new(layer.residency().is_complete() && !layer.is_dirty());
         let fetch = Arc::new(Self {
             engine,
@@ -77,7 +83,9 @@ impl LayerFetch {
             flights: Flights::default(),
             readahead,
             pipes: Pipes::default(),
+            lately: Lately::default(),
             counts,
+            readers,
             completing: AtomicBool::new(false),
             checkpoint_failed: AtomicBool::new(false),
             complete,
@@ -108,6 +116,11 @@ impl LayerFetch {
     /// What the layer has cost since it was opened.
     pub fn tally(&self) -> Tally {
         self.counts.read()
+    }
+
+    /// Who has waited for bytes of the layer since it was opened.
+    pub fn readers(&self) -> &Readers {
+        &self.readers
     }
 
     pub(super) fn counts(&self) -> &Counts {

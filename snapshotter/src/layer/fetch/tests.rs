@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use tokio::runtime::Handle;
 
 use super::*;
-use crate::layer::fs::LayerFs;
+use crate::layer::fs::{FsError, LayerFs};
 use crate::layer::source::Priority;
 use crate::layer::source::scripted::{Fault, Scripted};
 use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified, noise, read_file, resolve};
@@ -78,7 +78,7 @@ impl Bench {
 
     async fn errno(&self, path: &str) -> i32 {
         self.fs
-            .read(resolve(&self.fs, path), 0, 4096)
+            .read(resolve(&self.fs, path), 0, 4096, 0)
             .await
             .map(|bytes| bytes.len())
             .unwrap_err()
@@ -223,7 +223,20 @@ async fn a_source_that_never_delivers_is_given_up_at_the_deadline_and_one_that_r
     let failure = tally.last_failure.unwrap();
     assert_eq!((failure.host.as_str(), failure.reason), ("registry.test", "transient"));
     assert_eq!(tally.demand_reads_stalled, 2);
+    // The kernel asks again at once, and does not wait as long again.
+    let again = bench.fs.read(resolve(&bench.fs, "zeros"), 0, 1, 0).await.unwrap_err();
+    assert!(
+        matches!(&again, FsError::Fetch(failure) if matches!(**failure, FetchError::Deadline { waited } if waited < Duration::from_millis(700))),
+        "{again:?}"
+    );
     bench.source.refuse(false);
+    // A host that failed is not asked at once, and a read that follows one that failed does not wait for it.
+    let read = async || {
+        let ino = resolve(&bench.fs, "zeros");
+        bench.fs.read(ino, 0, 1, 0).await.is_ok()
+    };
+    let recovered = async { while !read().await {} };
+    tokio::time::timeout(Duration::from_secs(30), recovered).await.unwrap();
     bench.assert_file("zeros").await;
     bench.settle().await;
 }
@@ -349,12 +362,12 @@ async fn in_a_member_of_several_chunks_the_right_ones_are_kept() {
     );
     let ino = resolve(&bench.fs, "dir0/file0000");
     let expected = &bench.sample.files["dir0/file0000"];
-    assert_eq!(bench.fs.read(ino, 0, 10_000).await.unwrap(), expected[..10_000]);
-    assert_eq!(bench.fs.read(ino, 20_000, 10_000).await.unwrap(), expected[20_000..]);
+    assert_eq!(bench.fs.read(ino, 0, 10_000, 0).await.unwrap(), expected[..10_000]);
+    assert_eq!(bench.fs.read(ino, 20_000, 10_000, 0).await.unwrap(), expected[20_000..]);
     assert_eq!(
         bench
             .fs
-            .read(ino, 15_000, 1)
+            .read(ino, 15_000, 1, 0)
             .await
             .map(|bytes| bytes.len())
             .unwrap_err()
@@ -364,6 +377,25 @@ async fn in_a_member_of_several_chunks_the_right_ones_are_kept() {
     bench.assert_file("dir1/file0001").await;
     bench.settle().await;
     assert_only_verified(bench.fs.fetch().layer());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_is_known_and_who_does_not_is_no_reader() {
+    let bench = Bench::new(Sample::uniform(3, 20_000, Packing::default()), |source| source);
+    let ino = resolve(&bench.fs, "dir0/file0000");
+    let own = i32::try_from(std::process::id()).unwrap();
+    for _ in 0..3 {
+        bench.fs.read(ino, 0, 1000, own).await.unwrap();
+    }
+    let readers = bench.fs.fetch().readers();
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while readers.report().is_empty() {
+        assert!(std::time::Instant::now() < end, "nobody has waited");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let report = readers.report().remove(0);
+    assert_eq!((report.waits.reads, report.waits.bytes), (1, 1000));
+    assert!(!report.reader.command.is_empty() && report.waits.waited > Duration::ZERO);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -461,7 +493,7 @@ async fn a_read_of_many_pieces_starts_a_few_at_a_time() {
     let reader = tokio::spawn({
         let bench = bench.clone();
         // Shorter than what tells that more will be read.
-        async move { bench.fs.read(ino, 0, 100_000).await }
+        async move { bench.fs.read(ino, 0, 100_000, 0).await }
     });
     while bench.fs.fetch().flights().is_empty() {
         tokio::task::yield_now().await;
@@ -633,7 +665,7 @@ async fn reads_equal_the_model(case: Case) {
     for (pick, offset, size) in case.reads {
         let (bench, path) = (bench.clone(), pick.get(&paths).clone());
         readers.spawn(async move {
-            let bytes = bench.fs.read(resolve(&bench.fs, &path), offset, size).await.unwrap();
+            let bytes = bench.fs.read(resolve(&bench.fs, &path), offset, size, 0).await.unwrap();
             let content = &bench.sample.files[&path];
             let start = usize::try_from(offset).unwrap().min(content.len());
             let end = (start + size as usize).min(content.len());

@@ -14,9 +14,11 @@ use std::sync::atomic::Ordering;
 use estargz::digest::Digest;
 use tokio::sync::Semaphore;
 
+use super::mounted::Mounted;
 use super::{MAX_OPENING, Shared};
 use crate::layer::fetch::{BackgroundState, LayerFetch};
-use crate::layer::report::{Cost, Failure, HostReport, LayerReport, Residence};
+use crate::layer::mounts::Kind;
+use crate::layer::report::{Cost, Failure, HostReport, LayerReport, MountReport, Residence};
 
 pub use space::Space;
 pub use survey::Survey;
@@ -24,6 +26,8 @@ pub use verification::{MAX_WRONG_TOLD, VerifyError, VerifyReport, Verifying, Wro
 
 /// What the completion of a layer waits for that is paused, where that is known.
 const NO_ROOM: &str = "no_room";
+/// How a layer is mounted that the kernel serves.
+const EROFS: &str = Kind::Erofs.name();
 
 /// Looks at the layers of this daemon. Cheap to clone.
 #[derive(Clone)]
@@ -37,6 +41,8 @@ pub struct Inspector {
 pub struct Live {
     fetch: Arc<LayerFetch>,
     mounted: bool,
+    mount: Option<&'static str>,
+    former: Option<&'static str>,
     /// What went wrong when it was opened.
     opening_failure: Option<Failure>,
 }
@@ -50,6 +56,16 @@ impl Live {
     /// Whether it is mounted, and not only being warmed.
     pub fn is_mounted(&self) -> bool {
         self.mounted
+    }
+
+    /// How it is mounted: `erofs` or `fuse`; none where it is not, or its mount is being changed.
+    pub fn mount(&self) -> Option<&'static str> {
+        self.mount
+    }
+
+    /// Whether the kernel serves it alone: it is mounted natively, and nothing is missing that anybody could ask for.
+    pub fn is_kernel_alone(&self) -> bool {
+        self.mount == Some(EROFS) && self.fetch.is_complete()
     }
 
     /// The last request for it that failed.
@@ -83,15 +99,21 @@ impl Inspector {
         let slots: Vec<_> = self.shared.slots().values().cloned().collect();
         let live = slots.iter().filter_map(|slot| {
             let fetch = slot.live()?;
-            let mounted = match slot.mounted.try_lock() {
-                Ok(mounted) => mounted.is_some(),
+            let (mounted, mount, former) = match slot.mounted.try_lock() {
+                Ok(mounted) => (
+                    mounted.is_some(),
+                    mounted.as_ref().map(Mounted::kind),
+                    mounted.as_ref().and_then(Mounted::former_kind),
+                ),
                 // It is being mounted, unmounted or looked at.
-                Err(_) => slot.warms.load(Ordering::Relaxed) == 0,
+                Err(_) => (slot.warms.load(Ordering::Relaxed) == 0, None, None),
             };
             let opening_failure = self.shared.opening_failures.of(&fetch.layer().toc_digest());
             Some(Live {
                 fetch,
                 mounted,
+                mount,
+                former,
                 opening_failure,
             })
         });
@@ -106,6 +128,11 @@ impl Inspector {
     /// The hosts that were asked, by name.
     pub fn hosts(&self) -> Vec<HostReport> {
         self.shared.engine.hosts()
+    }
+
+    /// How layers are mounted, and why so.
+    pub fn mounts(&self) -> MountReport {
+        self.shared.ways.report()
     }
 
     /// Requests to registries under way, by what they are for.
@@ -126,8 +153,12 @@ impl Inspector {
         LayerReport {
             toc_digest: layer.toc_digest(),
             mounted: live.mounted,
+            mount: live.mount,
+            former_mount: live.former,
+            kernel_alone: live.is_kernel_alone(),
             residence: Residence::measured(layer.index(), layer.residency(), disk),
             cost: Some(cost),
+            readers: live.fetch.readers().report(),
         }
     }
 }

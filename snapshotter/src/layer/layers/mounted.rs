@@ -25,6 +25,18 @@ pub(super) struct Mounted {
     fetch: Arc<LayerFetch>,
 }
 
+impl Mounted {
+    /// How it is mounted.
+    pub(super) fn kind(&self) -> &'static str {
+        self.mount.kind().name()
+    }
+
+    /// How those have it mounted who came before that.
+    pub(super) fn former_kind(&self) -> Option<&'static str> {
+        self.former.as_ref().map(|former| former.kind().name())
+    }
+}
+
 impl Slot {
     /// Makes the kernel forget a chunk that it may have read, if the layer is mounted. Blocks.
     pub(super) fn forget_pages(&self, chunk: &Chunk) -> io::Result<()> {

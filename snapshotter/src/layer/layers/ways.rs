@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use hullspeed_daemon::error::chain;
 use tokio::runtime::Handle;
 
 use crate::config::{Config, MountChoice};
@@ -10,7 +11,8 @@ use crate::layer::Cause;
 use crate::layer::mounts::fuse::FuseWay;
 use crate::layer::mounts::kept::Descriptors;
 use crate::layer::mounts::native::NativeWay;
-use crate::layer::mounts::ways::{Reach, Ways};
+use crate::layer::mounts::ways::{Decision, Reach, Ways};
+use crate::layer::native::bounds;
 use crate::layer::native::journal::{Journal, JournalError};
 use crate::layer::native::probe;
 use crate::layer::native::service::Service;
@@ -30,37 +32,58 @@ pub(super) fn of(
         metrics.clone(),
         descriptors.clone(),
     );
-    let reach = reach(config, root, &descriptors)?;
-    if reach == Reach::Nothing && !descriptors.has_native() {
-        return Ok(Ways::new(fuse, None, reach, descriptors));
+    let decision = decide(config, root, &descriptors)?;
+    if decision.reach == Reach::Nothing && !descriptors.has_native() {
+        return Ok(Ways::new(fuse, None, decision, descriptors));
     }
     let native = native(config, metrics, &descriptors, runtime);
     match native {
-        Ok(native) => Ok(Ways::new(fuse, Some(native), reach, descriptors)),
+        Ok(native) => Ok(Ways::new(fuse, Some(native), decision, descriptors)),
         Err(error) if config.layers.mount == MountChoice::Erofs => Err(error),
         Err(error) => {
             tracing::error!(
                 error = &*error as &dyn std::error::Error,
                 "layers are not mounted natively"
             );
-            Ok(Ways::new(fuse, None, Reach::Nothing, descriptors))
+            let decision = Decision {
+                reach: Reach::Nothing,
+                reason: format!("native mounts cannot be served: {}", chain(&*error)),
+                ..decision
+            };
+            Ok(Ways::new(fuse, None, decision, descriptors))
         }
     }
 }
 
-fn reach(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Reach, Cause> {
+fn decide(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Decision, Cause> {
     if config.layers.mount == MountChoice::Fuse {
-        return Ok(Reach::Nothing);
+        return Ok(Decision {
+            reach: Reach::Nothing,
+            reason: "the configuration says so".to_owned(),
+            trial: None,
+        });
     }
     let report = probe::run(root, descriptors.has_store());
     tracing::info!(reach = ?report.reach(), report = %report, "how layers can be mounted here");
     if config.layers.mount == MountChoice::Erofs && report.reach() != Reach::All {
         return Err(report.to_string().into());
     }
-    Ok(report.reach())
+    let failed = report
+        .steps
+        .iter()
+        .find_map(|(step, outcome)| Some((step, outcome.as_ref().err()?)));
+    Ok(Decision {
+        reach: report.reach(),
+        reason: match failed {
+            None => "the self-test passed".to_owned(),
+            Some((step, reason)) => format!("the self-test failed at {:?}: {reason}", step.name()),
+        },
+        trial: Some(report),
+    })
 }
 
 fn native(config: &Config, metrics: &Metrics, descriptors: &Descriptors, runtime: &Handle) -> Result<NativeWay, Cause> {
+    bounds::raise();
     let kept = descriptors.take_journal().map(Journal::kept);
     let journal = match kept {
         Some(Ok(journal)) => journal,

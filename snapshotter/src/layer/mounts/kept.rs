@@ -26,6 +26,7 @@ use hullspeed_daemon::fdstore::Store;
 
 use crate::layer::cache::Inherited as LayerInherited;
 use crate::layer::native::group::Group;
+use crate::layer::report::StoreReport;
 
 const JOURNAL: &str = "journal";
 const GROUP: &str = "fanotify";
@@ -137,6 +138,14 @@ impl Descriptors {
     /// Whether there is a store, without which nothing outlives this process.
     pub fn has_store(&self) -> bool {
         self.store.is_some()
+    }
+
+    /// How the store is; none where there is none.
+    pub fn report(&self) -> Option<StoreReport> {
+        self.store.as_ref().map(|store| StoreReport {
+            capacity: store.capacity(),
+            kept: store.len(),
+        })
     }
 
     /// The journal that an earlier process left.

@@ -12,6 +12,8 @@ use super::{LayerMounted, Way};
 use crate::layer::Cause;
 use crate::layer::cache::LayerStore;
 use crate::layer::fetch::LayerFetch;
+use crate::layer::native::probe::{Report, Step};
+use crate::layer::report::{MountReport, ProbeStep};
 
 /// Which layers are mounted natively.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +24,28 @@ pub enum Reach {
     Complete,
     /// All.
     All,
+}
+
+impl Reach {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "fuse",
+            Self::Complete => "erofs_when_complete",
+            Self::All => "erofs",
+        }
+    }
+}
+
+/// Which layers are mounted natively, and why so.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// Which.
+    pub reach: Reach,
+    /// Why, for a person.
+    pub reason: String,
+    /// What was tried; nothing where the configuration decided.
+    pub trial: Option<Report>,
 }
 
 /// How a layer is mounted.
@@ -36,18 +60,35 @@ pub struct Up {
 pub struct Ways {
     fuse: FuseWay,
     native: Option<NativeWay>,
-    reach: Reach,
+    decision: Decision,
     descriptors: Descriptors,
 }
 
 impl Ways {
     /// `native` is there also where its reach is nothing, if an earlier process has left such mounts.
-    pub fn new(fuse: FuseWay, native: Option<NativeWay>, reach: Reach, descriptors: Descriptors) -> Self {
+    pub fn new(fuse: FuseWay, native: Option<NativeWay>, decision: Decision, descriptors: Descriptors) -> Self {
         Self {
             fuse,
             native,
-            reach,
+            decision,
             descriptors,
+        }
+    }
+
+    /// Which way is taken, and why.
+    pub fn report(&self) -> MountReport {
+        let Decision { reach, reason, trial } = &self.decision;
+        let steps = trial.iter().flat_map(|trial| &trial.steps);
+        let step = |(step, outcome): &(Step, Result<(), String>)| ProbeStep {
+            name: step.name(),
+            ok: outcome.is_ok(),
+            detail: outcome.as_ref().map_or_else(Clone::clone, |()| "passed".to_owned()),
+        };
+        MountReport {
+            chosen: reach.name(),
+            reason: reason.clone(),
+            steps: steps.map(step).collect(),
+            store: self.descriptors.report(),
         }
     }
 
@@ -88,7 +129,7 @@ impl Ways {
     }
 
     fn native_for(&self, fetch: &LayerFetch, store: &LayerStore) -> Option<&NativeWay> {
-        let reaches = match self.reach {
+        let reaches = match self.decision.reach {
             Reach::Nothing => false,
             Reach::Complete => fetch.is_complete(),
             Reach::All => true,

@@ -335,3 +335,6 @@ impl Slot {
         claimed[self.index] = false;
     }
 }
+
+#[cfg(test)]
+mod tests;

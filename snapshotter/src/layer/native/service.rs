@@ -4,6 +4,8 @@
 //! there. Whatever is not understood is denied. A layer whose table in the journal is full, or for which there are no descriptors left,
 //! is not read from until there is room: its readers wait in the kernel's queue, and nobody gets an error for it.
 
+mod member;
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,10 +19,11 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use tokio::runtime::Handle;
 
+pub use self::member::Member;
+use self::member::{MAX_NUMBER, Ownership, Question, reserve};
 use super::event::{Asked, Event};
 use super::group::{Answer, Group};
 use super::journal::{Journal, Received, Slot};
-use super::sys;
 use crate::layer::fetch::{LayerFetch, Reading};
 use crate::metrics::Metrics;
 use crate::metrics::defs::{NativeEventLabels, NativeOutcome};
@@ -63,17 +66,6 @@ struct Inner {
     leaving: AtomicBool,
     ended: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// A layer whose readers ask.
-pub struct Member {
-    token: u64,
-    group: Group,
-    slot: Option<Slot>,
-    fetch: Arc<LayerFetch>,
-    inner: Arc<Inner>,
-    /// Events of a predecessor whose numbers this process uses otherwise: new ones could get the same.
-    blocking: AtomicUsize,
 }
 
 impl Service {
@@ -179,112 +171,6 @@ impl Service {
         if let Some(thread) = thread {
             // Its panic has been reported.
             let _ = thread.join();
-        }
-    }
-}
-
-/// Beyond any number of descriptors that a process may have.
-const MAX_NUMBER: i32 = 1 << 20;
-
-/// Occupies a number, so that no event gets it; whether it was free.
-fn reserve(number: i32) -> bool {
-    let place = rustix::fs::open(
-        c"/dev/null",
-        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    );
-    let reserved = place.and_then(|place| rustix::io::fcntl_dupfd_cloexec(place, number));
-    match reserved {
-        Ok(fd) => {
-            use std::os::fd::{AsRawFd, IntoRawFd};
-            let is_it = fd.as_raw_fd() == number;
-            if is_it {
-                // Closed with the event.
-                let _ = fd.into_raw_fd();
-            }
-            is_it
-        }
-        Err(_) => false,
-    }
-}
-
-/// Whose descriptor has the number of an event.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ownership {
-    /// The event's: it is closed when the event has been answered.
-    Ours,
-    /// Something else's, since a predecessor read the event.
-    Foreign,
-}
-
-/// An event that waits for its answer.
-#[derive(Debug, Clone, Copy)]
-struct Question {
-    number: i32,
-    pid: i32,
-    ownership: Ownership,
-}
-
-impl Member {
-    /// The layer.
-    pub fn fetch(&self) -> &Arc<LayerFetch> {
-        &self.fetch
-    }
-
-    /// The group.
-    pub fn group(&self) -> &Group {
-        &self.group
-    }
-
-    /// Takes the mark away, answers what came before, and forgets the layer. Only for a layer that is complete, or that nobody has
-    /// mounted: whoever asks now is allowed.
-    pub fn retire(self: Arc<Self>) -> io::Result<()> {
-        self.group.unmark(self.fetch.layer().content())?;
-        self.inner.members().remove(&self.token);
-        // Gone with the last who has the group open, at the latest.
-        let _ = epoll::delete(&self.inner.epoll, &self.group);
-        let Some(slot) = &self.slot else { return Ok(()) };
-        loop {
-            match slot.receive(self.group.as_fd(), usize::MAX) {
-                Ok(Received::Events(events)) if !events.is_empty() => {
-                    events.into_iter().for_each(|event| self.inner.take(&self, event));
-                }
-                Ok(Received::Full) => std::thread::sleep(REST),
-                Ok(Received::Events(_) | Received::Nothing) => return Ok(()),
-                Err(error) if is_passing(&error) => std::thread::sleep(REST),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn answer(&self, question: Question, answer: Answer) {
-        if let Err(error) = self.group.answer(question.number, answer) {
-            tracing::error!(toc = %self.fetch.layer().toc_digest(), number = question.number, ?answer, %error,
-                "the kernel refused an answer");
-        }
-        if let Some(slot) = &self.slot {
-            slot.forget(question.number);
-        }
-        // Not before: its number must not come up again while the journal has it.
-        match question.ownership {
-            Ownership::Ours => sys::close_event(question.number),
-            Ownership::Foreign => {
-                if self.blocking.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    self.inner.listen(self);
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        if self.inner.leaving.load(Ordering::Acquire) {
-            // A successor needs it.
-            return;
-        }
-        if let Some(slot) = self.slot.take() {
-            slot.release();
         }
     }
 }
@@ -494,6 +380,9 @@ impl Inner {
             fetch.ensure(chunks, reading).await
         };
         let bytes = usize::try_from(count).unwrap_or(usize::MAX);
+        // While it waits, so that it is there to be looked at.
+        let brought = if result.is_ok() { count } else { 0 };
+        fetch.readers().note(question.pid, brought, began.elapsed());
         match result {
             Ok(()) => {
                 fetch.count_read(false, bytes);

@@ -31,7 +31,7 @@ async fn a_large_file_is_fetched_ahead_of_its_reader_in_several_requests_and_no_
     // The first window, and nothing of what comes after it.
     bench.source.release(9);
     let ino = resolve(&bench.fs, "large");
-    bench.fs.read(ino, 0, 4096).await.unwrap();
+    bench.fs.read(ino, 0, 4096, 0).await.unwrap();
     assert_eq!(bench.source.requests().len(), 1);
     let reader = tokio::spawn({
         let bench = bench.clone();
@@ -63,7 +63,7 @@ async fn who_reads_a_file_from_its_beginning_in_large_pieces_is_read_ahead_of_at
     let ino = resolve(&bench.fs, "large");
     let reader = tokio::spawn({
         let bench = bench.clone();
-        async move { bench.fs.read(ino, 0, 128 << 10).await }
+        async move { bench.fs.read(ino, 0, 128 << 10, 0).await }
     });
     until(|| bench.source.requests().len() == 1).await;
     // As long as most of the first chunk is to come, the second would be in its way.
@@ -92,7 +92,7 @@ async fn a_reader_who_stops_is_not_fetched_for_without_end() {
     let bench = Bench::new(large_file(40 << 20), |source| source);
     let ino = resolve(&bench.fs, "large");
     for offset in (0..2 << 20).step_by(128 << 10) {
-        bench.fs.read(ino, offset, 128 << 10).await.unwrap();
+        bench.fs.read(ino, offset, 128 << 10, 0).await.unwrap();
     }
     bench.settle().await;
     let fetched: u64 = bench

@@ -58,6 +58,9 @@ impl Inspector {
         LayerReport {
             toc_digest: survey.toc,
             mounted: false,
+            mount: None,
+            former_mount: None,
+            kernel_alone: false,
             residence: Residence {
                 chunks,
                 resident,
@@ -66,6 +69,7 @@ impl Inspector {
                 disk_bytes: survey.disk_bytes,
             },
             cost: None,
+            readers: Vec::new(),
         }
     }
 }

@@ -25,13 +25,6 @@ impl Release {
             patch: numbers.next().flatten(),
         })
     }
-
-    /// Whether this version makes a privileged pod's sandbox with a writable sysfs: since 2.1. Before, pause mounted it for
-    /// reading only, and a network namespace has one sysfs: the pod's containers cannot write to it either.
-    #[must_use]
-    pub fn has_writable_sysfs(version: &str) -> bool {
-        Self::of(version).is_none_or(|release| (release.major, release.minor) >= (2, 1))
-    }
 }
 
 #[cfg(test)]
