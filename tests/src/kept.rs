@@ -96,18 +96,24 @@ impl Kept {
         self.running().unwrap_or(self.pid)
     }
 
-    /// How the daemon ended, if it was stopped or killed and not started again.
-    pub fn try_wait(&self) -> Option<ExitStatus> {
-        self.ended
-    }
-
-    /// Fails unless the keeper runs and the daemon was not ended.
+    /// Fails unless the keeper runs, and the daemon that was seen last: one that ended by itself has been replaced since.
     pub fn check_running(&mut self) -> Result<()> {
         self.keeper.check_running()?;
-        match self.ended {
-            None => Ok(()),
-            Some(status) => bail!("the daemon has ended ({status})"),
+        if self.ended.is_none() && self.running() == Some(self.pid) {
+            return Ok(());
         }
+        let status = match self.ended {
+            Some(status) => Some(status),
+            None => self.endings()?.last().copied(),
+        };
+        let status = status.map_or_else(
+            || "as the keeper has not said yet".to_owned(),
+            |status| status.to_string(),
+        );
+        bail!(
+            "the daemon ended early ({status}); its log ends:\n{}",
+            self.keeper.log_tail()
+        )
     }
 
     /// Sends a signal to the daemon. If it ends by that, the keeper starts it again.
@@ -174,8 +180,8 @@ impl Kept {
         .with_context(|| format!("cannot make {}", self.gate.display()))
     }
 
-    /// Waits until the daemon runs.
-    fn find(&mut self) -> Result<()> {
+    /// Waits until a daemon runs, which may be another one than before.
+    pub fn find(&mut self) -> Result<()> {
         let end = Instant::now() + START_LIMIT;
         loop {
             if let Some(pid) = self.running() {

@@ -19,6 +19,7 @@ use crate::run::RunDir;
 use crate::scenario::{CONVERTED, estargz};
 use crate::snapshots::{Snapshots, View, chain_id};
 use crate::snapshotter::Snapshotter;
+use crate::unasked;
 
 /// Annotations with this prefix are handed to the snapshotter as labels.
 const INHERITED_PREFIX: &str = "containerd.io/snapshot/";
@@ -114,6 +115,12 @@ impl Source {
     pub async fn node(&self, name: &str, config: &str) -> Result<LazyNode> {
         LazyNode::start(&self.run, name, self.proxy.address(), config).await
     }
+
+    /// As [`Self::node`], under a keeper on either way: a killed daemon comes back by itself, and mounts go on.
+    pub async fn kept_node(&self, name: &str, config: &str) -> Result<LazyNode> {
+        let snapshotter = Snapshotter::start_kept(&self.run, name, config).await?;
+        LazyNode::with(&self.run, name, self.proxy.address(), snapshotter).await
+    }
 }
 
 /// A snapshotter without a containerd.
@@ -130,6 +137,10 @@ impl LazyNode {
     /// Starts a daemon in `<run>/<name>` that gets its images from `host`.
     pub async fn start(run: &RunDir, name: &str, host: SocketAddr, config: &str) -> Result<Self> {
         let snapshotter = Snapshotter::start(run, name, config).await?;
+        Self::with(run, name, host, snapshotter).await
+    }
+
+    async fn with(run: &RunDir, name: &str, host: SocketAddr, snapshotter: Snapshotter) -> Result<Self> {
         let snapshots = Snapshots::connect(&snapshotter.socket(), "").await?;
         let views = run.directory(&format!("{name}-views"))?;
         Ok(Self {
@@ -147,6 +158,18 @@ impl LazyNode {
         Ok(())
     }
 
+    /// Waits for the daemon that its keeper starts again.
+    pub async fn wait_again(&mut self) -> Result<()> {
+        self.snapshotter
+            .process()
+            .kept()
+            .context("there is no keeper")?
+            .find()?;
+        self.snapshotter.wait_ready()?;
+        self.snapshots = Snapshots::connect(&self.snapshotter.socket(), "").await?;
+        Ok(())
+    }
+
     /// Where it gets its images from.
     #[must_use]
     pub fn host(&self) -> SocketAddr {
@@ -159,8 +182,15 @@ impl LazyNode {
         format!("{}/{}", self.host, image.name)
     }
 
-    /// Offers every layer of an image as containerd does on a pull, lowest first; fails unless all are mounted lazily.
+    /// Offers every layer of an image as containerd does on a pull, lowest first; fails unless all are mounted lazily, on
+    /// the way of this daemon.
     pub async fn mount(&mut self, image: &Published) -> Result<()> {
+        self.mount_somehow(image).await?;
+        self.snapshotter.check_way()
+    }
+
+    /// As [`Self::mount`], on any way: a layer that may have to give something up is never mounted natively.
+    pub async fn mount_somehow(&mut self, image: &Published) -> Result<()> {
         let (layers, diff_ids) = (image.image.layers(), image.image.diff_ids());
         for number in 0..layers.len() {
             let (below, chain) = (chain_id(&diff_ids[..number]), chain_id(&diff_ids[..=number]));
@@ -173,7 +203,7 @@ impl LazyNode {
                 self.snapshotter.process().log_tail()
             );
         }
-        self.snapshotter.check_way()
+        Ok(())
     }
 
     /// What CRI tells of a layer.
@@ -257,7 +287,7 @@ pub struct Stored {
 pub fn stored(cache: &Path, files: &[ContentFile]) -> Result<Stored> {
     let index = fs::read(cache.join("index")).context("cannot read a layer's index")?;
     let index = LayerIndex::open(index).map_err(|error| anyhow::anyhow!("{error}"))?;
-    let data = fs::File::open(cache.join("data")).context("cannot open a layer's data")?;
+    let data = unasked::open(&cache.join("data"))?;
     let mut found = Stored::default();
     for file in files {
         let names = file.path.split('/');

@@ -46,5 +46,6 @@ pub mod sweep;
 mod sys;
 pub mod toolbox;
 pub mod tree;
+pub mod unasked;
 pub mod way;
 pub mod websocket;

@@ -102,12 +102,12 @@ impl Reader {
         let mut command = Command::new(&self.program);
         command.args(["hammer", &threads.to_string(), &seed.to_string()]);
         command.arg(limit.as_secs().to_string()).arg(list);
-        let (child, input, output) = spawn(command)?;
-        Ok(Hammer {
-            child,
-            input: Some(input),
-            output,
-        })
+        // Not a pipe: nobody reads before the end.
+        let said = list.with_extension("said");
+        let output = fs::File::create(&said).with_context(|| format!("cannot create {}", said.display()))?;
+        let mut child = start(command, output)?;
+        let input = child.stdin.take();
+        Ok(Hammer { child, input, said })
     }
 }
 
@@ -145,12 +145,9 @@ fn done(said: &str) -> Result<(Vec<String>, u64)> {
     }
 }
 
-fn spawn(mut command: Command) -> Result<(Child, ChildStdin, BufReader<ChildStdout>)> {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().context("cannot start the reader")?;
-    let input = child.stdin.take().context("no input")?;
-    let output = child.stdout.take().context("no output")?;
-    Ok((child, input, BufReader::new(output)))
+fn start(mut command: Command, output: impl Into<Stdio>) -> Result<Child> {
+    command.stdin(Stdio::piped()).stdout(output).process_group(0);
+    command.spawn().context("cannot start the reader")
 }
 
 /// A process that checks one file at a time. Dropping it kills it.
@@ -163,7 +160,9 @@ pub struct Checking {
 
 impl Checking {
     fn start(command: Command) -> Result<Self> {
-        let (child, input, output) = spawn(command)?;
+        let mut child = start(command, Stdio::piped())?;
+        let input = child.stdin.take().context("no input")?;
+        let output = BufReader::new(child.stdout.take().context("no output")?);
         Ok(Self { child, input, output })
     }
 
@@ -185,9 +184,10 @@ impl Checking {
             poll(&mut [PollFd::new(self.output.get_ref(), PollFlags::IN)], Some(&end))?
         };
         if answered == 0 {
+            let stacks = stacks(self.child.id());
             // Whoever waits in the kernel for an answer of the daemon can be killed.
             let _ = self.child.kill();
-            bail!("a reader hangs: {question}: no answer within {limit:?}");
+            bail!("a reader hangs: {question}: no answer within {limit:?}:\n{stacks}");
         }
         let mut answer = String::new();
         self.output.read_line(&mut answer)?;
@@ -207,7 +207,7 @@ impl Drop for Checking {
 pub struct Hammer {
     child: Child,
     input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
+    said: PathBuf,
 }
 
 impl Hammer {
@@ -224,11 +224,10 @@ impl Hammer {
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         ensure!(
             crate::process::has_ended(&process, limit)?,
-            "a reader hangs: it does not end within {limit:?}"
+            "a reader hangs: it does not end within {limit:?}:\n{}",
+            stacks(self.child.id())
         );
-        let mut said = String::new();
-        std::io::Read::read_to_string(&mut self.output, &mut said)?;
-        done(&said)
+        done(&fs::read_to_string(&self.said)?)
     }
 }
 
@@ -236,6 +235,21 @@ impl Drop for Hammer {
     fn drop(&mut self) {
         end(&mut self.child);
     }
+}
+
+/// Where the threads of a process are in the kernel.
+fn stacks(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let stack = |task: fs::DirEntry| {
+        let text = fs::read_to_string(task.path().join("stack")).unwrap_or_default();
+        let calls = text.lines().filter_map(|line| line.split_whitespace().nth(1));
+        let calls: Vec<_> = calls.map(|call| call.split('+').next().unwrap_or(call)).collect();
+        format!("  {}: {}\n", task.file_name().display(), calls.join(" < "))
+    };
+    tasks.map(stack).collect()
 }
 
 fn end(child: &mut Child) {

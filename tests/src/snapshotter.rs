@@ -22,6 +22,9 @@ pub const PROGRAM: &str = "hullspeed-snapshotter";
 pub const PLUGIN: &str = "hullspeed";
 
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// How many lines of its log an error shows.
+const LOG_LINES: usize = 60;
+
 const POLL: Duration = Duration::from_millis(10);
 
 /// A running daemon.
@@ -171,6 +174,14 @@ impl Snapshotter {
             .lines()
             .filter_map(|line| serde_json::from_str(line).ok())
             .collect())
+    }
+
+    /// The last lines of its log.
+    #[must_use]
+    pub fn log_end(&self) -> String {
+        let text = self.process.log_text().unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(LOG_LINES)..].join("\n")
     }
 
     /// The process, for its log and for signals.

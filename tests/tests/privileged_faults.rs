@@ -9,6 +9,7 @@ use hullspeed_tests::fixture::{LARGE_FILE, LARGE_SIZE, large_content};
 use hullspeed_tests::proxy::fault::{Fault, FaultRule};
 use hullspeed_tests::proxy::record::RequestRecord;
 use hullspeed_tests::scenario::{CONVERTED, Scenario};
+use hullspeed_tests::unasked;
 use serde_json::Value;
 
 /// Bytes of a chunk, as the converter makes them.
@@ -60,7 +61,7 @@ async fn wrong_chunk_bytes_are_an_error_and_never_reach_the_cache() {
     );
 
     // Nothing of the chunk is in `data`.
-    let data = File::open(cache.join("data")).unwrap();
+    let data = unasked::open(&cache.join("data")).unwrap();
     let mut stored = vec![1; usize::try_from(chunk.size).unwrap()];
     data.read_exact_at(&mut stored, chunk.data_offset).unwrap();
     assert!(

@@ -11,9 +11,10 @@ use hullspeed_tests::layer_tar;
 use hullspeed_tests::layout::{ImageConfig, LayoutWriter};
 use hullspeed_tests::lazy::Source;
 use hullspeed_tests::process::output;
-use hullspeed_tests::proxy::LinkOptions;
+use hullspeed_tests::proxy::{Carrier, LinkOptions};
 use hullspeed_tests::reader::{METHODS, Order, Reader};
 use hullspeed_tests::scenario::Scenario;
+use hullspeed_tests::way::Way;
 
 /// Nothing comes but what is asked for, in the smallest pieces.
 const COLD: &str = "[fetch]\nprefetch = false\nbackground = false\nread_around = \"4KiB\"\nmax_range = \"64KiB\"\nread_deadline = \"20s\"\n";
@@ -25,10 +26,15 @@ const CHUNK: usize = 64 << 10;
 const SIZES: [usize; 8] = [0, 1, 4095, 4096, 4097, CHUNK - 1, CHUNK, CHUNK + 1];
 
 /// Several MiB, with an odd end.
-const LARGE: usize = (3 << 20) + 4321;
+const LARGE: usize = (2 << 20) + 4321;
 
 /// No single file takes longer.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// EROFS on a file has no direct I/O (Linux 6.18): it is refused when the file is opened, before anything is read.
+fn is_refused(way: Way, method: &str, answer: &str) -> bool {
+    way == Way::Erofs && method == "direct" && answer == "errno 22 at open"
+}
 
 async fn source() -> Source {
     Source::start(Scenario::prepare().unwrap(), LinkOptions::default())
@@ -74,22 +80,23 @@ async fn each_way_reads_cold_files_of_each_size() {
     fs::create_dir(&copies).unwrap();
     let mut checking = reader.check(CHUNK, &copies).unwrap();
     let all = layers.concat();
-    for (method, order, file) in scattered(&all) {
-        let before = source.proxy.totals().requests;
+    let way = node.snapshotter.way();
+    let mut check = |temperature: &str, (method, order, file): &(&str, Order, ContentFile)| {
         let answer = checking.ask((method, *order), view.path(), file, LIMIT).unwrap();
-        assert_eq!(answer, "ok", "{method}, {order:?}, {} bytes", file.size);
-        // The large ones were cold: nothing that came before had all of their chunks.
-        let asked = source.proxy.totals().requests - before;
+        let fine = answer == "ok" || is_refused(way, method, &answer);
         assert!(
-            file.size < LARGE || asked > 0,
-            "{method}: a cold file came without a request"
+            fine,
+            "{temperature}: {method}, {order:?}, {} bytes: {answer}",
+            file.size
         );
-    }
+    };
+    source.proxy.reset();
+    scattered(&all).for_each(|what| check("cold", what));
+    let asked = source.proxy.totals().requests;
+    assert!(asked > all.len() as u64, "the files were not cold: {asked} requests");
     // Once more, from what the kernel and the cache have.
-    for (method, order, file) in &all {
-        let answer = checking.ask((method, *order), view.path(), file, LIMIT).unwrap();
-        assert_eq!(answer, "ok", "warm: {method}, {order:?}, {} bytes", file.size);
-    }
+    source.proxy.set_carrier(Carrier::Refusing);
+    all.iter().for_each(|what| check("warm", what));
     drop(checking);
     node.snapshots.remove(view).await.unwrap();
 }
@@ -166,6 +173,7 @@ async fn sixty_four_threads_read_twenty_thousand_cold_files() {
     let mut node = source.node("node", "").await.unwrap();
     node.mount(&image).await.unwrap();
     let view = node.container(&image, "container").await.unwrap();
+    let way = node.snapshotter.way();
     let (root, list) = (view.path().to_owned(), source.run.path().join("list"));
     let files = layers.concat();
     let expected = 2 * files.len() as u64;
@@ -174,14 +182,20 @@ async fn sixty_four_threads_read_twenty_thousand_cold_files() {
         let (reader, list, root, files) = (reader.clone(), list.clone(), root.clone(), files.clone());
         let reading = tokio::task::spawn_blocking(move || reader.crowd(64, &list, &root, &files));
         let done = tokio::time::timeout(Duration::from_secs(100), reading).await;
-        let (faults, reads) = done.expect("readers hang").unwrap().unwrap();
+        let (mut faults, reads) = done.expect("readers hang").unwrap().unwrap();
+        let all = faults.len() as u64;
+        faults.retain(|fault| {
+            let (what, answer) = fault.split_once(": ").unwrap();
+            !is_refused(way, what.split(' ').next().unwrap(), answer)
+        });
+        let refused = all - faults.len() as u64;
         assert!(
             faults.is_empty(),
             "{round}: {} faults: {:#?}",
             faults.len(),
             &faults[..faults.len().min(20)]
         );
-        assert_eq!(reads, expected, "{round}");
+        assert_eq!(reads + refused, expected, "{round}");
     }
     node.snapshots.remove(view).await.unwrap();
 }
