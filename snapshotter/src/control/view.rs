@@ -415,3 +415,80 @@ pub(super) fn diagnosis(configured: &str, mounts: Option<MountReport>) -> api::D
         open_files_limit: files.unwrap_or(u64::MAX),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_are_few_and_those_left_out_are_counted() {
+        let at = UNIX_EPOCH + Duration::from_secs(7);
+        let waits = Waits {
+            reads: 3,
+            bytes: 4096,
+            waited: Duration::from_millis(20),
+            first: at,
+            last: at,
+        };
+        let named = |number: usize| ReaderReport {
+            reader: Reader {
+                command: number.to_string(),
+                ..Reader::default()
+            },
+            waits,
+        };
+        let explained = layer(LayerExplanation {
+            digest: None,
+            toc: None,
+            serving: Serving::Lazy,
+            fallback: None,
+            snapshots: Vec::new(),
+            images: Vec::new(),
+            report: Some(LayerReport {
+                toc_digest: Digest::of("toc"),
+                mounted: true,
+                mount: Some("erofs"),
+                former_mount: Some("fuse"),
+                kernel_alone: true,
+                residence: Residence::default(),
+                cost: None,
+                readers: (0..MAX_READERS + 3).map(named).collect(),
+            }),
+        });
+        assert_eq!((explained.readers.len(), explained.more_readers), (MAX_READERS, 3));
+        let first = &explained.readers[0];
+        assert_eq!((first.command.as_str(), first.reads, first.waited_ms), ("0", 3, 20));
+        assert_eq!((first.pod.as_str(), first.last_unix_ms), ("", 7000));
+        assert_eq!(
+            (explained.mount.as_str(), explained.former_mount.as_str()),
+            ("erofs", "fuse")
+        );
+        assert!(explained.kernel_alone);
+    }
+
+    #[test]
+    fn where_nothing_is_lazy_the_diagnosis_says_no_way() {
+        let told = diagnosis("auto", None);
+        assert_eq!(
+            (told.mount_configured.as_str(), told.mount_chosen.as_str()),
+            ("auto", "")
+        );
+        assert!(told.process == std::process::id() && told.store.is_none() && told.open_files_limit > 0);
+        let step = ProbeStep {
+            name: "erofs",
+            ok: false,
+            detail: "EINVAL".to_owned(),
+        };
+        let told = diagnosis(
+            "auto",
+            Some(MountReport {
+                chosen: "fuse",
+                reason: "no".to_owned(),
+                steps: vec![step],
+                store: Some(StoreReport { capacity: 4, kept: 3 }),
+            }),
+        );
+        assert_eq!((told.steps[0].name.as_str(), told.steps[0].ok), ("erofs", false));
+        assert_eq!(told.store.map(|store| (store.capacity, store.kept)), Some((4, 3)));
+    }
+}

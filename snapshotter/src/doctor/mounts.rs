@@ -87,8 +87,15 @@ fn advice(step: &str) -> &'static str {
 fn supervisor(process: u32, places: &Places) -> Option<String> {
     let status = read(&places.proc.join(process.to_string()).join("status"))?;
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim();
-    let name = read(&places.proc.join(parent).join("comm"))?;
-    Some(format!("{} (process {parent})", name.trim_end()))
+    let directory = places.proc.join(parent);
+    // The kernel cuts the name of a process to 15 bytes.
+    let program = std::fs::read_link(directory.join("exe")).ok();
+    let program = program
+        .as_ref()
+        .and_then(|program| program.file_name())
+        .map(|name| name.to_string_lossy().into_owned());
+    let name = program.or_else(|| read(&directory.join("comm")).map(|name| name.trim_end().to_owned()))?;
+    Some(format!("{name} (process {parent})"))
 }
 
 fn judge_store(store: Option<&api::DescriptorStore>, supervisor: Option<&str>, report: &mut Report) {

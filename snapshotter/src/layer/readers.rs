@@ -1,8 +1,8 @@
 //! Who waits for a layer: processes, and the pods and containers they belong to.
 //!
 //! Only reads that had to wait are noted. [`Readers::note`] adds to a small map and returns; `/proc` is looked at by one task on the
-//! runtime's pool of blocking threads, for all that came meanwhile. A process may have ended by then, and is unknown: the numbers are
-//! right, and most names are.
+//! runtime's pool of blocking threads, for all that came meanwhile, and then not again for the same process for a moment: waking a thread
+//! costs more than all the rest. A process may have ended before it is looked at, and is unknown: the numbers are right, and most names are.
 
 mod process;
 mod table;
@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Handle;
 
@@ -24,6 +24,8 @@ use table::Table;
 pub const MAX_READERS: usize = 64;
 /// Processes that are noted between two looks at `/proc`; further ones count as unknown.
 const MAX_NOTED: usize = 256;
+/// How long a process is taken for what it was when it was looked at. No longer: it may execute another program.
+const FRESH: Duration = Duration::from_millis(20);
 /// The process that stands for those that nobody knows: of another namespace, or too many at once.
 const UNKNOWN: i32 = 0;
 
@@ -102,15 +104,49 @@ pub struct Readers {
 #[derive(Debug)]
 struct Shared {
     noted: Mutex<Noted>,
+    /// Locked before `noted` where both are needed; never by who notes.
     known: Mutex<Known>,
+    /// How long a process is taken for what it was.
+    fresh: Duration,
 }
 
-/// What came since `/proc` was looked at last.
+/// What came since it was settled last.
 #[derive(Debug, Default)]
 struct Noted {
+    /// Of processes that are to be looked at.
     processes: HashMap<i32, Waits>,
+    /// Of processes that have just been.
+    fresh: HashMap<i32, Fresh>,
     /// Whether somebody is about to look.
     looking: bool,
+}
+
+/// A process that has just been looked at.
+#[derive(Debug)]
+struct Fresh {
+    reader: Reader,
+    until: Instant,
+    waits: Option<Waits>,
+}
+
+impl Noted {
+    /// Moves what needs no look into the table.
+    fn settle(&mut self, table: &mut Table) {
+        for fresh in self.fresh.values_mut() {
+            if let Some(waits) = fresh.waits.take() {
+                table.add(fresh.reader.clone(), &waits);
+            }
+        }
+    }
+
+    /// Knows this process for a moment.
+    fn remember(&mut self, pid: i32, fresh: Fresh, table: &mut Table) {
+        if self.fresh.len() >= MAX_NOTED {
+            self.settle(table);
+            self.fresh.clear();
+        }
+        self.fresh.insert(pid, fresh);
+    }
 }
 
 #[derive(Debug)]
@@ -122,10 +158,10 @@ struct Known {
 impl Readers {
     /// Nobody has read yet. `/proc` is looked at on a thread of `runtime`.
     pub fn new(runtime: Handle) -> Self {
-        Self::within(PathBuf::from("/proc"), runtime)
+        Self::within(PathBuf::from("/proc"), FRESH, runtime)
     }
 
-    fn within(proc: PathBuf, runtime: Handle) -> Self {
+    fn within(proc: PathBuf, fresh: Duration, runtime: Handle) -> Self {
         let known = Known {
             table: Table::default(),
             processes: Processes::within(proc),
@@ -134,6 +170,7 @@ impl Readers {
             shared: Arc::new(Shared {
                 noted: Mutex::default(),
                 known: Mutex::new(known),
+                fresh,
             }),
             runtime,
         }
@@ -150,6 +187,14 @@ impl Readers {
             last: now,
         };
         let mut noted = lock(&self.shared.noted);
+        let fresh = noted.fresh.get_mut(&pid);
+        if let Some(fresh) = fresh.filter(|fresh| Instant::now() < fresh.until) {
+            match &mut fresh.waits {
+                Some(known) => known.add(&waits),
+                none => *none = Some(waits),
+            }
+            return;
+        }
         let is_room = noted.processes.len() < MAX_NOTED || noted.processes.contains_key(&pid);
         let process = if is_room && pid > 0 { pid } else { UNKNOWN };
         noted
@@ -167,7 +212,9 @@ impl Readers {
 
     /// The readers that are known, those first that have waited longest.
     pub fn report(&self) -> Vec<ReaderReport> {
-        lock(&self.shared.known).table.report()
+        let mut known = lock(&self.shared.known);
+        lock(&self.shared.noted).settle(&mut known.table);
+        known.table.report()
     }
 }
 
@@ -178,15 +225,24 @@ impl Shared {
             let mut known = lock(&self.known);
             let noted = {
                 let mut noted = lock(&self.noted);
+                noted.settle(&mut known.table);
                 if noted.processes.is_empty() {
                     noted.looking = false;
                     return;
                 }
                 std::mem::take(&mut noted.processes)
             };
+            let Known { table, processes } = &mut *known;
             for (pid, waits) in noted {
-                let reader = known.processes.reader(pid);
-                known.table.add(reader, &waits);
+                let until = Instant::now() + self.fresh;
+                let reader = processes.reader(pid);
+                table.add(reader.clone(), &waits);
+                let fresh = Fresh {
+                    reader,
+                    until,
+                    waits: None,
+                };
+                lock(&self.noted).remember(pid, fresh, table);
             }
         }
     }

@@ -1,4 +1,7 @@
 //! From the number of a process to the pod and the container it belongs to, by what `/proc` tells.
+//!
+//! Whoever waits in a page fault may hold the lock of its memory map. None of the files that are read here waits for that lock, as `cmdline`
+//! and `environ` do.
 
 use std::collections::HashMap;
 use std::fs::File;

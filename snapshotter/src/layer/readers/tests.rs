@@ -133,7 +133,7 @@ async fn reports(readers: &Readers, reads: u64) -> Vec<ReaderReport> {
 async fn those_who_wait_longest_come_first_and_processes_of_one_command_are_one() {
     let place = tempfile::tempdir().unwrap();
     let proc = place.path();
-    let readers = Readers::within(proc.to_owned(), Handle::current());
+    let readers = Readers::within(proc.to_owned(), Duration::ZERO, Handle::current());
     process(proc, 7, 100, 7, "nginx", &format!("0::/kubepods/pod{UID}/{ID}"));
     process(proc, 8, 101, 8, "nginx", &format!("0::/kubepods/pod{UID}/{ID}"));
     // A thread: it is its process that reads.
@@ -168,7 +168,7 @@ async fn those_who_wait_longest_come_first_and_processes_of_one_command_are_one(
 async fn a_number_that_is_given_out_again_is_somebody_else() {
     let place = tempfile::tempdir().unwrap();
     let proc = place.path();
-    let readers = Readers::within(proc.to_owned(), Handle::current());
+    let readers = Readers::within(proc.to_owned(), Duration::ZERO, Handle::current());
     process(proc, 7, 100, 7, "first", &format!("0::/k8s.io/{ID}"));
     readers.note(7, 1, Duration::from_millis(9));
     reports(&readers, 1).await;
@@ -190,7 +190,7 @@ async fn a_number_that_is_given_out_again_is_somebody_else() {
 async fn a_crowd_of_processes_takes_bounded_memory_and_the_oldest_make_room() {
     let place = tempfile::tempdir().unwrap();
     let proc = place.path();
-    let readers = Readers::within(proc.to_owned(), Handle::current());
+    let readers = Readers::within(proc.to_owned(), Duration::ZERO, Handle::current());
     let count = i32::try_from(MAX_READERS).unwrap() + 10;
     for pid in 1..=count {
         process(proc, pid, 1, pid, &format!("c{pid}"), "");
@@ -208,7 +208,7 @@ async fn a_crowd_of_processes_takes_bounded_memory_and_the_oldest_make_room() {
         "{known:?}"
     );
     // More at once than are noted one by one; all are counted.
-    let readers = Readers::within(proc.join("nowhere"), Handle::current());
+    let readers = Readers::within(proc.join("nowhere"), Duration::ZERO, Handle::current());
     let held = super::lock(&readers.shared.known);
     for pid in 1..2000 {
         readers.note(pid, 1, Duration::ZERO);
@@ -230,4 +230,39 @@ async fn this_process_is_found_by_its_threads_too() {
     assert_eq!(reports.len(), 1, "{reports:?}");
     let comm = fs::read_to_string("/proc/self/comm").unwrap();
     assert_eq!(reports[0].reader.command, comm.trim_end());
+}
+
+#[tokio::test]
+async fn who_was_just_looked_at_is_not_looked_at_again_and_counts() {
+    let place = tempfile::tempdir().unwrap();
+    let proc = place.path();
+    let readers = Readers::within(proc.to_owned(), Duration::from_secs(3600), Handle::current());
+    for pid in [7, 8] {
+        process(proc, pid, 100, pid, "first", "");
+        readers.note(pid, 1, Duration::from_millis(1));
+    }
+    reports(&readers, 2).await;
+    fs::remove_dir_all(proc.join("7")).unwrap();
+    for _ in 0..5 {
+        readers.note(7, 10, Duration::from_millis(1));
+    }
+    // Nobody has to look for that.
+    assert!(super::lock(&readers.shared.noted).processes.is_empty());
+    let reports = readers.report();
+    assert_eq!(
+        (reports.len(), reports[0].waits.reads, reports[0].waits.bytes),
+        (1, 7, 52)
+    );
+    assert_eq!(readers.report(), reports, "what is told is counted once");
+    // Nor is it forgotten where more processes come than are remembered.
+    readers.note(8, 1, Duration::from_millis(1));
+    for pid in 100..100 + 2 * i32::try_from(MAX_NOTED).unwrap() {
+        readers.note(pid, 1, Duration::ZERO);
+        if pid % 50 == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    let all = super::tests::reports(&readers, 8 + 2 * MAX_NOTED as u64).await;
+    assert_eq!(all[0].waits.reads, 8);
+    assert!(super::lock(&readers.shared.noted).fresh.len() <= MAX_NOTED);
 }
