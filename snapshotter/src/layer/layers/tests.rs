@@ -325,7 +325,10 @@ async fn privileged_an_image_is_opened_with_one_request_per_layer_and_read_throu
         assert!(found == sample.files);
         let usage = layers.usage(&sample.toc_digest);
         let content: usize = sample.files.values().map(Vec::len).sum();
-        assert!(usage.bytes >= content as u64 && usage.inodes == 6, "{usage:?}");
+        assert!(
+            usage.bytes >= content as u64 && (6..=7).contains(&usage.inodes),
+            "{usage:?}"
+        );
     }
     assert_eq!(metrics.verify_failures.get(), 0);
     layers.release(&samples[0].toc_digest).await;
