@@ -206,7 +206,8 @@ pub async fn layers(
     metrics: Metrics,
     descriptors: Descriptors,
 ) -> Result<Arc<dyn LayerMounts>, Cause> {
-    if !config.layers.lazy {
+    // What an earlier process left mounted is served on, or its readers would wait for ever.
+    if !config.layers.lazy && descriptors.layers() == 0 {
         return Ok(Arc::new(NoLayers));
     }
     let runtime = tokio::runtime::Handle::current();

@@ -407,6 +407,9 @@ fn cache_error(layer: Digest, root: PathBuf, error: CacheError) -> NotLazy {
 #[async_trait]
 impl LayerMounts for Layers {
     async fn mount(&self, request: LayerRequest) -> Result<LayerMount, NotLazy> {
+        if !self.shared.config.layers.lazy {
+            return Err(NotLazy::Disabled);
+        }
         let (shared, began) = (self.shared.clone(), Instant::now());
         self.detached(async move {
             let toc_digest = shared.identity(&request).await?;

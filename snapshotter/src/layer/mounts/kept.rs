@@ -295,3 +295,74 @@ fn session_state(text: &str) -> Option<(DeviceNumber, Negotiated)> {
     let (number, negotiated) = bytes.split_at_checked(DeviceNumber::STORED_BYTES)?;
     Some((DeviceNumber::from_bytes(number)?, Negotiated::from_bytes(negotiated)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use hullspeed_daemon::activation::Announced;
+
+    use super::*;
+
+    fn empty() -> Descriptors {
+        Descriptors::new(None, &mut Inherited::take(&Announced::default()).unwrap())
+    }
+
+    fn file() -> OwnedFd {
+        tempfile::tempfile().unwrap().into()
+    }
+
+    #[test]
+    fn names_tell_what_a_descriptor_is_of() {
+        let (layer, other) = (Digest::of(b"layer"), Digest::of(b"other"));
+        let descriptors = empty();
+        let [group, data] = native_names(&layer);
+        assert!(data.len() < 48 && group.len() < 48);
+        assert!(descriptors.take(&data, file()));
+        assert!(descriptors.take(JOURNAL, file()));
+        let own = Group::new().map(|group| group.as_fd().try_clone_to_owned().unwrap());
+        // Without root there is no group, and what is none is put aside.
+        let is_root = own.is_ok();
+        assert!(descriptors.take(&group, own.unwrap_or_else(|_| file())));
+        assert_eq!(descriptors.has_native(), is_root);
+        assert!(descriptors.with_layer(&other, |_| ()).is_none());
+        assert!(descriptors.take_journal().is_some() && descriptors.take_journal().is_none());
+        if is_root {
+            let inherited = descriptors.inherited(&layer, Path::new("/nowhere"));
+            assert!(matches!(inherited, LayerInherited::ReadByKernel(_)));
+            let taken = descriptors.take_native(&[other, layer]);
+            assert!(taken.len() == 1 && taken[0].0 == layer && taken[0].1.group.is_some());
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_given_back() {
+        let descriptors = empty();
+        let short = short(&Digest::of(b"layer"));
+        for name in [
+            "stored",
+            "data-",
+            "data-../../etc",
+            "journals",
+            &format!("data-{short}-more"),
+            &format!("mount-{short}"),
+            &format!("fuse-{short}"),
+            &format!("fuse-{short}-"),
+            &format!("fuse-{short}-AAAA"),
+            &format!("fuse-{short}-!!"),
+            &format!("data-{}", &short[1..]),
+        ] {
+            assert!(!descriptors.take(name, file()), "{name}");
+        }
+        // What is there already is not replaced; and what cannot be written to is not a layer's data.
+        let data = format!("data-{short}");
+        let read_only = OwnedFd::from(File::open("/dev/null").unwrap());
+        assert!(!descriptors.take(&data, read_only));
+        assert!(descriptors.take(&data, file()));
+        assert!(!descriptors.take(&data, file()));
+        // What is no group is never written to, nor closed.
+        assert!(descriptors.take(&format!("fanotify-{short}"), file()));
+        assert!(!descriptors.has_native());
+        assert_eq!(descriptors.lock().spare.len(), 1);
+    }
+}
