@@ -80,7 +80,7 @@ impl Reader {
     pub fn crowd(&self, threads: usize, list: &Path, root: &Path, files: &[ContentFile]) -> Result<(Vec<String>, u64)> {
         let lines = files
             .iter()
-            .zip(METHODS.iter().filter(|name| needs_no_copies(name)).cycle());
+            .zip(METHODS.iter().filter(|name| goes_everywhere(name)).cycle());
         write_list(list, lines.map(|(file, method)| line(method, Order::Whole, root, file)))?;
         let mut command = Command::new(&self.program);
         command.arg("crowd").arg(threads.to_string()).arg(list);
@@ -111,8 +111,9 @@ impl Reader {
     }
 }
 
-fn needs_no_copies(method: &str) -> bool {
-    method != "copy_file_range"
+/// Whether a method needs no place to write to, and is refused by no way of mounting: every file is to be read.
+fn goes_everywhere(method: &str) -> bool {
+    !["copy_file_range", "direct"].contains(&method)
 }
 
 /// What is asked for a file.
