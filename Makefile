@@ -15,6 +15,7 @@ help:
 	@echo 'make demo    cold starts of a real image, overlayfs beside hullspeed; one table, target/demo/result.json'
 	@echo 'make figures AREA=hulls   what pod hulls promise, one JSON object per line (containerd 1.6 and 2.x; a quarter of an hour)'
 	@echo 'make figures AREA=fetch   what lazy layers cost: requests, cold reads, background, disk, memory (five minutes)'
+	@echo 'make figures AREA=native  reads, stats and cold starts by EROFS and by FUSE beside native overlayfs (four minutes)'
 	@echo 'make test    unit and integration tests (root: real containerd, registry, CNI, FUSE)'
 	@echo 'make check   formatting, lints, licences and advisories, documentation'
 	@echo 'make build   release binaries'

@@ -11,7 +11,7 @@ use hullspeed_tests::proxy::record::RequestRecord;
 use hullspeed_tests::proxy::{LinkOptions, Proxy};
 use hullspeed_tests::run::RunDir;
 
-use crate::figure::{Figure, rounded};
+use crate::figure::{Figure, Side, rounded};
 
 mod background;
 mod disk;
@@ -116,6 +116,7 @@ fn figure(
         n,
         containerd: None,
         bound,
+        side: Side::AtMost,
     }
 }
 

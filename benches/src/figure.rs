@@ -22,9 +22,29 @@ pub struct Figure {
     /// The containerd that it was measured on, if one has a part in it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub containerd: Option<String>,
-    /// What the value has to stay at or below; absent where nothing is promised.
+    /// What the value has to stay at or below, or to reach; absent where nothing is promised.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bound: Option<f64>,
+    /// On which side of the bound the promise is; only said where it is not the usual one.
+    #[serde(skip_serializing_if = "Side::is_usual")]
+    pub side: Side,
+}
+
+/// On which side of its bound a figure has to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// A cost: at the bound or below it.
+    #[default]
+    AtMost,
+    /// A yield: at the bound or above it.
+    AtLeast,
+}
+
+impl Side {
+    fn is_usual(&self) -> bool {
+        *self == Self::AtMost
+    }
 }
 
 impl Figure {
@@ -32,7 +52,10 @@ impl Figure {
     #[must_use]
     pub fn holds(&self) -> bool {
         // A value that is no number keeps nothing.
-        self.bound.is_none_or(|bound| self.value <= bound)
+        self.bound.is_none_or(|bound| match self.side {
+            Side::AtMost => self.value <= bound,
+            Side::AtLeast => self.value >= bound,
+        })
     }
 }
 
@@ -91,6 +114,13 @@ impl Times {
     }
 }
 
+/// The middle one of these values; of two in the middle the lower one, as with [`Times`].
+pub fn median(values: &[f64]) -> Result<f64> {
+    let mut times = Times::default();
+    times.0.extend(values);
+    times.median()
+}
+
 /// Rounds for people: four digits behind the point are more than any of these measurements carries.
 #[must_use]
 pub fn rounded(value: f64) -> f64 {
@@ -122,6 +152,7 @@ mod tests {
             n: 1000,
             containerd: Some("2.1.9".into()),
             bound: Some(0.0),
+            side: Side::AtMost,
         };
         let mut out = Vec::new();
         print(&mut out, &figure).unwrap();
@@ -131,9 +162,11 @@ mod tests {
             serde_json::from_str::<serde_json::Value>(&line).unwrap()["figure"],
             "hulls.leaks"
         );
-        assert!(figure.holds());
+        assert!(figure.holds() && !line.contains("side"));
         figure.value = 1.0;
         assert!(!figure.holds());
+        figure.side = Side::AtLeast;
+        assert!(figure.holds());
         figure.value = f64::NAN;
         assert!(!figure.holds());
         figure.bound = None;

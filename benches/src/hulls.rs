@@ -16,7 +16,7 @@ use hullspeed_tests::registry::Registry;
 use hullspeed_tests::release::Release;
 use hullspeed_tests::run::RunDir;
 
-use crate::figure::Figure;
+use crate::figure::{Figure, Side};
 
 mod burst;
 mod hits;
@@ -144,6 +144,7 @@ impl Bench {
             n,
             containerd: Some(self.version.clone()),
             bound,
+            side: Side::AtMost,
         }
     }
 }

@@ -7,11 +7,12 @@
 //! rounds. The binary `startup` (`make demo`) is a thin shell around them.
 //!
 //! [`figure`] is what a figure looks like; [`hulls`] measures those of pod hulls, [`fetch`] those of the fetch engine and the
-//! layer cache. The binary `figures` prints them.
+//! layer cache, [`native`] those of the ways to mount layers. The binary `figures` prints them; `workload` is what it has done to a tree.
 
 pub mod coldstart;
 pub mod demo;
 pub mod fetch;
 pub mod figure;
 pub mod hulls;
+pub mod native;
 pub mod report;

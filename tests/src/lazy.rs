@@ -20,6 +20,7 @@ use crate::scenario::{CONVERTED, estargz};
 use crate::snapshots::{Snapshots, View, chain_id};
 use crate::snapshotter::Snapshotter;
 use crate::unasked;
+use crate::way::Way;
 
 /// Annotations with this prefix are handed to the snapshotter as labels.
 const INHERITED_PREFIX: &str = "containerd.io/snapshot/";
@@ -136,7 +137,12 @@ pub struct LazyNode {
 impl LazyNode {
     /// Starts a daemon in `<run>/<name>` that gets its images from `host`.
     pub async fn start(run: &RunDir, name: &str, host: SocketAddr, config: &str) -> Result<Self> {
-        let snapshotter = Snapshotter::start(run, name, config).await?;
+        Self::start_on(run, name, host, config, Way::of_this_run()?).await
+    }
+
+    /// As [`Self::start`], on a way that the caller names.
+    pub async fn start_on(run: &RunDir, name: &str, host: SocketAddr, config: &str, way: Way) -> Result<Self> {
+        let snapshotter = Snapshotter::start_with(run, name, config, way, way.needs_keeper()).await?;
         Self::with(run, name, host, snapshotter).await
     }
 

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::{Parser, ValueEnum};
-use hullspeed_benches::fetch::{self, Part};
+use hullspeed_benches::fetch;
 use hullspeed_benches::figure::{self, Figure};
 use hullspeed_benches::hulls::{self, Amounts};
+use hullspeed_benches::native;
 use hullspeed_tests::release::Release;
 use hullspeed_tests::requirements;
 use hullspeed_tests::run::RunDir;
@@ -40,10 +41,10 @@ struct Cli {
     /// Pods that come and go before leaks are counted.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = at_least_one)]
     cycles: usize,
-    /// One part of the fetch area alone.
-    #[arg(long, value_enum, value_name = "PART")]
-    part: Vec<Part>,
-    /// Rounds of what the fetch area times.
+    /// One part of the fetch or the native area alone.
+    #[arg(long, value_name = "PART")]
+    part: Vec<String>,
+    /// Rounds of what the fetch and the native area time.
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = at_least_one)]
     rounds: usize,
     /// Images of ten layers mounted when the snapshotter's memory is weighed.
@@ -63,6 +64,8 @@ enum Area {
     Hulls,
     /// The fetch engine and the layer cache.
     Fetch,
+    /// The ways to mount lazy layers, beside native overlayfs.
+    Native,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -128,19 +131,33 @@ async fn run(cli: &Cli) -> Result<()> {
             }
         }
         Area::Fetch => {
-            let parts = if cli.part.is_empty() { &Part::ALL[..] } else { &cli.part };
+            let parts = parts(&cli.part, &fetch::Part::ALL)?;
             let amounts = fetch::Amounts {
                 rounds: cli.rounds,
                 images: cli.images,
                 files: cli.files,
             };
-            fetch::measure(open_run, parts, &amounts, &mut report).await?;
+            fetch::measure(open_run, &parts, &amounts, &mut report).await?;
+        }
+        Area::Native => {
+            let parts = parts(&cli.part, &native::Part::ALL)?;
+            let amounts = native::Amounts { rounds: cli.rounds };
+            native::measure(open_run, &parts, &amounts, &mut report).await?;
         }
     }
     if missed.is_empty() {
         return Ok(());
     }
     bail!("a promise is missed: {}", missed.join("; "))
+}
+
+/// The parts of these names; all of an area without a name.
+fn parts<P: ValueEnum>(names: &[String], all: &[P]) -> Result<Vec<P>> {
+    if names.is_empty() {
+        return Ok(all.to_vec());
+    }
+    let part = |name: &String| P::from_str(name, false).map_err(|error| anyhow!("{error}: {name}"));
+    names.iter().map(part).collect()
 }
 
 fn releases(line: Option<Line>) -> Vec<Release> {

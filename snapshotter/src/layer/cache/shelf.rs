@@ -159,10 +159,16 @@ impl Shelf {
         kept.insert(*layer, data);
     }
 
-    /// What [`Self::keep_data`] was told of a layer.
-    pub(super) fn kept_data(&self, layer: &Digest) -> Option<File> {
+    /// What [`Self::keep_data`] was told of a layer, as another handle of the same.
+    pub(super) fn kept_data(&self, layer: &Digest) -> io::Result<Option<File>> {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(layer).map(File::try_clone).transpose()
+    }
+
+    /// The layer is open, and has its own.
+    pub(super) fn forget_data(&self, layer: &Digest) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.remove(layer)
+        kept.remove(layer);
     }
 
     /// Whether all of `layer`, which has `whole` bytes, fits into the quota with all that cannot go, and onto the disk.

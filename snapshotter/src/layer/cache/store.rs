@@ -324,7 +324,9 @@ pub(super) fn load(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Option<Cac
         if !shelf.path(toc_digest).is_dir() {
             return Ok(None);
         }
-        opening::open_layer(shelf, toc_digest).map(Some)
+        let opened = opening::open_layer(shelf, toc_digest)?;
+        shelf.forget_data(toc_digest);
+        Ok(Some(opened))
     })
 }
 

@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long it is remembered that a read was given up; the kernel asks again at once.
-const MEMORY: Duration = Duration::from_secs(1);
+/// How long it is remembered that a read was given up. The kernel asks again at once; a program that tries again is to be served.
+const MEMORY: Duration = Duration::from_millis(50);
 /// How long those who ask again wait: enough for a source that is well.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// Reads that are remembered.

@@ -34,8 +34,6 @@ use crate::metrics::defs::{NativeEventLabels, NativeOutcome};
 
 /// Groups that the thread hears of with one call.
 const READY: usize = 64;
-/// Reads from one group before the others have their turn.
-const TURN: usize = 16;
 /// The token of what wakes the thread.
 const WAKE: u64 = u64::MAX;
 /// How long a group rests that cannot be read from.
@@ -214,7 +212,7 @@ impl Inner {
     fn admit(&self, member: &Arc<Member>) -> io::Result<()> {
         self.members().insert(member.token, member.clone());
         let flags = if member.blocking.load(Ordering::Acquire) == 0 {
-            epoll::EventFlags::IN | epoll::EventFlags::ONESHOT
+            epoll::EventFlags::IN
         } else {
             epoll::EventFlags::empty()
         };
@@ -237,15 +235,14 @@ impl Inner {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    /// Hears of the member's next event.
+    /// Hears of the member's events.
     fn listen(&self, member: &Member) {
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
-        match epoll::modify(
-            &self.epoll,
-            &member.group,
-            epoll::EventData::new_u64(member.token),
-            flags,
-        ) {
+        self.hear(member, epoll::EventFlags::IN);
+    }
+
+    fn hear(&self, member: &Member, flags: epoll::EventFlags) {
+        let data = epoll::EventData::new_u64(member.token);
+        match epoll::modify(&self.epoll, &member.group, data, flags) {
             // It is not there yet, or has gone.
             Ok(()) | Err(Errno::NOENT) => {}
             Err(errno) => {
@@ -280,37 +277,34 @@ impl Inner {
         }
     }
 
-    /// Reads a group until it has nothing more, or others want their turn.
+    /// Reads from a group once. It is told of again as long as it has more, after others that have something too.
     fn serve(self: &Arc<Self>, member: &Arc<Member>) {
         let Some(slot) = &member.slot else { return };
-        for _ in 0..TURN {
-            let room = self.most.saturating_sub(self.pending.load(Ordering::Acquire));
-            let _alone = member.reading.lock().unwrap_or_else(PoisonError::into_inner);
-            match slot.receive(member.group.as_fd(), room) {
-                Ok(Received::Events(events)) if !events.is_empty() => {
-                    for event in events {
-                        self.take(member, event);
-                    }
-                }
-                Ok(Received::Nothing) => break,
-                Ok(Received::Full) => return self.starve(member),
-                Ok(Received::Events(_)) => {
-                    tracing::error!(toc = %member.toc, "the kernel's events are of a version that is not known");
-                    break;
-                }
-                Err(error) => {
-                    tracing::warn!(toc = %member.toc, %error, "events cannot be read now; their readers wait");
-                    self.metrics.native_event_read_failures.inc();
-                    std::thread::sleep(REST);
-                    break;
+        let room = self.most.saturating_sub(self.pending.load(Ordering::Acquire));
+        let _alone = member.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        match slot.receive(member.group.as_fd(), room) {
+            Ok(Received::Events(events)) if !events.is_empty() => {
+                for event in events {
+                    self.take(member, event);
                 }
             }
+            Ok(Received::Nothing) => {}
+            Ok(Received::Full) => self.starve(member),
+            Ok(Received::Events(_)) => {
+                tracing::error!(toc = %member.toc, "the kernel's events are of a version that is not known");
+                std::thread::sleep(REST);
+            }
+            Err(error) => {
+                tracing::warn!(toc = %member.toc, %error, "events cannot be read now; their readers wait");
+                self.metrics.native_event_read_failures.inc();
+                std::thread::sleep(REST);
+            }
         }
-        self.listen(member);
     }
 
     /// Reads from the group again when something was answered.
     fn starve(&self, member: &Arc<Member>) {
+        self.hear(member, epoll::EventFlags::empty());
         self.starved
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -33,7 +33,8 @@ pub(super) fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Open
         index: index_digest,
     };
     let path = dir.join("data");
-    let kept = shelf.kept_data(toc_digest).filter(|kept| is_same(kept, &path));
+    let kept = shelf.kept_data(toc_digest).map_err(io_error("open", &path))?;
+    let kept = kept.filter(|kept| is_same(kept, &path));
     let is_kept = kept.is_some();
     let data = match kept {
         Some(kept) => kept,

@@ -1,18 +1,10 @@
-//! 4 KiB random reads by four readers: our session against fuse3's own, over the same file system in memory.
-//!
-//! Run as root: `cargo run --release -p fuse-session --example random_read [seconds per round] [rounds] [workers]`. The rounds of
-//! both alternate; what counts is the ratio, not the figures. Reads miss the page cache: its pages are dropped
-//! before each round, the file is far larger than what one round reads, and read-ahead is off.
-
-#![expect(clippy::print_stdout, reason = "an example reports to its user")]
-
-#[path = "../tests/privileged/memory.rs"]
-#[expect(dead_code, reason = "shared with the tests, which use all of it")]
-mod memory;
+//! The contest itself, which the project's figures hold, too. The rounds of both sessions alternate. Reads miss the page cache: its
+//! pages are dropped before each round, the file is far larger than what one round reads, and read-ahead is off.
 
 use std::error::Error;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -20,18 +12,32 @@ use std::time::{Duration, Instant};
 use fuse_session::{MountConfig, Session};
 use rustix::fs::{Advice, fadvise};
 
+#[path = "../../tests/privileged/memory.rs"]
+#[expect(dead_code, reason = "shared with the tests, which use all of it")]
+mod memory;
+
 const READERS: u64 = 4;
 const FILE_BYTES: u64 = 256 << 30;
 const BLOCK_BYTES: usize = 16 << 20;
 const READ_BYTES: u64 = 4096;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let mut arguments = std::env::args().skip(1);
-    let seconds: u64 = arguments.next().map_or(Ok(3), |text| text.parse())?;
-    let rounds: usize = arguments.next().map_or(Ok(5), |text| text.parse())?;
-    let workers: std::num::NonZeroUsize = arguments
-        .next()
-        .map_or(Ok(std::num::NonZeroUsize::MIN.saturating_add(3)), |text| text.parse())?;
+/// Reads per second of one round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Round {
+    /// Through our session.
+    pub(crate) ours: f64,
+    /// Through fuse3's.
+    pub(crate) theirs: f64,
+}
+
+/// Holds the contest; ours has its default number of workers if none is named. Reads that are direct bring nothing into the page
+/// cache: what the kernel takes for a new page is then no part of what is compared.
+pub(crate) fn hold(
+    length: Duration,
+    rounds: usize,
+    workers: Option<NonZeroUsize>,
+    reads_are_direct: bool,
+) -> Result<Vec<Round>, Box<dyn Error + Send + Sync>> {
     let mut tree = memory::Tree::default();
     let content = memory::Content::Repeated(memory::pattern(BLOCK_BYTES), FILE_BYTES);
     tree.add(1, "file", memory::Kind::File(content), 0o644);
@@ -42,31 +48,25 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build()?;
     let (ours, theirs) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let mut config = MountConfig::new(runtime.handle().clone());
-    config.workers = workers;
+    config.workers = workers.unwrap_or(config.workers);
     let session = Session::mount(fs.clone(), ours.path(), config)?;
     let mut options = fuse3::MountOptions::default();
     options.allow_other(true).default_permissions(true).read_only(true);
     let oracle = runtime.block_on(fuse3::raw::Session::new(options).mount(fs, theirs.path()))?;
-
-    let mut ratios = Vec::new();
-    for round in 1..=rounds {
-        let theirs = round_of(theirs.path(), Duration::from_secs(seconds))?;
-        let ours = round_of(ours.path(), Duration::from_secs(seconds))?;
-        println!(
-            "round {round}: fuse3 {theirs:.0}/s, fuse-session {ours:.0}/s, ratio {:.2}",
-            ours / theirs
-        );
-        ratios.push(ours / theirs);
-    }
-    ratios.sort_by(f64::total_cmp);
-    println!("median ratio {:.2}", ratios[rounds / 2]);
+    let held = (0..rounds)
+        .map(|_| {
+            let theirs = round_of(theirs.path(), length, reads_are_direct)?;
+            let ours = round_of(ours.path(), length, reads_are_direct)?;
+            Ok(Round { ours, theirs })
+        })
+        .collect();
     runtime.block_on(oracle.unmount())?;
     session.unmount()?;
-    Ok(())
+    held
 }
 
 /// Reads per second of one round.
-fn round_of(mount: &Path, length: Duration) -> Result<f64, Box<dyn Error>> {
+fn round_of(mount: &Path, length: Duration, reads_are_direct: bool) -> Result<f64, Box<dyn Error + Send + Sync>> {
     let path = mount.join("file");
     fadvise(File::open(&path)?, 0, None, Advice::DontNeed)?;
     let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -74,7 +74,8 @@ fn round_of(mount: &Path, length: Duration) -> Result<f64, Box<dyn Error>> {
     std::thread::scope(|scope| -> std::io::Result<()> {
         let mut readers = Vec::new();
         for reader in 0..READERS {
-            let file = File::open(&path)?;
+            let flags = if reads_are_direct { libc::O_DIRECT } else { 0 };
+            let file = File::options().read(true).custom_flags(flags).open(&path)?;
             fadvise(&file, 0, None, Advice::Random)?;
             let (stop, reads) = (&stop, &reads);
             readers.push(scope.spawn(move || -> std::io::Result<()> {
