@@ -154,6 +154,8 @@ pub struct FuseConfig {
     pub workers: usize,
     /// Requests that the kernel may have outstanding in the background (read-ahead) per mount.
     pub max_background: u16,
+    /// Whether the kernel reads files by itself that are complete when they are first opened.
+    pub passthrough: bool,
     /// The kernel's read-ahead per mount.
     pub read_ahead: ByteSize,
 }
@@ -202,6 +204,7 @@ impl Default for Config {
             fuse: FuseConfig {
                 workers: 4,
                 max_background: 64,
+                passthrough: false,
                 read_ahead: ByteSize::kib(512),
             },
         }
@@ -264,6 +267,7 @@ impl Config {
         let FuseConfig {
             workers,
             max_background,
+            passthrough,
             read_ahead,
         } = fuse;
         let maybe = |file: &Option<PathBuf>| path(file.as_deref().unwrap_or(Path::new("")));
@@ -305,6 +309,7 @@ impl Config {
             "\n[fuse]".to_owned(),
             format!("workers = {workers}"),
             format!("max_background = {max_background}"),
+            format!("passthrough = {passthrough}"),
             format!("read_ahead = {}", text(read_ahead)),
         ];
         lines.join("\n") + "\n"

@@ -61,5 +61,6 @@ section!(pub(super) CacheFile {
 section!(pub(super) FuseFile {
     workers,
     max_background,
+    passthrough,
     read_ahead
 });

@@ -268,6 +268,7 @@ fn checked_fuse(check: &mut Check, section: Section<FuseFile>, default: FuseConf
     let FuseFile {
         workers,
         max_background,
+        passthrough,
         read_ahead,
         unknown,
     } = check.enter("fuse", section);
@@ -275,6 +276,7 @@ fn checked_fuse(check: &mut Check, section: Section<FuseFile>, default: FuseConf
     FuseConfig {
         workers: check.count("workers", workers, default.workers, 1..=64),
         max_background: check.count("max_background", max_background, default.max_background, 1..=1024),
+        passthrough: check.switch("passthrough", passthrough, default.passthrough),
         read_ahead: check.size(
             "read_ahead",
             read_ahead,

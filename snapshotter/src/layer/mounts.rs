@@ -6,6 +6,7 @@
 //! What keeps a mount alive without a process that serves it are descriptors in a store (see [`kept`]). With a store a stop *leaves*
 //! mounts: who reads of them waits for the next process.
 
+mod direct;
 pub mod fuse;
 pub mod kept;
 pub mod native;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use estargz::index::Chunk;
 
 use super::Cause;
+use super::cache::LayerStore;
 use super::fetch::LayerFetch;
 use kept::KeptLayer;
 
@@ -42,11 +44,16 @@ impl Kind {
 
 /// A way to mount layers.
 pub trait Way: Send + Sync {
-    /// Mounts the layer on its mount point, where nothing is mounted.
-    fn mount(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause>;
+    /// Mounts the layer on its mount point.
+    fn mount(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause>;
 
-    /// Goes on serving what an earlier process mounted there.
-    fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause>;
+    /// Goes on serving what an earlier process mounted of the layer in this way, and takes that from `kept`.
+    fn resume(
+        &self,
+        fetch: &Arc<LayerFetch>,
+        store: &LayerStore,
+        kept: &mut KeptLayer,
+    ) -> Vec<Result<Box<dyn LayerMounted>, Cause>>;
 }
 
 /// What is left of a mount.

@@ -18,8 +18,8 @@ use crate::layer::mounts::Kind;
 use crate::layer::mounts::kept::Descriptors;
 use crate::layer::source::registry::registry_digest;
 use crate::layer::testing::{Packing, Sample, noise};
-use crate::metrics::defs::MountLabels;
 use crate::metrics::defs::{FetchLabels, KindLabels};
+use crate::metrics::defs::{MountLabels, SourceLabels};
 
 /// A docker-registry of its own.
 pub(super) struct Registry {
@@ -153,6 +153,36 @@ fn mounted(metrics: &Metrics) -> i64 {
 fn mounted_by(metrics: &Metrics, kind: Kind) -> i64 {
     let labels = MountLabels { mount: kind.name() };
     metrics.layers_mounted.get_or_create_owned(&labels).get()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_complete_files_are_read_by_the_kernel_itself() {
+    let sample = Sample::uniform(20, 50_000, Packing::default());
+    let registry = Registry::start();
+    let manifest = registry.push(std::slice::from_ref(&sample)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let read_through_us = async |passthrough: bool| {
+        let (mut config, metrics) = (config(dir.path()), Metrics::unregistered());
+        (config.layers.mount, config.fuse.passthrough) = (MountChoice::Fuse, passthrough);
+        let layers = Layers::new(&config, metrics.clone(), Descriptors::default(), Handle::current()).unwrap();
+        let path = layers
+            .mount(request(&registry, &sample, Some(manifest)))
+            .await
+            .unwrap()
+            .path;
+        assert!(blocking(move || contents(&path)).await == sample.files);
+        let usage = layers.usage(&sample.toc_digest);
+        layers.shutdown().await;
+        let from = |source| metrics.read_bytes.get_or_create(&SourceLabels { source }).get();
+        (from("cache") + from("registry"), usage)
+    };
+    let content: usize = sample.files.values().map(Vec::len).sum();
+    let (read, usage) = read_through_us(false).await;
+    assert!(read >= content as u64, "{read}");
+    let (read, direct) = read_through_us(true).await;
+    assert_eq!(read, 0);
+    // The image, and nothing else.
+    assert_eq!(direct.inodes, usage.inodes + 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -28,6 +28,7 @@ pub(super) fn of(
 ) -> Result<Ways, Cause> {
     let fuse = FuseWay::new(
         config.fuse.clone(),
+        config.fuse.passthrough && passes_through(root, runtime),
         runtime.clone(),
         metrics.clone(),
         descriptors.clone(),
@@ -53,6 +54,18 @@ pub(super) fn of(
             Ok(Ways::new(fuse, None, decision, descriptors))
         }
     }
+}
+
+/// Whether the kernel reads files by itself here, as the configuration wants it.
+fn passes_through(root: &Path, runtime: &Handle) -> bool {
+    let tried = probe::passthrough(root, runtime);
+    if let Err(error) = &tried {
+        tracing::warn!(
+            error = &**error as &dyn std::error::Error,
+            "fuse.passthrough is of no effect here"
+        );
+    }
+    tried.is_ok()
 }
 
 fn decide(config: &Config, root: &Path, descriptors: &Descriptors) -> Result<Decision, Cause> {

@@ -2,19 +2,21 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use estargz::digest::Digest;
+use fuse_session::passthrough::{OpenModes, Passthrough};
 use fuse_session::{MountConfig, MountError, Session};
 use tokio::runtime::Handle;
 
+use super::direct::DirectFiles;
 use super::kept::{Descriptors, KeptLayer, KeptSession};
 use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::config::FuseConfig;
 use crate::layer::Cause;
-use crate::layer::cache::detach_stale;
+use crate::layer::cache::{LayerStore, detach_stale};
 use crate::layer::fetch::LayerFetch;
 use crate::layer::fs::LayerFs;
 use crate::layer::fuse::LayerFuse;
@@ -29,13 +31,17 @@ pub struct FuseWay {
     runtime: Handle,
     metrics: Metrics,
     descriptors: Descriptors,
+    /// Whether the kernel reads complete files by itself.
+    direct: bool,
 }
 
 impl FuseWay {
-    /// Sessions run handlers that wait on `runtime`, and are kept in the store of `descriptors` if there is one.
-    pub fn new(config: FuseConfig, runtime: Handle, metrics: Metrics, descriptors: Descriptors) -> Self {
+    /// Sessions run handlers that wait on `runtime`, and are kept in the store of `descriptors` if there is one. With `direct`, which was
+    /// tried, the kernel reads complete files by itself.
+    pub fn new(config: FuseConfig, direct: bool, runtime: Handle, metrics: Metrics, descriptors: Descriptors) -> Self {
         Self {
             config,
+            direct,
             runtime,
             metrics,
             descriptors,
@@ -57,7 +63,27 @@ impl FuseWay {
         LayerFuse::new(LayerFs::new(fetch.clone()), self.metrics.clone())
     }
 
-    fn served(&self, session: Session, kept: Option<String>) -> Box<dyn LayerMounted> {
+    /// What lets the kernel read complete files of a layer by itself; `modes` are those of a session that goes on.
+    fn passthrough(&self, fetch: &Arc<LayerFetch>, store: &LayerStore, modes: Option<OwnedFd>) -> Option<Direct> {
+        let toc = fetch.layer().toc_digest();
+        let modes = match modes {
+            Some(kept) => OpenModes::from_fd(kept),
+            None if self.direct => OpenModes::create(u64::from(fetch.layer().index().inode_count())),
+            None => return None,
+        };
+        match modes {
+            Ok(modes) => Some(Direct {
+                files: Arc::new(DirectFiles::new(fetch, store)),
+                modes: Arc::new(modes),
+            }),
+            Err(error) => {
+                tracing::warn!(%toc, error = &error as &dyn std::error::Error, "no file of the layer is read by the kernel itself");
+                None
+            }
+        }
+    }
+
+    fn served(&self, session: Session, kept: Vec<String>) -> Box<dyn LayerMounted> {
         Box::new(FuseMounted {
             target: session.target().to_owned(),
             session,
@@ -65,53 +91,64 @@ impl FuseWay {
             descriptors: self.descriptors.clone(),
         })
     }
-}
 
-impl Way for FuseWay {
-    fn mount(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause> {
+    /// Keeps what the next process needs of a session; what it is called in the store.
+    fn keep(&self, toc: &Digest, session: &Session, direct: Option<&Direct>) -> io::Result<Vec<String>> {
+        let number = session.device();
+        let mut kept = Vec::new();
+        if let Some(direct) = direct.filter(|_| self.descriptors.has_store()) {
+            kept.push(self.descriptors.keep_modes(toc, number, direct.modes.as_fd())?);
+        }
+        let device = self
+            .descriptors
+            .keep_session(toc, session.as_fd(), number, session.negotiated());
+        match device {
+            Ok(name) => kept.extend(name),
+            Err(error) => {
+                kept.iter().for_each(|name| self.descriptors.forget(name));
+                return Err(error);
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Goes on with one kept session.
+    fn resume_one(
+        &self,
+        fetch: &Arc<LayerFetch>,
+        store: &LayerStore,
+        kept: KeptSession,
+        modes: Option<OwnedFd>,
+    ) -> Result<Box<dyn LayerMounted>, Cause> {
         let toc = fetch.layer().toc_digest();
         let target = fetch.layer().mount_point();
-        detach_stale(&target)?;
-        let session = Session::mount(self.filesystem(fetch), &target, self.mount_config(&toc))?;
-        let kept = self
-            .descriptors
-            .keep_session(&toc, session.as_fd(), session.device(), session.negotiated());
-        let kept = kept.unwrap_or_else(|error| {
-            tracing::warn!(%toc, %error, "the layer's mount will not outlive this process");
-            None
-        });
-        Ok(self.served(session, kept))
-    }
-
-    fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
-        let mut sessions = kept.sessions.into_iter();
-        let session = sessions.next().ok_or("no descriptor of its session was kept")?;
-        self.resume_session(fetch, session)
-    }
-}
-
-impl FuseWay {
-    /// Goes on with one kept session.
-    pub fn resume_session(&self, fetch: &Arc<LayerFetch>, kept: KeptSession) -> Result<Box<dyn LayerMounted>, Cause> {
-        let toc = fetch.layer().toc_digest();
-        let (name, target) = (kept.name, fetch.layer().mount_point());
+        let names: Vec<_> = modes
+            .as_ref()
+            .map(|_| Descriptors::modes_name(&toc, kept.number))
+            .into_iter()
+            .chain([kept.name])
+            .collect();
+        let mut config = self.mount_config(&toc);
+        config.passthrough = modes
+            .and_then(|modes| self.passthrough(fetch, store, Some(modes)))
+            .map(|direct| direct.passthrough());
         let session = Session::resume(
             self.filesystem(fetch),
             kept.device,
             &target,
             kept.number,
             kept.negotiated,
-            self.mount_config(&toc),
+            config,
         );
         match session {
-            Ok(session) => Ok(self.served(session, Some(name))),
+            Ok(session) => Ok(self.served(session, names)),
             Err(error) => {
                 if matches!(error, MountError::Kept(_)) {
                     // The connection is over, or another's. Whoever reads there gets errors instead of waiting for ever.
                     if let Err(error) = fuse_session::abort(kept.number) {
                         tracing::debug!(%toc, %error, "a connection that is not resumed had ended");
                     }
-                    self.descriptors.forget(&name);
+                    names.iter().for_each(|name| self.descriptors.forget(name));
                 }
                 Err(error.into())
             }
@@ -119,11 +156,54 @@ impl FuseWay {
     }
 }
 
+/// Files that the kernel reads by itself, and how each file was opened.
+struct Direct {
+    files: Arc<DirectFiles>,
+    modes: Arc<OpenModes>,
+}
+
+impl Direct {
+    fn passthrough(&self) -> Passthrough {
+        Passthrough::new(self.files.clone(), self.modes.clone())
+    }
+}
+
+impl Way for FuseWay {
+    fn mount(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
+        let toc = fetch.layer().toc_digest();
+        let target = fetch.layer().mount_point();
+        detach_stale(&target)?;
+        let direct = self.passthrough(fetch, store, None);
+        let mut config = self.mount_config(&toc);
+        config.passthrough = direct.as_ref().map(Direct::passthrough);
+        let session = Session::mount(self.filesystem(fetch), &target, config)?;
+        let kept = self.keep(&toc, &session, direct.as_ref()).unwrap_or_else(|error| {
+            tracing::warn!(%toc, %error, "the layer's mount will not outlive this process");
+            Vec::new()
+        });
+        Ok(self.served(session, kept))
+    }
+
+    fn resume(
+        &self,
+        fetch: &Arc<LayerFetch>,
+        store: &LayerStore,
+        kept: &mut KeptLayer,
+    ) -> Vec<Result<Box<dyn LayerMounted>, Cause>> {
+        let sessions = std::mem::take(&mut kept.sessions);
+        let resume = |session: KeptSession| {
+            let modes = kept.take_modes(session.number);
+            self.resume_one(fetch, store, session, modes)
+        };
+        sessions.into_iter().map(resume).collect()
+    }
+}
+
 struct FuseMounted {
     session: Session,
     target: PathBuf,
-    /// The descriptor's name in the store.
-    kept: Option<String>,
+    /// Names in the store.
+    kept: Vec<String>,
     descriptors: Descriptors,
 }
 
@@ -160,15 +240,13 @@ impl LayerMounted for FuseMounted {
             target: _,
         } = *self;
         let unmounted = session.unmount();
-        if let Some(name) = kept {
-            descriptors.forget(&name);
-        }
+        kept.iter().for_each(|name| descriptors.forget(name));
         unmounted?;
         Ok(Ended::Wholly)
     }
 
     fn leave(self: Box<Self>) {
-        if self.kept.is_some() && self.session.negotiated().can_resend() {
+        if !self.kept.is_empty() && self.session.negotiated().can_resend() {
             return self.session.leave();
         }
         if let Err(error) = self.unmount() {

@@ -6,6 +6,7 @@
 //! | `fanotify-<layer>` | the group of a layer that is mounted natively and not complete |
 //! | `data-<layer>` | its `data`, as it was opened before the group's mark |
 //! | `fuse-<layer>-<state>` | `/dev/fuse` of a layer's session; `<state>` is what the next process has to know of it |
+//! | `modes-<layer>-<minor>` | how each file was opened in the session of that device |
 //!
 //! `<layer>` is the first half of the TOC digest: a store has to tell all names in one variable, and 128 bits are no other layer's.
 //!
@@ -33,6 +34,7 @@ const JOURNAL: &str = "journal";
 const GROUP: &str = "fanotify";
 const DATA: &str = "data";
 const FUSE: &str = "fuse";
+const MODES: &str = "modes";
 /// Digits of a layer's digest in a name.
 const LAYER_DIGITS: usize = 32;
 
@@ -56,6 +58,8 @@ pub struct KeptLayer {
     pub group: Option<Group>,
     /// Of a native mount.
     pub data: Option<File>,
+    /// How each file was opened, by the device of the session.
+    modes: Vec<(u32, OwnedFd)>,
     /// A group that is of no use and must not be closed.
     lost: Option<Group>,
     /// Of mounts by FUSE; of several, where another one has taken the place of the first.
@@ -75,6 +79,14 @@ struct Kept {
     layers: HashMap<String, KeptLayer>,
     /// What is of no use and must not be closed.
     spare: Vec<OwnedFd>,
+}
+
+impl KeptLayer {
+    /// How files were opened in the session of this device.
+    pub fn take_modes(&mut self, number: DeviceNumber) -> Option<OwnedFd> {
+        let found = self.modes.iter().position(|(minor, _)| *minor == number.minor)?;
+        Some(self.modes.swap_remove(found).1)
+    }
 }
 
 impl Descriptors {
@@ -116,7 +128,7 @@ impl Descriptors {
             return false;
         };
         let is_layer = layer.len() == LAYER_DIGITS && layer.bytes().all(|digit| digit.is_ascii_hexdigit());
-        if !is_layer || ![GROUP, DATA, FUSE].contains(&kind) {
+        if !is_layer || ![GROUP, DATA, FUSE, MODES].contains(&kind) {
             return false;
         }
         let state = parts.next();
@@ -130,6 +142,11 @@ impl Descriptors {
             (GROUP, None) => layer.group.replace(Group::kept(descriptor)).is_none(),
             (DATA, None) if layer.data.is_some() || !is_writable(&descriptor) => false,
             (DATA, None) => layer.data.replace(File::from(descriptor)).is_none(),
+            (MODES, Some(minor)) => {
+                let Ok(minor) = minor.parse() else { return false };
+                layer.modes.push((minor, descriptor));
+                true
+            }
             (FUSE, Some(state)) => {
                 let Some((number, negotiated)) = session_state(state) else {
                     return false;
@@ -256,6 +273,18 @@ impl Descriptors {
         Ok(Some(name))
     }
 
+    /// Keeps how files are opened in a session; its name in the store.
+    pub fn keep_modes(&self, layer: &Digest, number: DeviceNumber, modes: BorrowedFd<'_>) -> io::Result<String> {
+        let name = Self::modes_name(layer, number);
+        self.keep(&name, modes)?;
+        Ok(name)
+    }
+
+    /// What the modes of a session are called in the store.
+    pub fn modes_name(layer: &Digest, number: DeviceNumber) -> String {
+        format!("{MODES}-{}-{}", short(layer), number.minor)
+    }
+
     /// Gives a kept descriptor back. That it cannot be told costs room in the store.
     pub fn forget(&self, name: &str) {
         let Some(store) = &self.store else { return };
@@ -350,6 +379,8 @@ mod tests {
             &format!("fuse-{short}-"),
             &format!("fuse-{short}-AAAA"),
             &format!("fuse-{short}-!!"),
+            &format!("modes-{short}"),
+            &format!("modes-{short}-x"),
             &format!("data-{}", &short[1..]),
         ] {
             assert!(!descriptors.take(name, file()), "{name}");

@@ -27,8 +27,9 @@ use self::serving::{Serving, Servings};
 use super::kept::{Descriptors, KeptLayer};
 use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::layer::Cause;
-use crate::layer::cache::detach_stale;
+use crate::layer::cache::{LayerStore, detach_stale};
 use crate::layer::fetch::LayerFetch;
+use crate::layer::native::group::Group;
 use crate::layer::native::service::Service;
 
 /// The largest page of any machine this runs on.
@@ -118,7 +119,7 @@ impl NativeWay {
 }
 
 impl Way for NativeWay {
-    fn mount(&self, fetch: &Arc<LayerFetch>) -> Result<Box<dyn LayerMounted>, Cause> {
+    fn mount(&self, fetch: &Arc<LayerFetch>, _store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
         let target = fetch.layer().mount_point();
         detach_stale(&target)?;
         let (serving, detached, gone) = self.prepared(fetch)?;
@@ -127,12 +128,24 @@ impl Way for NativeWay {
         Ok(Box::new(mounted.shown()))
     }
 
-    fn resume(&self, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Box<dyn LayerMounted>, Cause> {
+    fn resume(
+        &self,
+        fetch: &Arc<LayerFetch>,
+        _store: &LayerStore,
+        kept: &mut KeptLayer,
+    ) -> Vec<Result<Box<dyn LayerMounted>, Cause>> {
+        let group = kept.group.take();
+        group.into_iter().map(|group| self.resume_one(fetch, group)).collect()
+    }
+}
+
+impl NativeWay {
+    fn resume_one(&self, fetch: &Arc<LayerFetch>, group: Group) -> Result<Box<dyn LayerMounted>, Cause> {
         let target = fetch.layer().mount_point();
         if !fetch.layer().is_read_by_kernel() {
             return Err("its data was not kept".into());
         }
-        let serving = self.servings.resume(fetch, kept)?;
+        let serving = self.servings.resume(fetch, group)?;
         if !is_erofs(&target)? {
             // Somebody may have it in use all the same; it is served as long as this process runs.
             serving.linger(Gone::unknown());

@@ -101,7 +101,7 @@ impl Ways {
 
     /// Mounts a layer, or goes on with the mount that an earlier process left. Blocks.
     pub fn bring_up(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Up, Cause> {
-        let mut former = self.resumed(fetch);
+        let mut former = self.resumed(fetch, store);
         if let Some(shown) = former.iter().position(|mounted| mounted.is_shown()) {
             let mount = former.swap_remove(shown);
             return Ok(Up { mount, former });
@@ -111,19 +111,17 @@ impl Ways {
     }
 
     /// What an earlier process left of the layer.
-    fn resumed(&self, fetch: &Arc<LayerFetch>) -> Vec<Box<dyn LayerMounted>> {
+    fn resumed(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Vec<Box<dyn LayerMounted>> {
         let toc = fetch.layer().toc_digest();
         let Some(mut kept) = self.descriptors.take_layer(&toc) else {
             return Vec::new();
         };
-        let sessions = std::mem::take(&mut kept.sessions);
-        let native = kept.group.is_some().then(|| {
-            let native = self.native.as_ref().ok_or("native mounts are not served")?;
-            native.resume(fetch, kept)
-        });
-        let by_fuse = sessions
-            .into_iter()
-            .map(|session| self.fuse.resume_session(fetch, session));
+        let native: Vec<_> = match &self.native {
+            Some(native) => native.resume(fetch, store, &mut kept),
+            None if kept.group.is_some() => vec![Err("native mounts are not served".into())],
+            None => Vec::new(),
+        };
+        let by_fuse = self.fuse.resume(fetch, store, &mut kept);
         let told = |resumed: Result<Box<dyn LayerMounted>, Cause>| {
             resumed
                 .inspect_err(|error| {
@@ -138,14 +136,14 @@ impl Ways {
     fn mount(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
         let toc = fetch.layer().toc_digest();
         if let Some(native) = self.native_for(fetch, store) {
-            match native.mount(fetch) {
+            match native.mount(fetch, store) {
                 Ok(mounted) => return Ok(mounted),
                 Err(error) => {
                     tracing::warn!(%toc, error = &*error as &dyn std::error::Error, "the layer is mounted by FUSE instead");
                 }
             }
         }
-        self.fuse.mount(fetch)
+        self.fuse.mount(fetch, store)
     }
 
     fn native_for(&self, fetch: &LayerFetch, store: &LayerStore) -> Option<&NativeWay> {

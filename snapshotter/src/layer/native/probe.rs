@@ -135,6 +135,18 @@ pub fn run(root: &Path, has_store: bool) -> Report {
     report
 }
 
+/// Tries whether the kernel reads a file by itself that FUSE opens: one of an EROFS mount of the filesystem of `root`.
+pub fn passthrough(root: &Path, runtime: &tokio::runtime::Handle) -> Result<(), Cause> {
+    let trial = Trial::new(root)?;
+    trial.data.write_all_at(&CONTENT, 0)?;
+    let mount = trial.mount()?;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let sample = rustix::fs::openat(mount.as_fd(), FILES[0], flags, Mode::empty())?;
+    let scratch = trial.directory.path().join("mnt");
+    fs::create_dir(&scratch)?;
+    Ok(fuse_session::passthrough::probe(sample.as_fd(), &scratch, runtime)?)
+}
+
 impl Report {
     fn note<T>(&mut self, step: Step, attempt: impl FnOnce() -> Result<T, Cause>) -> Option<T> {
         let outcome = attempt();

@@ -63,9 +63,8 @@ impl Servings {
     }
 
     /// Goes on answering for a layer that a predecessor served.
-    pub(super) fn resume(self: &Arc<Self>, fetch: &Arc<LayerFetch>, kept: KeptLayer) -> Result<Arc<Serving>, Cause> {
+    pub(super) fn resume(self: &Arc<Self>, fetch: &Arc<LayerFetch>, group: Group) -> Result<Arc<Serving>, Cause> {
         let toc = fetch.layer().toc_digest();
-        let group = kept.group.ok_or("no group was kept")?;
         let member = self.service.resume(group, toc, Some(fetch.clone()))?;
         let serving = Serving::new(self, toc, fetch);
         {
