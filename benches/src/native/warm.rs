@@ -300,7 +300,7 @@ impl Stage {
             );
             let rate = |way: usize| rates[way].iter().map(|done| done.rate()).collect::<Vec<_>>();
             let unit = rate(0);
-            for way in 1..WAYS.len() {
+            for (way, by) in WAYS.iter().enumerate().skip(1) {
                 let own = rate(way);
                 let ratios: Vec<f64> = own.iter().zip(&unit).map(|(own, unit)| own / unit).collect();
                 let (name, goal) = if warm {
@@ -317,7 +317,7 @@ impl Stage {
                     "{}, per second: {:.0} by {}, {:.0} by overlayfs on ext4; {state}",
                     subject.what,
                     median(&own)?,
-                    WAYS[way],
+                    by,
                     median(&unit)?
                 );
                 figures.push(figure((name, "ratio"), median(&ratios)?, goal, said, rounds));

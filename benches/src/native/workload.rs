@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 const BUFFER: usize = 128 << 10;
 
 /// A page.
-const PAGE: u64 = 4096;
+const PAGE: usize = 4096;
 
 /// Name of the program.
 const PROGRAM: &str = "workload";
@@ -177,16 +177,16 @@ fn read_whole(path: &Path, buffer: &mut [u8]) -> Result<u64> {
 fn random(path: &Path, reads: u64) -> Result<Done> {
     let said = || format!("cannot read {}", path.display());
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut buffer = [0; PAGE as usize];
+    let mut buffer = [0; PAGE];
     timed(|| {
         let file = File::open(path).with_context(said)?;
-        let pages = file.metadata().with_context(said)?.len() / PAGE;
+        let pages = file.metadata().with_context(said)?.len() / PAGE as u64;
         ensure!(pages > 0, "{} has no page", path.display());
         for _ in 0..reads {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            file.read_exact_at(&mut buffer, state % pages * PAGE)
+            file.read_exact_at(&mut buffer, state % pages * PAGE as u64)
                 .with_context(said)?;
         }
         Ok(reads)
