@@ -123,10 +123,8 @@ impl Layers {
             quota: config.cache.quota,
             min_free: config.cache.min_free,
         };
-        let store = LayerStore::inheriting(&root, limits, metrics.clone(), |layer, data| {
-            descriptors.inherited(layer, data)
-        })
-        .map_err(LayersError::Cache)?;
+        let store = LayerStore::inheriting(&root, limits, metrics.clone(), |layer| descriptors.inherited(layer))
+            .map_err(LayersError::Cache)?;
         let ways = ways::of(config, &root, &metrics, descriptors, &runtime).map_err(LayersError::Native)?;
         let handed_over = HandedOver::default();
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
@@ -463,7 +461,7 @@ impl LayerMounts for Layers {
     async fn restored(&self) {
         let shared = self.shared.clone();
         // A panic there has been reported.
-        let _ = tokio::task::spawn_blocking(move || shared.ways.settle(&shared.store.layers())).await;
+        let _ = tokio::task::spawn_blocking(move || shared.ways.settle(shared.store.layers())).await;
     }
 
     fn usage(&self, toc_digest: &Digest) -> Usage {

@@ -110,6 +110,8 @@ pub struct OpenLayer {
     write_failed: AtomicBool,
     /// Whether the kernel reads `data` by itself: see [`OpenLayer::leave_to_kernel`].
     read_by_kernel: AtomicBool,
+    /// Whether that was so before this process: of what is in use since then nobody here knows.
+    read_before: bool,
     /// Whether the allocated blocks changed since they were counted.
     pub(super) grown: AtomicBool,
     /// When it was read last, in seconds of the shelf's clock.
@@ -169,6 +171,7 @@ impl OpenLayer {
             checkpointed: AtomicU64::new(0),
             write_failed: AtomicBool::new(false),
             read_by_kernel: AtomicBool::new(read_by_kernel),
+            read_before: read_by_kernel,
             grown: AtomicBool::new(true),
             last_use: AtomicI64::new(shelf.now()),
             activity: AtomicU8::new(ACTIVE),
@@ -206,8 +209,11 @@ impl OpenLayer {
         Ok(())
     }
 
-    /// The kernel has nothing of the layer mounted any more.
+    /// The kernel has nothing of what this process mounted of the layer any more. What another mounted may be in use until the next boot.
     pub fn take_back(&self) {
+        if self.read_before {
+            return;
+        }
         let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
         match kernel::clear(&self.data) {
             Ok(()) => self.read_by_kernel.store(false, Ordering::SeqCst),

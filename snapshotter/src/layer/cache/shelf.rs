@@ -3,7 +3,7 @@
 //! A layer stays as long as it is open, as somebody is about to open it ([`Pin`]), or as a snapshot refers to it ([`Shelf::keep`]).
 //! Until it is known what snapshots refer to, all stay. What else is there is given up when room is needed; see [`super::evict`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -55,6 +55,8 @@ pub(super) struct Shelf {
     pub(super) making_room: Mutex<Option<(Instant, u64)>>,
     /// `data` of layers that the kernel reads by itself since before this process: opened anew it would raise events.
     kept: Mutex<HashMap<Digest, File>>,
+    /// Layers that cannot be opened.
+    unusable: Mutex<HashSet<Digest>>,
     /// Held while a layer's directory is opened; layers share them.
     opening: Vec<Mutex<()>>,
     began: Instant,
@@ -135,6 +137,7 @@ impl Shelf {
             short: AtomicBool::new(false),
             making_room: Mutex::default(),
             kept: Mutex::default(),
+            unusable: Mutex::default(),
             opening: std::iter::repeat_with(Mutex::default).take(OPENING_LOCKS).collect(),
             began: Instant::now(),
             unfinished: AtomicU64::new(0),
@@ -151,6 +154,17 @@ impl Shelf {
         *shelf.layers() = entries;
         shelf.count();
         Arc::new(shelf)
+    }
+
+    /// Nobody is to open the layer: he would ask himself, and wait for ever.
+    pub(super) fn set_unusable(&self, layer: &Digest) {
+        let mut unusable = self.unusable.lock().unwrap_or_else(PoisonError::into_inner);
+        unusable.insert(*layer);
+    }
+
+    pub(super) fn is_unusable(&self, layer: &Digest) -> bool {
+        let unusable = self.unusable.lock().unwrap_or_else(PoisonError::into_inner);
+        unusable.contains(layer)
     }
 
     /// `data` of a layer, as an earlier process had it open.

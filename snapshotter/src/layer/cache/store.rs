@@ -21,7 +21,7 @@ use super::layer::{CachedLayer, OpenLayer, is_full};
 use super::limits::Limits;
 use super::reuse::{Found, Search};
 use super::shelf::{Pin, Shelf, UNFINISHED};
-use super::stale::{MOUNT_POINT, detach_stale, remove_layer};
+use super::stale::{MOUNT_POINT, detach_stale, kind_at, remove_layer};
 use crate::heap;
 use crate::layer::Usage;
 use crate::metrics::Metrics;
@@ -116,6 +116,8 @@ impl Origin {
 pub enum Inherited {
     /// Nothing that is served: what is mounted is dead.
     Nothing,
+    /// Its mount, and a mark on `data` that nobody could answer for who opened it.
+    Unusable,
     /// Its mount, which is to stay.
     Mount,
     /// Its mount, and `data` as it was opened before the kernel asked for it.
@@ -137,7 +139,7 @@ impl LayerStore {
     /// Opens `<root>/layers`, making it if it is not there, removes what an interrupted creation or removal left, and detaches what a
     /// process that was killed left mounted.
     pub fn within(root: &Path, limits: Limits, metrics: Metrics) -> Result<Self, CacheError> {
-        Self::inheriting(root, limits, metrics, |_, _| Inherited::Nothing)
+        Self::inheriting(root, limits, metrics, |_| Inherited::Nothing)
     }
 
     /// Like [`Self::within`], where an earlier process has left layers mounted that are served still.
@@ -145,10 +147,10 @@ impl LayerStore {
         root: &Path,
         limits: Limits,
         metrics: Metrics,
-        mut inherited: impl FnMut(&Digest, &Path) -> Inherited,
+        mut inherited: impl FnMut(&Digest) -> Inherited,
     ) -> Result<Self, CacheError> {
         let root = root.join("layers");
-        let mut kept = Vec::new();
+        let (mut kept, mut unusable) = (Vec::new(), Vec::new());
         fs::create_dir_all(&root).map_err(io_error("create", &root))?;
         // Also of one that is there already: it may have been made by hand, or with another umask.
         fs::set_permissions(&root, fs::Permissions::from_mode(LAYERS_MODE))
@@ -165,7 +167,12 @@ impl LayerStore {
                     tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
                 }
             } else if let Ok(layer) = Digest::from_str(&format!("sha256:{name}")) {
-                match inherited(&layer, &entry.path().join("data")) {
+                match inherited(&layer) {
+                    // It needs nobody, or it is taken over when the layer is mounted: at no moment is there nothing.
+                    Inherited::Nothing
+                        if kind_at(&entry.path().join(MOUNT_POINT))
+                            .is_ok_and(|kind| kind.as_deref() == Some("erofs")) => {}
+                    Inherited::Unusable => unusable.push(layer),
                     Inherited::Nothing => {
                         // Of one that no snapshot refers to nobody would.
                         if let Err(error) = detach_stale(&entry.path().join(MOUNT_POINT)) {
@@ -184,6 +191,7 @@ impl LayerStore {
         for (layer, data) in kept {
             shelf.keep_data(&layer, data);
         }
+        unusable.iter().for_each(|layer| shelf.set_unusable(layer));
         Ok(Self { shelf })
     }
 
@@ -323,6 +331,10 @@ pub(super) fn load(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Option<Cac
     shelf.open(toc_digest, || {
         if !shelf.path(toc_digest).is_dir() {
             return Ok(None);
+        }
+        if shelf.is_unusable(toc_digest) {
+            let fault = io::Error::other("its descriptor was not kept, and the kernel asks for it until the next boot");
+            return Err(io_error("open", &shelf.path(toc_digest).join("data"))(fault));
         }
         let opened = opening::open_layer(shelf, toc_digest)?;
         shelf.forget_data(toc_digest);

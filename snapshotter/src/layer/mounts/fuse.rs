@@ -16,7 +16,7 @@ use super::kept::{Descriptors, KeptLayer, KeptSession};
 use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::config::FuseConfig;
 use crate::layer::Cause;
-use crate::layer::cache::{LayerStore, detach_stale};
+use crate::layer::cache::{LayerStore, detach_stale, kind_at};
 use crate::layer::fetch::LayerFetch;
 use crate::layer::fs::LayerFs;
 use crate::layer::fuse::LayerFuse;
@@ -144,10 +144,7 @@ impl FuseWay {
             Ok(session) => Ok(self.served(session, names)),
             Err(error) => {
                 if matches!(error, MountError::Kept(_)) {
-                    // The connection is over, or another's. Whoever reads there gets errors instead of waiting for ever.
-                    if let Err(error) = fuse_session::abort(kept.number) {
-                        tracing::debug!(%toc, %error, "a connection that is not resumed had ended");
-                    }
+                    // It is over, and its number may be another's by now.
                     names.iter().for_each(|name| self.descriptors.forget(name));
                 }
                 Err(error.into())
@@ -172,7 +169,9 @@ impl Way for FuseWay {
     fn mount(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
         let toc = fetch.layer().toc_digest();
         let target = fetch.layer().mount_point();
-        detach_stale(&target)?;
+        if kind_at(&target)?.as_deref() != Some("erofs") {
+            detach_stale(&target)?;
+        }
         let direct = self.passthrough(fetch, store, None);
         let mut config = self.mount_config(&toc);
         config.passthrough = direct.as_ref().map(Direct::passthrough);
@@ -221,7 +220,7 @@ impl LayerMounted for FuseMounted {
     }
 
     fn is_shown(&self) -> bool {
-        self.session.is_shown()
+        self.session.is_alive() && self.session.is_shown()
     }
 
     fn forget(&self) -> Forget {
@@ -239,6 +238,12 @@ impl LayerMounted for FuseMounted {
             descriptors,
             target: _,
         } = *self;
+        if !session.is_alive() {
+            // Its number may be another mount's by now.
+            session.leave();
+            kept.iter().for_each(|name| descriptors.forget(name));
+            return Ok(Ended::Wholly);
+        }
         let unmounted = session.unmount();
         kept.iter().for_each(|name| descriptors.forget(name));
         unmounted?;

@@ -12,11 +12,11 @@
 //!
 //! [`Journal`]: crate::layer::native::journal::Journal
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine as _;
@@ -60,8 +60,8 @@ pub struct KeptLayer {
     pub data: Option<File>,
     /// How each file was opened, by the device of the session.
     modes: Vec<(u32, OwnedFd)>,
-    /// A group that is of no use and must not be closed.
-    lost: Option<Group>,
+    /// Device and inode of that, once it has been taken.
+    pub data_identity: Option<(u64, u64)>,
     /// Of mounts by FUSE; of several, where another one has taken the place of the first.
     pub sessions: Vec<KeptSession>,
 }
@@ -79,6 +79,8 @@ struct Kept {
     layers: HashMap<String, KeptLayer>,
     /// What is of no use and must not be closed.
     spare: Vec<OwnedFd>,
+    /// Names of groups that the store has.
+    native: HashSet<String>,
 }
 
 impl KeptLayer {
@@ -139,8 +141,15 @@ impl Descriptors {
                 kept.spare.push(descriptor);
                 true
             }
-            (GROUP, None) => layer.group.replace(Group::kept(descriptor)).is_none(),
-            (DATA, None) if layer.data.is_some() || !is_writable(&descriptor) => false,
+            (GROUP, None) => {
+                kept.native.insert(name.to_owned());
+                layer.group.replace(Group::kept(descriptor)).is_none()
+            }
+            (DATA, None) if layer.data.is_some() => {
+                kept.spare.push(descriptor);
+                true
+            }
+            (DATA, None) if !is_writable(&descriptor) => false,
             (DATA, None) => layer.data.replace(File::from(descriptor)).is_none(),
             (MODES, Some(minor)) => {
                 let Ok(minor) = minor.parse() else { return false };
@@ -187,24 +196,29 @@ impl Descriptors {
         self.lock().layers.remove(&short(layer))
     }
 
-    /// What the directory of a layer, with this `data`, is to know of its mount.
-    pub fn inherited(&self, layer: &Digest, data: &Path) -> LayerInherited {
-        let inherited = self.with_layer(layer, |kept| match (kept.group.take(), kept.data.take()) {
-            (Some(group), Some(data)) => {
-                kept.group = Some(group);
+    /// What the directory of a layer is to know of its mount.
+    pub fn inherited(&self, layer: &Digest) -> LayerInherited {
+        let mut useless = false;
+        let inherited = self.with_layer(layer, |kept| match (&kept.group, kept.data.take()) {
+            (Some(_), Some(data)) => {
+                kept.data_identity = data.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
                 LayerInherited::ReadByKernel(data)
             }
-            (Some(group), None) => {
-                // Whoever opened `data` now would ask a group that nobody reads.
-                let unmarked = group.unmark_at(data);
-                tracing::error!(toc = %layer, ?unmarked, "a layer's group was kept without its data; containers that use it may read errors");
-                kept.lost = Some(group);
+            (Some(_), None) => {
+                tracing::error!(toc = %layer, "a layer's group was kept without its data; what is read of it is an error");
+                LayerInherited::Unusable
+            }
+            (None, Some(_)) => {
+                useless = true;
                 LayerInherited::Nothing
             }
-            (None, Some(_)) => LayerInherited::Nothing,
             (None, None) if kept.sessions.is_empty() => LayerInherited::Nothing,
             (None, None) => LayerInherited::Mount,
         });
+        if useless {
+            let [_, data] = native_names(layer);
+            self.forget(&data);
+        }
         inherited.unwrap_or(LayerInherited::Nothing)
     }
 
@@ -213,16 +227,17 @@ impl Descriptors {
         self.lock().layers.values().any(|kept| kept.group.is_some())
     }
 
-    /// Takes all that is kept of native mounts and was not taken.
-    pub fn take_native(&self, layers: &[Digest]) -> Vec<(Digest, KeptLayer)> {
+    /// Takes all that is kept of native mounts and was not taken. Names have but half of a digest: `layers` and `noted` are those that it
+    /// may be; of one that is none of them there is only a name.
+    pub fn take_native(&self, layers: impl IntoIterator<Item = Digest>) -> Vec<(Digest, KeptLayer)> {
+        let known: HashMap<String, Digest> = layers.into_iter().map(|layer| (short(&layer), layer)).collect();
         let mut kept = self.lock();
-        let take = |layer: &Digest| {
-            let is_native = kept.layers.get(&short(layer)).is_some_and(|kept| kept.group.is_some());
-            is_native
-                .then(|| kept.layers.remove(&short(layer)).map(|found| (*layer, found)))
-                .flatten()
-        };
-        layers.iter().filter_map(take).collect()
+        let native = kept.layers.extract_if(|_, kept| kept.group.is_some());
+        let named = native.map(|(name, kept)| {
+            let layer = known.get(&name).copied();
+            (layer.unwrap_or_else(|| Digest::of(name.as_bytes())), kept)
+        });
+        named.collect()
     }
 
     /// Looks at what is kept of a layer.
@@ -243,15 +258,25 @@ impl Descriptors {
     /// Keeps what a native mount depends on.
     pub fn keep_native(&self, layer: &Digest, group: BorrowedFd<'_>, data: BorrowedFd<'_>) -> io::Result<()> {
         let [group_name, data_name] = native_names(layer);
+        // A store gives back both of one name, and nobody could tell which is which.
+        if self.lock().native.contains(&group_name) {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "a group of the layer is kept already",
+            ));
+        }
         // In this order: of a layer whose group is there, there is the data too.
         self.keep(&data_name, data)?;
-        self.keep(&group_name, group).inspect_err(|_| self.forget(&data_name))
+        self.keep(&group_name, group).inspect_err(|_| self.forget(&data_name))?;
+        self.lock().native.insert(group_name);
+        Ok(())
     }
 
     /// A native mount needs nothing any more.
     pub fn forget_native(&self, layer: &Digest) {
         for name in native_names(layer) {
             self.forget(&name);
+            self.lock().native.remove(&name);
         }
     }
 
@@ -357,9 +382,9 @@ mod tests {
         assert!(descriptors.with_layer(&other, |_| ()).is_none());
         assert!(descriptors.take_journal().is_some() && descriptors.take_journal().is_none());
         if is_root {
-            let inherited = descriptors.inherited(&layer, Path::new("/nowhere"));
+            let inherited = descriptors.inherited(&layer);
             assert!(matches!(inherited, LayerInherited::ReadByKernel(_)));
-            let taken = descriptors.take_native(&[other, layer]);
+            let taken = descriptors.take_native([other, layer]);
             assert!(taken.len() == 1 && taken[0].0 == layer && taken[0].1.group.is_some());
         }
     }
@@ -390,10 +415,12 @@ mod tests {
         let read_only = OwnedFd::from(File::open("/dev/null").unwrap());
         assert!(!descriptors.take(&data, read_only));
         assert!(descriptors.take(&data, file()));
-        assert!(!descriptors.take(&data, file()));
+        // A second one of a name is put aside: to forget the name would be to lose both.
+        assert!(descriptors.take(&data, file()));
+        assert_eq!(descriptors.lock().spare.len(), 1);
         // What is no group is never written to, nor closed.
         assert!(descriptors.take(&format!("fanotify-{short}"), file()));
         assert!(!descriptors.has_native());
-        assert_eq!(descriptors.lock().spare.len(), 1);
+        assert_eq!(descriptors.lock().spare.len(), 2);
     }
 }

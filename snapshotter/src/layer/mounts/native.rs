@@ -7,7 +7,6 @@ mod gone;
 mod serving;
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::AsFd;
@@ -27,7 +26,7 @@ use self::serving::{Serving, Servings};
 use super::kept::{Descriptors, KeptLayer};
 use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::layer::Cause;
-use crate::layer::cache::{LayerStore, detach_stale};
+use crate::layer::cache::{LayerStore, detach_stale, kind_at};
 use crate::layer::fetch::LayerFetch;
 use crate::layer::native::group::Group;
 use crate::layer::native::service::Service;
@@ -103,8 +102,15 @@ impl NativeWay {
     }
 
     /// Denies what is asked of a layer whose group was kept, and of which nothing else can be had.
-    pub fn deny(&self, toc: Digest, kept: KeptLayer) {
-        self.servings.deny(toc, kept);
+    pub fn deny(&self, toc: Digest, mut kept: KeptLayer) {
+        if let Some(group) = kept.group.take() {
+            self.servings.deny(toc, group, kept.data_identity);
+        }
+    }
+
+    /// Layers of which a predecessor noted what it was asked.
+    pub fn noted(&self) -> Vec<Digest> {
+        self.servings.noted()
     }
 
     /// All that was kept is served: what the journal holds of others is of no use.
@@ -121,10 +127,16 @@ impl NativeWay {
 impl Way for NativeWay {
     fn mount(&self, fetch: &Arc<LayerFetch>, _store: &LayerStore) -> Result<Box<dyn LayerMounted>, Cause> {
         let target = fetch.layer().mount_point();
-        detach_stale(&target)?;
         let (serving, detached, gone) = self.prepared(fetch)?;
         let mounted = NativeMounted::new(&target, &detached, gone, serving);
-        detached.attach(&target)?;
+        if is_erofs(&target).unwrap_or(false) {
+            // What an earlier process mounted is right as well; at no moment is there nothing.
+            detached.attach_beneath(&target)?;
+            rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+        } else {
+            detach_stale(&target)?;
+            detached.attach(&target)?;
+        }
         Ok(Box::new(mounted.shown()))
     }
 
@@ -134,24 +146,33 @@ impl Way for NativeWay {
         _store: &LayerStore,
         kept: &mut KeptLayer,
     ) -> Vec<Result<Box<dyn LayerMounted>, Cause>> {
-        let group = kept.group.take();
-        group.into_iter().map(|group| self.resume_one(fetch, group)).collect()
+        let (group, data) = (kept.group.take(), kept.data_identity);
+        group
+            .into_iter()
+            .map(|group| self.resume_one(fetch, group, data))
+            .collect()
     }
 }
 
 impl NativeWay {
-    fn resume_one(&self, fetch: &Arc<LayerFetch>, group: Group) -> Result<Box<dyn LayerMounted>, Cause> {
+    fn resume_one(
+        &self,
+        fetch: &Arc<LayerFetch>,
+        group: Group,
+        data: Option<(u64, u64)>,
+    ) -> Result<Box<dyn LayerMounted>, Cause> {
         let target = fetch.layer().mount_point();
-        if !fetch.layer().is_read_by_kernel() {
-            return Err("its data was not kept".into());
+        if data != Some(serving::identity(fetch.layer().content())?) {
+            self.servings.deny(fetch.layer().toc_digest(), group, data);
+            return Err("its data is another file by now".into());
         }
+        let (is_erofs, device) = (is_erofs(&target)?, device_of(&target)?);
         let serving = self.servings.resume(fetch, group)?;
-        if !is_erofs(&target)? {
+        if !is_erofs {
             // Somebody may have it in use all the same; it is served as long as this process runs.
             serving.linger(Gone::unknown());
             return Err("no EROFS is mounted there".into());
         }
-        let device = device_of(&target)?;
         let gone = self.watches.watch(&target).unwrap_or_else(|error| {
             tracing::warn!(path = %target.display(), %error, "it will not be known when a layer's file system has ended");
             Gone::unknown()
@@ -202,9 +223,9 @@ impl NativeMounted {
             Ok(_) | Err(_) => Ok(()),
         };
         if gone.within(GRACE) {
-            serving.release(gone);
+            let in_use = serving.release(gone);
             detached?;
-            return Ok(Ended::Wholly);
+            return Ok(if in_use { Ended::InUse } else { Ended::Wholly });
         }
         tracing::warn!(path = %self.target.display(), "a layer's file system is in use although it was unmounted; it is served on");
         serving.linger(gone);
@@ -283,12 +304,7 @@ fn device_of(path: &Path) -> io::Result<(u32, u32)> {
     Ok((stat.stx_dev_major, stat.stx_dev_minor))
 }
 
-/// `EROFS_SUPER_MAGIC_V1`.
-const EROFS_MAGIC: u64 = 0xe0f5_e1e2;
-
-/// Whether EROFS is mounted at `path`. Asks the file system there, which is the kernel's own or the cache's.
+/// Whether EROFS is mounted at `path`, by the mount table: a file system that nobody serves is not asked.
 fn is_erofs(path: &Path) -> io::Result<bool> {
-    let directory = File::open(path)?;
-    let found = rustix::fs::fstatfs(&directory)?.f_type;
-    Ok(u64::try_from(found).is_ok_and(|found| found == EROFS_MAGIC))
+    Ok(kind_at(path)?.as_deref() == Some("erofs"))
 }

@@ -3,7 +3,7 @@
 //! Natively where the kernel can; but a layer that the kernel reads by itself can give nothing up, so only one that fits into the cache as
 //! a whole is. What an earlier process left goes on as it was.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use estargz::digest::Digest;
 
@@ -64,6 +64,10 @@ pub struct Ways {
     native: Option<NativeWay>,
     decision: Decision,
     descriptors: Descriptors,
+    /// Held while something is taken of what is kept, until somebody answers for it.
+    taking: Mutex<()>,
+    /// Mounts of an earlier process in whose place none could be put.
+    orphans: Mutex<Vec<Box<dyn LayerMounted>>>,
 }
 
 impl Ways {
@@ -74,6 +78,8 @@ impl Ways {
             native,
             decision,
             descriptors,
+            taking: Mutex::default(),
+            orphans: Mutex::default(),
         }
     }
 
@@ -106,22 +112,33 @@ impl Ways {
             let mount = former.swap_remove(shown);
             return Ok(Up { mount, former });
         }
-        let mount = self.mount(fetch, store)?;
-        Ok(Up { mount, former })
+        match self.mount(fetch, store) {
+            Ok(mount) => Ok(Up { mount, former }),
+            Err(error) => {
+                // Who uses them is served on, for as long as this process runs.
+                self.orphans
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .extend(former);
+                Err(error)
+            }
+        }
     }
 
     /// What an earlier process left of the layer.
     fn resumed(&self, fetch: &Arc<LayerFetch>, store: &LayerStore) -> Vec<Box<dyn LayerMounted>> {
         let toc = fetch.layer().toc_digest();
+        let _alone = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(mut kept) = self.descriptors.take_layer(&toc) else {
             return Vec::new();
         };
+        // First, so that what is mounted answers when it is asked what it is.
+        let by_fuse = self.fuse.resume(fetch, store, &mut kept);
         let native: Vec<_> = match &self.native {
             Some(native) => native.resume(fetch, store, &mut kept),
             None if kept.group.is_some() => vec![Err("native mounts are not served".into())],
             None => Vec::new(),
         };
-        let by_fuse = self.fuse.resume(fetch, store, &mut kept);
         let told = |resumed: Result<Box<dyn LayerMounted>, Cause>| {
             resumed
                 .inspect_err(|error| {
@@ -175,9 +192,11 @@ impl Ways {
     }
 
     /// Everything was restored that can be: what else an earlier process left of these layers is answered with errors.
-    pub fn settle(&self, layers: &[Digest]) {
+    pub fn settle(&self, layers: Vec<Digest>) {
         let Some(native) = &self.native else { return };
-        for (toc, kept) in self.descriptors.take_native(layers) {
+        let _alone = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = layers.into_iter().chain(native.noted());
+        for (toc, kept) in self.descriptors.take_native(known) {
             native.deny(toc, kept);
         }
         native.settle();
@@ -188,5 +207,7 @@ impl Ways {
         if let Some(native) = &self.native {
             native.leave();
         }
+        let orphans = std::mem::take(&mut *self.orphans.lock().unwrap_or_else(PoisonError::into_inner));
+        orphans.into_iter().for_each(|mount| mount.leave());
     }
 }

@@ -55,17 +55,6 @@ impl Group {
         }
     }
 
-    /// Like [`Self::unmark`], without opening the file: whoever opens it while it has a mark asks too.
-    pub fn unmark_at(&self, data: &std::path::Path) -> io::Result<()> {
-        let path = rustix::fs::open(
-            data,
-            rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )?;
-        let file = File::from(path);
-        self.unmark(&file)
-    }
-
     /// Answers the event of this number; whether there was one.
     pub fn answer(&self, number: i32, answer: Answer) -> io::Result<bool> {
         let response = match answer {

@@ -32,12 +32,16 @@ const SLOT: usize = 1024;
 const FORM: u64 = u64::from_be_bytes(*b"HULLJNL\x01");
 /// Where the layer's digest is.
 const NAME: std::ops::Range<usize> = 1..5;
+/// Where it is noted how many file systems there are of the layer.
+const SYSTEMS: usize = 5;
 /// Where the kernel puts events.
 const INBOX: std::ops::Range<usize> = 16..256;
 /// Where events are that are worked on: two words each.
 const TABLE: std::ops::Range<usize> = 256..SLOT;
 /// Events of one layer that are worked on at once; the others wait in the kernel's queue.
 pub const MAX_PENDING: usize = (TABLE.end - TABLE.start) / 2;
+/// More file systems of one layer than are believed.
+const MAX_SYSTEMS: usize = 1024;
 /// Words of one event in the inbox.
 const EVENT_WORDS: usize = EVENT_BYTES / size_of::<u64>();
 
@@ -119,6 +123,20 @@ impl Journal {
         let words = self.words(slot);
         let name = || words[NAME].iter().map(|word| word.load(Ordering::Acquire));
         words[0].load(Ordering::Acquire) == FORM && name().eq(name_of(layer))
+    }
+
+    /// The layers of which there are slots that nobody has taken.
+    pub fn layers(&self) -> Vec<Digest> {
+        let claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
+        let slots = (0..SLOTS).filter(|&slot| !claimed[slot] && self.words(slot)[0].load(Ordering::Acquire) == FORM);
+        let name = |slot: usize| {
+            let mut name = [0; 32];
+            for (bytes, word) in name.chunks_exact_mut(8).zip(&self.words(slot)[NAME]) {
+                bytes.copy_from_slice(&word.load(Ordering::Acquire).to_be_bytes());
+            }
+            Digest::from_bytes(name)
+        };
+        slots.map(name).collect()
     }
 
     /// The slot of a layer that a predecessor served, with what it left.
@@ -329,6 +347,22 @@ impl Slot {
             .table()
             .filter(|entry| entry[0].load(Ordering::Acquire) >> 32 == first >> 32);
         of_it.for_each(|entry| entry[0].store(0, Ordering::Release));
+    }
+
+    /// Notes for a successor how many file systems there are of the layer.
+    pub fn note_systems(&self, count: usize) {
+        self.words()[SYSTEMS].store(count as u64, Ordering::Release);
+    }
+
+    /// How many a predecessor noted.
+    pub fn noted_systems(&self) -> usize {
+        let noted = usize::try_from(self.words()[SYSTEMS].load(Ordering::Acquire));
+        noted.unwrap_or(MAX_SYSTEMS).min(MAX_SYSTEMS)
+    }
+
+    /// No successor is to go on with it: the layer's group is about to go.
+    pub fn void(&self) {
+        self.words()[0].store(0, Ordering::Release);
     }
 
     /// Gives the slot back: the layer's group is gone.

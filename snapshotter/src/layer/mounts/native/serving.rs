@@ -1,7 +1,10 @@
 //! What answers for the file systems of a layer.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use estargz::digest::Digest;
@@ -11,7 +14,7 @@ use tokio::task::AbortHandle;
 use super::gone::Gone;
 use crate::layer::Cause;
 use crate::layer::fetch::LayerFetch;
-use crate::layer::mounts::kept::{Descriptors, KeptLayer};
+use crate::layer::mounts::kept::Descriptors;
 use crate::layer::native::group::Group;
 use crate::layer::native::service::{Member, Service};
 
@@ -22,7 +25,7 @@ pub(super) struct Servings {
     runtime: Handle,
     layers: Mutex<HashMap<Digest, Arc<Serving>>>,
     /// Layers of which nothing can be had but their group.
-    denied: Mutex<HashMap<Digest, (Arc<Member>, KeptLayer)>>,
+    denied: Mutex<HashMap<Digest, Denied>>,
 }
 
 impl Servings {
@@ -44,8 +47,6 @@ impl Servings {
     /// Sees to it that a layer is answered for, unless it is complete: by what there is of it, or anew.
     pub(super) fn serve(self: &Arc<Self>, fetch: &Arc<LayerFetch>) -> Result<Arc<Serving>, Cause> {
         let toc = fetch.layer().toc_digest();
-        // From here on no hole is punched, and it is looked at afterwards whether there is one.
-        fetch.layer().leave_to_kernel()?;
         let serving = {
             let mut layers = self.layers();
             let serving = layers.entry(toc).or_insert_with(|| Serving::new(self, toc, fetch));
@@ -69,6 +70,10 @@ impl Servings {
         let serving = Serving::new(self, toc, fetch);
         {
             let mut state = serving.state();
+            let others = member.noted_systems().saturating_sub(1);
+            state
+                .lingering
+                .extend(std::iter::repeat_with(Gone::unknown).take(others));
             state.member = Some(member);
             state.mounted = 1;
         }
@@ -77,18 +82,31 @@ impl Servings {
         Ok(serving)
     }
 
-    pub(super) fn deny(&self, toc: Digest, mut kept: KeptLayer) {
-        let Some(group) = kept.group.take() else { return };
+    pub(super) fn deny(&self, toc: Digest, group: Group, data: Option<(u64, u64)>) {
         match self.service.resume(group, toc, None) {
             Ok(member) => {
                 tracing::error!(%toc, "a layer that an earlier process left mounted cannot be served; what is read of it is an error");
                 let mut denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
-                denied.insert(toc, (member, kept));
+                denied.insert(toc, Denied { member, data });
             }
             Err(error) => {
                 tracing::error!(%toc, %error, "who reads of a layer that an earlier process left mounted waits");
             }
         }
+    }
+
+    /// What denies all that is asked of a layer, if it is this one's: then it can be answered from now on.
+    fn take_denied(&self, toc: &Digest, fetch: &LayerFetch) -> Result<Option<Arc<Member>>, Cause> {
+        let mut denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(found) = denied.get(toc) else { return Ok(None) };
+        if found.data != Some(identity(fetch.layer().content())?) {
+            return Err("another file of the layer is in use, of which nothing can be read".into());
+        }
+        Ok(denied.remove(toc).map(|denied| denied.member))
+    }
+
+    pub(super) fn noted(&self) -> Vec<Digest> {
+        self.service.journal().layers()
     }
 
     pub(super) fn settle(&self) {
@@ -102,12 +120,21 @@ impl Servings {
             if ended > 0 {
                 serving.end_if_unused();
             }
+            // Somebody else's checkpoint may have been the last.
+            serving.retire_when_whole();
         }
     }
 
     pub(super) fn leave(&self) {
         self.service.leave();
     }
+}
+
+/// A group whose layer cannot be had.
+struct Denied {
+    member: Arc<Member>,
+    /// Device and inode of the file that has its mark.
+    data: Option<(u64, u64)>,
 }
 
 /// What answers for one layer.
@@ -128,6 +155,21 @@ struct State {
     watching: Option<AbortHandle>,
     /// A successor goes on.
     left: bool,
+}
+
+impl State {
+    /// Told before a file system is made, and after it has ended: a successor must not think that there are fewer.
+    fn note_systems(&self) {
+        if let Some(member) = &self.member {
+            member.note_systems(self.mounted + self.lingering.len());
+        }
+    }
+}
+
+/// Device and inode of a file.
+pub(super) fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl Serving {
@@ -161,22 +203,25 @@ impl Serving {
 
     /// Answers by `fetch` from now on, for one file system more.
     fn begin(self: &Arc<Self>, fetch: &Arc<LayerFetch>) -> Result<(), Cause> {
+        // From here on no hole is punched, and it is looked at afterwards whether there is one.
+        fetch.layer().leave_to_kernel()?;
         let mut state = self.state();
-        state.fetch = fetch.clone();
-        if state.member.is_none() {
-            let denied = self
-                .servings
-                .denied
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&self.toc);
-            state.member = denied.map(|(member, _)| member);
+        if state.member.is_none()
+            && let Some(member) = self.servings.take_denied(&self.toc, fetch)?
+        {
+            state.member = Some(member);
+            // What it answered for is in use, wherever.
+            state.lingering.push(Gone::unknown());
         }
+        state.fetch = fetch.clone();
         if let Some(member) = &state.member {
+            // Whoever died when the group was new, or about to go, may have left it without a mark.
+            member.mark(fetch.layer().content())?;
             member.fetch_by(fetch.clone());
         } else if !fetch.layer().is_whole() {
             state.member = Some(self.join(fetch)?);
         }
+        state.note_systems();
         drop(state);
         self.watch(fetch);
         Ok(())
@@ -245,13 +290,17 @@ impl Serving {
         }
     }
 
-    /// One of its file systems was unmounted and has ended.
-    pub(super) fn release(&self, gone: Gone) {
+    /// One of its file systems was unmounted and has ended. Whether others are in use.
+    pub(super) fn release(&self, gone: Gone) -> bool {
         drop(gone);
-        let mut state = self.state();
-        state.mounted = state.mounted.saturating_sub(1);
-        drop(state);
+        let in_use = {
+            let mut state = self.state();
+            state.mounted = state.mounted.saturating_sub(1);
+            state.note_systems();
+            !state.lingering.is_empty()
+        };
         self.end_if_unused();
+        in_use
     }
 
     /// One of its file systems was unmounted and is in use.
@@ -259,6 +308,7 @@ impl Serving {
         let mut state = self.state();
         state.mounted = state.mounted.saturating_sub(1);
         state.lingering.push(gone);
+        state.note_systems();
     }
 
     /// Ends when no file system is left.

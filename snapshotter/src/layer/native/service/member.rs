@@ -1,5 +1,6 @@
 //! A layer whose readers ask, and the answers they get.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,12 +60,31 @@ impl Member {
         *self.fetch.lock().unwrap_or_else(PoisonError::into_inner) = Some(fetch);
     }
 
+    /// Sees to it that whoever opens `data` from now on asks. A mark that is there already stays.
+    pub fn mark(&self, data: &File) -> io::Result<()> {
+        self.group.mark(data)
+    }
+
+    /// Notes for a successor how many file systems there are of the layer.
+    pub fn note_systems(&self, count: usize) {
+        if let Some(slot) = &self.slot {
+            slot.note_systems(count);
+        }
+    }
+
+    /// How many file systems a predecessor noted.
+    pub fn noted_systems(&self) -> usize {
+        self.slot.as_ref().map_or(0, Slot::noted_systems)
+    }
+
     /// Takes the mark away, answers what came before, and forgets the layer. Only for a layer that is complete, or that nobody has
     /// mounted: whoever asks now is allowed.
     pub fn retire(self: &Arc<Self>, layer: &CachedLayer) -> io::Result<()> {
         self.group.unmark(layer.content())?;
         if let Some(slot) = &self.slot {
             self.drain(slot)?;
+            // What still waits for an answer may take its time, and the layer may be mounted anew before.
+            slot.void();
         }
         self.inner.members().remove(&self.token);
         // Gone with the last who has the group open, at the latest.
