@@ -8,10 +8,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use crate::abi::{self, OutHeader};
+use crate::mount::DeviceNumber;
 use crate::reply::Reply;
 
 /// The session's device descriptor.
@@ -43,6 +45,21 @@ impl Channel {
 
     pub(crate) fn fd(&self) -> &OwnedFd {
         &self.fd
+    }
+
+    /// Whether the connection is over. Its number may be another's by then, and must not be used any more.
+    pub(crate) fn is_over(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut polled = [PollFd::new(&self.fd, PollFlags::IN)];
+        matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(1..)) && polled[0].revents().contains(PollFlags::ERR)
+    }
+
+    /// Cuts the connection off, unless it is over.
+    pub(crate) fn abort(&self, device: DeviceNumber) -> Result<(), Errno> {
+        if self.is_over() {
+            return Err(Errno::NOENT);
+        }
+        crate::control::abort(device)
     }
 
     /// Waits for the next message.

@@ -265,7 +265,7 @@ impl Session {
     fn end(&mut self, grace: Duration) -> usize {
         let mut left = self.lifetime.wait(grace);
         if left > 0 {
-            match crate::control::abort(self.device) {
+            match self.channel.abort(self.device) {
                 Ok(()) => tracing::debug!(mount_point = %self.target.display(), "connection cut off, mount was in use"),
                 // The connection vanished between the two calls.
                 Err(Errno::NOENT) => {}

@@ -101,7 +101,7 @@ impl<FS: Shareable> Worker<FS> {
         let Some(end) = end else { return };
         self.pending.end();
         if let End::Failed(_) = end
-            && let Err(errno) = crate::control::abort(self.device)
+            && let Err(errno) = self.channel.abort(self.device)
         {
             tracing::debug!(%errno, "cannot cut the connection off");
         }

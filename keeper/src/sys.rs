@@ -59,13 +59,13 @@ pub(crate) fn is_same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
 /// A descriptor that the keeper's signals are read from; from here on they do nothing else. Those that were pending or
 /// ignored before are not lost to it.
 pub(crate) fn signals() -> io::Result<OwnedFd> {
-    let set = signal_set(&SIGNALS);
+    let (set, all) = (signal_set(&SIGNALS), every_signal());
     // SAFETY: the set is initialised; the handlers are constants.
     #[expect(unsafe_code, reason = "rustix has no signal handling")]
     unsafe {
         check(libc::sigprocmask(
             libc::SIG_SETMASK,
-            &raw const set,
+            &raw const all,
             std::ptr::null_mut(),
         ))?;
         for signal in SIGNALS {
@@ -87,6 +87,17 @@ pub(crate) fn next_signal(signals: &OwnedFd) -> Option<libc::c_int> {
     // The number is the first field.
     let number = buffer.first_chunk().filter(|_| read == buffer.len())?;
     libc::c_int::try_from(u32::from_ne_bytes(*number)).ok()
+}
+
+/// All signals: any other would end or stop the process, and with it what is kept. SIGKILL and SIGSTOP cannot be blocked.
+fn every_signal() -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: the call initialises the set.
+    #[expect(unsafe_code, reason = "rustix has no signal handling")]
+    unsafe {
+        libc::sigfillset(set.as_mut_ptr());
+        set.assume_init()
+    }
 }
 
 fn signal_set(signals: &[libc::c_int]) -> libc::sigset_t {
