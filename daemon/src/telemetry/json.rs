@@ -140,19 +140,24 @@ mod tests {
         }
     }
 
+    /// The lines that `log` writes.
+    fn written(log: impl FnOnce()) -> String {
+        let kept = Kept::default();
+        let writer = kept.clone();
+        let lines = tracing_subscriber::fmt().with_writer(move || writer.clone());
+        with_default(lines.event_format(JsonLines).finish(), log);
+        String::from_utf8(kept.0.lock().unwrap().clone()).unwrap()
+    }
+
     #[derive(Debug, thiserror::Error)]
     #[error("outer \"{0}\"")]
     struct Outer(&'static str, #[source] io::Error);
 
     #[test]
     fn no_name_is_twice_in_a_line() {
-        let kept = Kept::default();
-        let writer = kept.clone();
-        let lines = tracing_subscriber::fmt().with_writer(move || writer.clone());
-        with_default(lines.event_format(JsonLines).finish(), || {
+        let text = written(|| {
             tracing::info!(target = "a", level = 1, timestamp = "now", "said");
         });
-        let text = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
         let names = ["timestamp", "level", "target", "message"];
         assert!(
             names
@@ -173,17 +178,13 @@ mod tests {
 
     #[test]
     fn a_line_is_an_object_and_tells_the_causes_of_errors() {
-        let kept = Kept::default();
-        let writer = kept.clone();
-        let lines = tracing_subscriber::fmt().with_writer(move || writer.clone());
-        with_default(lines.event_format(JsonLines).finish(), || {
+        let text = written(|| {
             let error = Outer("x\n", io::Error::other("inner"));
             let (none, some) = (None::<&str>, Some(3_u64));
             tracing::warn!(error = &error as &dyn Error, none, some, shown = %Outer("y", io::Error::other("z")), flag = true,
                 negative = -1, "dotted.name" = ?[1], "what {} said", "it");
             tracing::info!("");
         });
-        let text = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.lines().count(), 2);
         let mut line: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         let time = line["timestamp"].take();

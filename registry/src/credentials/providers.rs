@@ -258,12 +258,7 @@ impl Shared {
             if let Some(said) = table.kept(provider, image, refused) {
                 return Ok(said);
             }
-            let known = table.reaches.get(&provider.name).copied();
-            let reach = if alone {
-                Reach::Image
-            } else {
-                known.unwrap_or(Reach::Registry)
-            };
+            let reach = if alone { Reach::Image } else { table.reach(provider) };
             Err(self.flight(&mut table, provider, image, reach, true, generation))
         };
         let said = match asked(false) {
@@ -410,8 +405,7 @@ impl Renewal {
         let kept = table.answers.get(&self.key);
         let wanted = kept.is_some_and(|kept| kept.obtained == self.obtained && kept.used);
         if wanted && table.generation == self.generation {
-            let known = table.reaches.get(&self.provider.name).copied();
-            let reach = known.unwrap_or(Reach::Registry);
+            let reach = table.reach(&self.provider);
             // It runs by itself.
             drop(shared.flight(&mut table, &self.provider, &self.image, reach, false, self.generation));
         }
@@ -423,6 +417,11 @@ impl Table {
     fn loaded(&self, seen: &[(PathBuf, Stamp)]) -> Option<(List, u64)> {
         let loaded = self.providers.as_ref().filter(|loaded| loaded.seen == seen)?;
         Some((Arc::clone(&loaded.providers), self.generation))
+    }
+
+    /// How far a program's answers reach, as far as it is known.
+    fn reach(&self, provider: &Provider) -> Reach {
+        self.reaches.get(&provider.name).copied().unwrap_or(Reach::Registry)
     }
 
     /// What a program said that is still good.

@@ -172,16 +172,22 @@ fn privileged_dead_mounts_keep_no_layer_from_going() {
     assert_eq!((mounted(), fs::read_dir(&layers).unwrap().count()), (0, 0));
 }
 
+/// Three complete layers of so many chunks, used 9, 8 and 7 days ago.
+fn used_days_ago(root: &Path, chunks: usize) -> Vec<Sample> {
+    let samples: Vec<_> = (0..3).map(|seed| sample(seed, chunks)).collect();
+    let (store, _) = limited(root, "0B");
+    samples.iter().for_each(|sample| drop(full(&store, sample)));
+    drop(store);
+    for (sample, days) in samples.iter().zip([9, 8, 7]) {
+        set_last_use(root, sample, days);
+    }
+    samples
+}
+
 #[test]
 fn privileged_a_layer_that_cannot_go_counts_and_lets_others_go_first() {
     let dir = tempfile::tempdir().unwrap();
-    let samples: Vec<_> = (0..3).map(|seed| sample(seed, 4)).collect();
-    let (store, _) = limited(dir.path(), "0B");
-    samples.iter().for_each(|sample| drop(full(&store, sample)));
-    drop(store);
-    for (number, days) in [(0, 9), (1, 8), (2, 7)] {
-        set_last_use(dir.path(), &samples[number], days);
-    }
+    let samples = used_days_ago(dir.path(), 4);
     let (store, metrics) = limited(dir.path(), "0B");
     store.settle();
     let before = metrics.cache_bytes.get();
@@ -224,13 +230,7 @@ fn a_layer_that_is_made_anew_is_kept_and_pinned_as_before() {
 #[test]
 fn what_is_only_looked_at_keeps_its_place_in_the_queue() {
     let dir = tempfile::tempdir().unwrap();
-    let samples: Vec<_> = (0..3).map(|seed| sample(seed, 16)).collect();
-    let (store, _) = limited(dir.path(), "0B");
-    samples.iter().for_each(|sample| drop(full(&store, sample)));
-    drop(store);
-    for (number, days) in [(0, 9), (1, 8), (2, 7)] {
-        set_last_use(dir.path(), &samples[number], days);
-    }
+    let samples = used_days_ago(dir.path(), 16);
     let (store, _) = limited(dir.path(), "0B");
     let days = |sample: &Sample| {
         let last = store.last_used(&sample.toc_digest).unwrap();

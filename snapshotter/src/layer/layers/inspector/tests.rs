@@ -41,6 +41,15 @@ async fn warm(layers: &Layers, registry: &Registry) {
     while warming.next().await.is_some() {}
 }
 
+/// Changes a byte of the layer's chunk 3 behind everybody's back; the path of its file.
+fn spoil(layers: &Layers, sample: &Sample) -> String {
+    let cached = layers.shared.store.load(&sample.toc_digest).unwrap().unwrap();
+    let chunk = cached.index().chunk(3).unwrap();
+    let data = File::options().write(true).open(cached.dir().join("data")).unwrap();
+    data.write_all_at(b"!", chunk.data_offset + 7).unwrap();
+    String::from_utf8(cached.index().path_of(chunk.ino)).unwrap()
+}
+
 async fn verified(inspector: &Inspector, layer: Option<Digest>) -> VerifyReport {
     let mut verifying = inspector.verify(layer).await.unwrap();
     let mut last = VerifyReport::default();
@@ -132,14 +141,7 @@ async fn wrong_bytes_are_found(by: MountChoice) {
     );
 
     // Somebody's hand, in a mounted layer and in one that nobody has open.
-    let mut places = Vec::new();
-    for sample in &samples {
-        let cached = layers.shared.store.load(&sample.toc_digest).unwrap().unwrap();
-        let chunk = cached.index().chunk(3).unwrap();
-        places.push(String::from_utf8(cached.index().path_of(chunk.ino)).unwrap());
-        let data = File::options().write(true).open(cached.dir().join("data")).unwrap();
-        data.write_all_at(b"!", chunk.data_offset + 7).unwrap();
-    }
+    let places = [&samples[0], &samples[1]].map(|sample| spoil(&layers, sample));
     let one = verified(&inspector, Some(samples[1].origin().layer_digest)).await;
     assert_eq!((one.layers, one.wrong), (1, 1));
     let told = WrongChunk {
@@ -178,11 +180,7 @@ async fn wrong_bytes_leave_the_page_cache(by: MountChoice) {
     warm(&layers, &registry).await;
     let request = request(&registry, &samples[1], Some(manifest));
     let path = layers.mount(request).await.unwrap().path;
-    let cached = layers.shared.store.load(&samples[1].toc_digest).unwrap().unwrap();
-    let chunk = cached.index().chunk(3).unwrap();
-    let data = File::options().write(true).open(cached.dir().join("data")).unwrap();
-    data.write_all_at(b"!", chunk.data_offset + 7).unwrap();
-    drop(cached);
+    spoil(&layers, &samples[1]);
     let read = async || {
         let path = path.clone();
         blocking(move || contents(&path)).await
