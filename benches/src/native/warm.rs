@@ -278,6 +278,8 @@ impl Stage {
     /// Every workload on every way, in turn; the ratios to the unit are those of the same round.
     fn figures(&self, warm: bool, rounds: usize) -> Result<Vec<Figure>> {
         let mut figures = Vec::new();
+        // What was written just now is in the page cache in larger pieces than what was read; all three are to have it from reading.
+        drop_caches()?;
         for subject in &SUBJECTS {
             // The first pass fills the caches.
             for way in 0..WAYS.len() {
