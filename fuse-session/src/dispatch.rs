@@ -40,7 +40,9 @@ pub(crate) async fn answer<FS: Shareable>(
             .await
             .map_or_else(Reply::from, |link| Reply::link(link.data)),
         Operation::Open { flags } => match (fs.open(asker, node, flags).await, opener) {
-            (Ok(open), Some(opener)) => Reply::record(&opener.answer(node, &open)),
+            (Ok(open), Some(opener)) => opener
+                .answer(node, flags, &open)
+                .map_or_else(|errno| Reply::Error(errno.raw_os_error()), |open| Reply::record(&open)),
             (outcome, _) => reply(outcome),
         },
         Operation::Read(range) => {

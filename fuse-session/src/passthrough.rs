@@ -165,17 +165,22 @@ impl Opener {
     }
 
     /// The answer to an open of `inode` that the file system agreed to. What it says is remembered before the kernel hears it.
-    pub(crate) fn answer(&self, inode: u64, reply: &ReplyOpen) -> abi::OpenOut {
-        let decide = || self.register(inode);
+    ///
+    /// Direct I/O is ours to answer: a backing file may refuse it (EROFS on a file does), and the kernel would make EIO of that. Where
+    /// the kernel reads the file by itself already it is refused with EINVAL, from which programs conclude that there is none here.
+    pub(crate) fn answer(&self, inode: u64, flags: u32, reply: &ReplyOpen) -> Result<abi::OpenOut, Errno> {
+        let is_direct = flags & libc::O_DIRECT.cast_unsigned() != 0;
+        let decide = || if is_direct { None } else { self.register(inode) };
         let discard = |id| self.discard(id);
         match self.passthrough.modes.settle(inode, decide, discard).map(i32::try_from) {
-            Some(Ok(backing_id)) => abi::OpenOut {
+            Some(Ok(_)) if is_direct => Err(Errno::INVAL),
+            Some(Ok(backing_id)) => Ok(abi::OpenOut {
                 fh: reply.fh,
                 open_flags: abi::OPEN_PASSTHROUGH | abi::OPEN_NOFLUSH,
                 backing_id,
-            },
+            }),
             // What is no number the kernel gives was written by somebody else.
-            Some(Err(_)) | None => abi::OpenOut::cached(reply),
+            Some(Err(_)) | None => Ok(abi::OpenOut::cached(reply)),
         }
     }
 

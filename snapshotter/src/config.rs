@@ -204,7 +204,7 @@ impl Default for Config {
             fuse: FuseConfig {
                 workers: 4,
                 max_background: 64,
-                passthrough: false,
+                passthrough: true,
                 read_ahead: ByteSize::kib(512),
             },
         }

@@ -305,7 +305,10 @@ async fn a_disk_that_others_filled_mounts_and_serves_and_is_left_as_it_was_found
     let first = source.publish("first", std::slice::from_ref(&old), &[]).unwrap();
     let second = source.publish("second", std::slice::from_ref(&new), &[]).unwrap();
     let disk = small_filesystem(&source.run, "filled", 128 * MIB);
-    let config = format!("{DEMAND_ONLY}\n[cache]\nmin_free = \"0B\"\ncheckpoint_interval = \"200ms\"\n");
+    // What the kernel reads by itself is never given up, under FUSE as well.
+    let config = format!(
+        "{DEMAND_ONLY}\n[cache]\nmin_free = \"0B\"\ncheckpoint_interval = \"200ms\"\n[fuse]\npassthrough = false\n"
+    );
     let mut node = source.node("filled", &config).await.unwrap();
     node.mount(&first).await.unwrap();
     let view = node.view(&first, "first").await.unwrap();

@@ -148,6 +148,29 @@ fn privileged_an_inode_keeps_the_mode_of_its_first_open() {
 }
 
 #[test]
+fn privileged_direct_reads_are_served_or_refused_before_anything_is_read() {
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    let kept = Kept::mount_with(backed);
+    let direct = |name: &str| {
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(kept.path(name));
+        file.map(|file| file.metadata().unwrap().len())
+    };
+    // First opened so: it is served by the session for good.
+    direct("program").unwrap();
+    direct("program").unwrap();
+    // The kernel reads it already.
+    let held = File::open(kept.path("large")).unwrap();
+    assert_eq!(direct("large").unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    drop(held);
+    let modes = OpenModes::from_fd(kept.modes.try_clone().unwrap()).unwrap();
+    assert_eq!(modes.counts(), (1, 1));
+}
+
+#[test]
 fn privileged_a_lost_table_fails_what_is_in_use_and_nothing_else() {
     let mut kept = Kept::mount_with(backed);
     let held = File::open(kept.path("large")).unwrap();

@@ -102,7 +102,7 @@ fn every_value_is_taken_over() {
         [fuse]
         workers = 1
         max_background = 12
-        passthrough = true
+        passthrough = false
         read_ahead = "128KiB"
     "#
     .replace("CA_FILE", CA_FILE);
@@ -176,7 +176,7 @@ fn every_value_is_taken_over() {
         (fuse.workers, fuse.max_background, fuse.read_ahead),
         (1, 12, ByteSize::kib(128))
     );
-    assert!(fuse.passthrough);
+    assert!(!fuse.passthrough);
     assert_eq!(keys(&text), keys(&config.to_toml()), "a key is missing in this test");
 }
 

@@ -60,9 +60,9 @@ pub(super) fn of(
 fn passes_through(root: &Path, runtime: &Handle) -> bool {
     let tried = probe::passthrough(root, runtime);
     if let Err(error) = &tried {
-        tracing::warn!(
+        tracing::info!(
             error = &**error as &dyn std::error::Error,
-            "fuse.passthrough is of no effect here"
+            "no file is read by the kernel itself under FUSE: fuse.passthrough is of no effect here"
         );
     }
     tried.is_ok()
