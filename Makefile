@@ -40,7 +40,7 @@ figures: install build
 # The tests that mount lazy layers, by the binary that they are in: `make test` runs these a second time with EROFS mounts
 # (HULLSPEED_TEST_MOUNT=erofs), under the keeper. What they ask of containerd, of pods and of the network is asked once.
 MOUNTING := bad_input doctor explain faults fetch_faults fetch_mirrors fetch_requests fetch_restart fetch_space fetch_ways hulls_warm \
-  peer permissions reads reads_faults reads_kills restart trees variants warm
+  peer permissions reads reads_damage reads_fault_points reads_faults reads_holes reads_kills restart trees variants warm
 
 space := $(subst ,, )
 MOUNTING_FILTER = binary(/^privileged_($(subst $(space),|,$(strip $(MOUNTING))))$$/) - test(/^converter::/)

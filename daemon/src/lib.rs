@@ -6,6 +6,7 @@
 //!   service manager made and what it kept, [`fdstore`] gives it descriptors to keep, [`notify`] and [`signal`] are the
 //!   rest of the talk with it;
 //! - [`error`] writes an error with its causes in one line; [`grpc`] reaches peers on Unix sockets and names codes;
+//! - [`fault`] has test builds die where a test wants it;
 //! - [`ask`] is how a command line reaches its daemon, [`answer`] how it shows what that says; [`doctor`] is what the commands of that
 //!   name have in common, [`containerd`] what all know of it.
 
@@ -17,6 +18,7 @@ pub mod config;
 pub mod containerd;
 pub mod doctor;
 pub mod error;
+pub mod fault;
 pub mod fdstore;
 pub mod grpc;
 pub mod http;

@@ -4,6 +4,7 @@
 //! the mounts of layers, which know blobs and never a snapshot. A layer is identified by its TOC digest.
 
 pub mod cache;
+pub mod fault;
 pub mod fetch;
 pub mod fs;
 pub mod fuse;

@@ -211,6 +211,12 @@ impl Kept {
         })
     }
 
+    /// How often the daemon has ended by SIGKILL so far, as the keeper has it.
+    pub fn kills(&self) -> Result<usize> {
+        let is_kill = |status: &ExitStatus| status.signal() == Some(Signal::KILL.as_raw());
+        Ok(self.endings()?.iter().filter(|status| is_kill(status)).count())
+    }
+
     /// How the daemon has ended so far, each time.
     fn endings(&self) -> Result<Vec<ExitStatus>> {
         let text = self.keeper.log_text()?;

@@ -176,6 +176,12 @@ impl LazyNode {
         Ok(())
     }
 
+    /// SIGKILL, whatever the daemon is at; its keeper starts another one. Whether it was there: it may not be just now.
+    pub fn kill(&mut self) -> bool {
+        let running = self.snapshotter.process().kept().and_then(|kept| kept.running());
+        running.is_some_and(|pid| crate::process::kill(pid).is_ok())
+    }
+
     /// Where it gets its images from.
     #[must_use]
     pub fn host(&self) -> SocketAddr {

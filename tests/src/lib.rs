@@ -18,6 +18,7 @@ pub mod kept;
 pub mod layer_tar;
 pub mod layout;
 pub mod lazy;
+pub mod load;
 pub mod login;
 pub mod metrics;
 pub mod network;

@@ -21,6 +21,9 @@ pub const PROGRAM: &str = "hullspeed-snapshotter";
 /// Name of the snapshotter in containerd's configuration.
 pub const PLUGIN: &str = "hullspeed";
 
+/// Variable that names a point at which a test build is killed, or a file with its name.
+const FAULT_VARIABLE: &str = "HULLSPEED_FAULT_POINT";
+
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// How many lines of its log an error shows.
 const LOG_LINES: usize = 60;
@@ -105,6 +108,22 @@ impl Snapshotter {
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.directory.join("snapshotter.toml")
+    }
+
+    /// Has the daemon killed where it passes a point next: `name`, or `name:3` for the third time. The next daemon lives.
+    pub fn arm(&self, point: &str) -> Result<()> {
+        let file = fault_file(&self.config());
+        // Renamed, so that nobody reads half a name.
+        let temporary = file.with_extension("new");
+        fs::write(&temporary, point)
+            .and_then(|()| fs::rename(&temporary, &file))
+            .with_context(|| format!("cannot write {}", file.display()))
+    }
+
+    /// Whether what [`Self::arm`] was told has still to happen.
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        fault_file(&self.config()).exists()
     }
 
     /// The socket.
@@ -196,9 +215,15 @@ pub fn command(config: &Path) -> Result<Command> {
     command
         .arg("--config")
         .arg(config)
+        .env(FAULT_VARIABLE, fault_file(config))
         .env_remove("NOTIFY_SOCKET")
         .env_remove("RUST_LOG");
     Ok(command)
+}
+
+/// Where the daemon with this configuration finds the point at which it is to be killed.
+fn fault_file(config: &Path) -> PathBuf {
+    config.with_extension("fault")
 }
 
 fn config_text(directory: &Path, metrics: SocketAddr) -> String {

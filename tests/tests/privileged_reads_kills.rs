@@ -1,15 +1,15 @@
 //! kill -9 of the daemon again and again while programs read: they get the right bytes, no error, and soon.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::fs::File;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use hullspeed_tests::content::ContentFile;
-use hullspeed_tests::lazy::{LazyNode, Published, Source, stored};
-use hullspeed_tests::process;
+use hullspeed_tests::lazy::{Source, check_all};
+use hullspeed_tests::load::{
+    STUCK, check_every_byte, check_nothing_kept, check_stored, finish, finish_but_for, forget, two_layers,
+    wait_unmounted,
+};
 use hullspeed_tests::proxy::LinkOptions;
-use hullspeed_tests::reader::{Hammer, METHODS, Order, Reader};
+use hullspeed_tests::reader::{METHODS, Order, Reader};
 use hullspeed_tests::scenario::Scenario;
 use hullspeed_tests::way::Way;
 
@@ -19,9 +19,6 @@ const DEMAND: &str = "[fetch]\nprefetch = false\nbackground = false\nread_around
 
 /// As delivered, but that what was read is durable soon.
 const COMPLETING: &str = "[cache]\ncheckpoint_interval = \"100ms\"\n";
-
-/// No read lasts longer, whoever is killed meanwhile; several starts of the daemon, its pauses with them.
-const STUCK: Duration = Duration::from_secs(25);
 
 /// How long the daemon is killed.
 const STORM: Duration = Duration::from_secs(14);
@@ -52,85 +49,6 @@ impl Dice {
     }
 }
 
-fn layers(name: &str, count: usize, size: usize) -> Vec<Vec<ContentFile>> {
-    let file = |layer: usize, number: usize| {
-        // From a page to many chunks.
-        let size = size / 16 * (1 + number % 31) + number;
-        ContentFile::new(format!("{name}/l{layer}/f{number:03}"), size)
-    };
-    let layer = |layer| (0..count).map(|number| file(layer, number)).collect();
-    vec![layer(0), layer(1)]
-}
-
-/// Compares every byte of an image, read by several at once.
-async fn check_every_byte(source: &Source, reader: &Reader, root: &Path, files: &[ContentFile]) {
-    let (reader, list, root, files) = (
-        reader.clone(),
-        source.run.path().join("every"),
-        root.to_owned(),
-        files.to_vec(),
-    );
-    let reading = tokio::task::spawn_blocking(move || {
-        let (faults, reads) = reader.crowd(8, &list, &root, &files).unwrap();
-        assert!(
-            faults.is_empty(),
-            "{} faults: {:#?}",
-            faults.len(),
-            &faults[..faults.len().min(20)]
-        );
-        assert_eq!(reads, 2 * files.len() as u64);
-    });
-    let done = tokio::time::timeout(Duration::from_secs(60), reading).await;
-    done.expect("readers hang").unwrap();
-}
-
-/// EROFS on a file has no direct I/O.
-fn is_refused(way: Way, fault: &str) -> bool {
-    way == Way::Erofs && fault.starts_with("direct ") && fault.ends_with(": errno 22 at open")
-}
-
-/// Ends the readers; how often they have read.
-fn finish(hammers: Vec<Hammer>, node: &LazyNode) -> u64 {
-    let way = Way::of_this_run().unwrap();
-    let mut all = 0;
-    for hammer in hammers {
-        let finished = hammer.finish(STUCK * 2);
-        let (mut faults, reads) = finished.unwrap_or_else(|error| panic!("{error:#}\n{}", node.snapshotter.log_end()));
-        faults.retain(|fault| !is_refused(way, fault));
-        assert!(
-            faults.is_empty(),
-            "{} faults: {:#?}",
-            faults.len(),
-            &faults[..faults.len().min(20)]
-        );
-        assert!(reads > 0, "a reader has read nothing");
-        all += reads;
-    }
-    all
-}
-
-/// The kernel forgets what it has read of these files.
-fn forget(root: &Path, files: &[ContentFile]) {
-    for file in files {
-        let file = File::open(root.join(&file.path)).unwrap();
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    }
-}
-
-fn check_stored(node: &LazyNode, image: &Published, layers: &[Vec<ContentFile>]) {
-    for (number, files) in layers.iter().enumerate() {
-        let kept = stored(&node.cache(image, number).unwrap(), files).unwrap();
-        let whole = (kept.wrong, kept.absent) == (0, 0);
-        assert!(whole, "layer {number}: {kept:?}; log:\n{}", node.snapshotter.log_end());
-    }
-}
-
-/// SIGKILL, whatever the daemon is at. It may not be there just now.
-fn kill(node: &mut LazyNode) -> bool {
-    let running = node.snapshotter.process().kept().unwrap().running();
-    running.is_some_and(|pid| process::kill(pid).is_ok())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_again_and_again_costs_its_readers_time_and_nothing_else() {
     // Slow enough that there is always something that nobody has read.
@@ -140,7 +58,7 @@ async fn a_daemon_killed_again_and_again_costs_its_readers_time_and_nothing_else
     };
     let source = Source::start(Scenario::prepare().unwrap(), link).await.unwrap();
     let reader = Reader::compile(&source.run.directory("reader").unwrap()).unwrap();
-    let layers = layers("storm", 160, 120_000);
+    let layers = two_layers("storm", 160, 120_000);
     let image = source.publish("storm", &layers, &["--chunk-size", "65536"]).unwrap();
     let mut node = source.kept_node("node", DEMAND).await.unwrap();
     node.mount(&image).await.unwrap();
@@ -161,17 +79,17 @@ async fn a_daemon_killed_again_and_again_costs_its_readers_time_and_nothing_else
             hammers.push(hammer(hammers.len() + 1));
         }
         tokio::time::sleep(dice.pause()).await;
-        kills += u64::from(kill(&mut node));
+        kills += u64::from(node.kill());
     }
     assert!(kills > 10, "only {kills} kills");
     node.wait_again().await.unwrap();
-    let reads = finish(hammers, &node);
+    let reads = finish(hammers, &node).unwrap();
     eprintln!("{kills} kills, {reads} reads");
-    check_every_byte(&source, &reader, view.path(), &files).await;
+    check_every_byte(&source, &reader, view.path(), &files).await.unwrap();
     // What the kernel still had is not on the disk for that: once more from there.
-    forget(view.path(), &files);
-    check_every_byte(&source, &reader, view.path(), &files).await;
-    check_stored(&node, &image, &layers);
+    forget(view.path(), &files).unwrap();
+    check_every_byte(&source, &reader, view.path(), &files).await.unwrap();
+    check_stored(&node, &image, &layers).unwrap();
     node.snapshots.remove(view).await.unwrap();
 }
 
@@ -190,7 +108,7 @@ async fn a_daemon_killed_while_layers_come_and_complete_serves_them_all() {
     let mut dice = Dice::thrown(5);
     for round in 0..ROUNDS {
         let name = format!("round-{round}");
-        let layers = layers(&name, 20, 40_000);
+        let layers = two_layers(&name, 20, 40_000);
         let image = source.publish(&name, &layers, &["--chunk-size", "65536"]).unwrap();
         node.mount(&image).await.unwrap();
         let view = node.view(&image, &name).await.unwrap();
@@ -199,14 +117,14 @@ async fn a_daemon_killed_while_layers_come_and_complete_serves_them_all() {
         let hammer = reader.hammer((2, round), STUCK, &list, view.path(), &files).unwrap();
         for _ in 0..3 {
             tokio::time::sleep(Duration::from_millis(dice.below(150))).await;
-            kill(&mut node);
+            node.kill();
             if dice.below(3) > 0 {
                 node.wait_again().await.unwrap();
             }
         }
         node.wait_again().await.unwrap();
-        finish(vec![hammer], &node);
-        check_every_byte(&source, &reader, view.path(), &files).await;
+        finish(vec![hammer], &node).unwrap();
+        check_every_byte(&source, &reader, view.path(), &files).await.unwrap();
         // Again from the disk, with what the kernel had forgotten.
         let mut checking = reader.check(65536, source.run.path()).unwrap();
         for (file, method) in files
@@ -218,27 +136,75 @@ async fn a_daemon_killed_while_layers_come_and_complete_serves_them_all() {
             assert_eq!(answer, "ok", "round {round}: {method} of {}", file.path);
         }
         drop(checking);
-        check_stored(&node, &image, &layers);
+        check_stored(&node, &image, &layers).unwrap();
         node.snapshots.remove(view).await.unwrap();
         node.forget(&image).await.unwrap();
     }
     // Nothing is left of any of them, neither a mount nor a kept descriptor but the journal.
-    let layers = node.snapshotter.root().join("layers");
-    let end = Instant::now() + STUCK;
-    loop {
-        let left = hullspeed_tests::sweep::mounts_below(&layers).unwrap();
-        if left.is_empty() {
-            break;
-        }
-        assert!(Instant::now() < end, "{left:?}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    wait_unmounted(&node).await.unwrap();
+    check_nothing_kept(&mut node).await.unwrap();
+}
+
+/// How each file was opened is the mount's, not the process's: the next daemon knows it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_while_the_kernel_reads_complete_files_by_itself() {
+    if Way::of_this_run().unwrap() != Way::Fuse {
+        return;
     }
-    kill(&mut node);
-    node.wait_again().await.unwrap();
-    let records = node.snapshotter.log_records().unwrap();
-    let started = records
+    const KILLS: usize = 6;
+    let source = Source::start(Scenario::prepare().unwrap(), LinkOptions::default())
+        .await
+        .unwrap();
+    let reader = Reader::compile(&source.run.directory("reader").unwrap()).unwrap();
+    let layers = two_layers("direct", 24, 110_000);
+    let image = source.publish("direct", &layers, &["--chunk-size", "65536"]).unwrap();
+    let config = format!("{DEMAND}\n[fuse]\npassthrough = true\n");
+    let mut node = source.kept_node("node", &config).await.unwrap();
+    node.mount(&image).await.unwrap();
+    let view = node.view(&image, "before").await.unwrap();
+    let files = layers.concat();
+    let list = |number: usize| source.run.path().join(format!("list-{number}"));
+    // Half of them are here when they are first opened by this mount, and held open; the others come while it is killed.
+    let (here, coming) = files.split_at(files.len() / 2);
+    check_every_byte(&source, &reader, view.path(), here).await.unwrap();
+    node.snapshots.remove(view).await.unwrap();
+    node.forget(&image).await.unwrap();
+    node.mount(&image).await.unwrap();
+    let view = node.view(&image, "view").await.unwrap();
+    let open: Vec<_> = here
         .iter()
-        .rfind(|record| record["message"] == "the program is started");
-    let expected = u64::from(node.snapshotter.way() == Way::Erofs);
-    assert_eq!(started.unwrap()["kept"], expected, "{}", node.snapshotter.log_end());
+        .map(|file| std::fs::File::open(view.path().join(&file.path)).unwrap())
+        .collect();
+    let hammer = |number: usize, files| {
+        reader
+            .hammer((2, number as u64), STUCK, &list(number), view.path(), files)
+            .unwrap()
+    };
+    let hammers = vec![hammer(1, here), hammer(2, coming)];
+    for _ in 0..KILLS {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        assert!(node.kill());
+        node.wait_again().await.unwrap();
+    }
+    // What the kernel reads by itself is EROFS on a file, which has no direct I/O; FUSE makes EIO of that.
+    let is_refused = |fault: &str| fault.starts_with("direct ") && fault.ends_with(": errno 5 at open");
+    finish_but_for(hammers, &node, is_refused).unwrap();
+    check_every_byte(&source, &reader, view.path(), &files).await.unwrap();
+    // What is complete is read past the daemon, also by the one that began to serve it as the seventh.
+    let served = async || {
+        node.snapshotter
+            .metric("hullspeed_read_bytes_total", &[])
+            .await
+            .unwrap()
+    };
+    let before = served().await;
+    forget(view.path(), &files).unwrap();
+    // Not in every way: to read ahead is asked of FUSE itself.
+    check_all(view.path(), here).await.unwrap();
+    assert_eq!(served().await, before, "it was read through the daemon");
+    drop(open);
+    node.snapshots.remove(view).await.unwrap();
+    node.forget(&image).await.unwrap();
+    wait_unmounted(&node).await.unwrap();
+    check_nothing_kept(&mut node).await.unwrap();
 }

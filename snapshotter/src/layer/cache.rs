@@ -46,5 +46,5 @@ pub use report::CacheLimits;
 pub use residency::{Residency, ResidencyError};
 pub use room::NoRoom;
 pub use shelf::Pin;
-pub use stale::{detach_stale, kind_at};
+pub use stale::{detach_stale, kind_at, stack_at};
 pub use store::{CacheError, Inherited, LayerStore, Origin};

@@ -19,6 +19,7 @@ use fuse3::raw::reply::{
 use fuse3::{Errno, FileType, Timestamp};
 use futures_util::{Stream, stream};
 
+use super::fault;
 use super::fs::{Attributes, BLOCK_SIZE, Entry, FsError, LayerFs, NAME_MAX};
 use crate::metrics::Metrics;
 use crate::metrics::defs::{OpErrorLabels, OpLabels};
@@ -215,7 +216,9 @@ impl fuse3::raw::Filesystem for LayerFuse {
         let began = Instant::now();
         // Of another namespace it is 0.
         let reader = i32::try_from(req.pid).unwrap_or(0);
+        fault::point("request-read");
         let result = self.fs.read(inode, offset, size, reader).await;
+        fault::point("request-fetched");
         self.done("read", began, result).map(ReplyData::from)
     }
 

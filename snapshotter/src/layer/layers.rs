@@ -5,6 +5,7 @@
 //! caller that gives up leaves a layer mounted or not, and never half.
 
 mod hosts;
+mod inherited;
 pub mod inspector;
 mod manifest;
 #[cfg(test)]
@@ -32,12 +33,14 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::inherited::Inheritance;
 use self::inspector::Inspector;
 use self::mounted::Mounted;
 use self::opening::OpeningFailures;
 use self::warming::{Turns, Warmer};
 use super::cache::limits::Limits;
-use super::cache::{CacheError, LayerStore, Origin};
+use super::cache::{CacheError, LayerStore};
+use super::fault;
 use super::fetch::{Engine, FetchOptions};
 use super::image::Manifests;
 use super::mounts::kept::Descriptors;
@@ -87,6 +90,7 @@ struct Shared {
     opening: Semaphore,
     opening_failures: OpeningFailures,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
+    inheritance: Inheritance,
     warms: Turns,
     handed_over: HandedOver,
     metrics: Metrics,
@@ -126,6 +130,7 @@ impl Layers {
         let store = LayerStore::inheriting(&root, limits, metrics.clone(), |layer| descriptors.inherited(layer))
             .map_err(LayersError::Cache)?;
         let ways = ways::of(config, &root, &metrics, descriptors, &runtime).map_err(LayersError::Native)?;
+        let inheritance = Inheritance::new(&store, ways.descriptors());
         let handed_over = HandedOver::default();
         let engine = Engine::new(FetchOptions::new(config), metrics.clone(), runtime.clone());
         let shared = Arc::new(Shared {
@@ -144,6 +149,7 @@ impl Layers {
             opening: Semaphore::new(MAX_OPENING),
             opening_failures: OpeningFailures::default(),
             slots: Mutex::new(HashMap::new()),
+            inheritance,
             warms: Turns::new(),
             handed_over,
             metrics,
@@ -271,42 +277,7 @@ impl Shared {
             .await;
     }
 
-    /// Takes down what an earlier process left mounted and no snapshot refers to any more: nobody else would answer for it.
-    async fn end_unwanted(self: Arc<Self>, wanted: Vec<Digest>) {
-        for toc_digest in self.store.layers() {
-            let is_left = self.ways.descriptors().with_layer(&toc_digest, |_| ()).is_some();
-            if !is_left || wanted.contains(&toc_digest) {
-                continue;
-            }
-            let origin = self.store.origin(&toc_digest);
-            let slot = self.slot(&toc_digest);
-            if slot.mounted.lock().await.is_some() {
-                // Somebody has come for it.
-                self.forget(&toc_digest, slot);
-                continue;
-            }
-            let restored = match origin {
-                Ok(Origin {
-                    image, layer_digest, ..
-                }) => {
-                    let origin = LayerOrigin {
-                        toc_digest,
-                        image,
-                        layer_digest,
-                    };
-                    self.restore(&slot, &origin).await.map(drop)
-                }
-                Err(error) => Err(cache_error(toc_digest, self.store.path(&toc_digest), error)),
-            };
-            if let Err(error) = restored {
-                tracing::warn!(toc = %toc_digest, error = &error as &dyn std::error::Error,
-                    "what an earlier process left mounted, and nobody wants, is not taken down");
-            }
-            self.unmount_and_forget(toc_digest, slot).await;
-        }
-    }
-
-    async fn unmount_and_forget(&self, toc_digest: Digest, slot: Arc<Slot>) {
+    async fn unmount_and_forget(self: &Arc<Self>, toc_digest: Digest, slot: Arc<Slot>) {
         self.unmount(&toc_digest, &slot).await;
         self.forget(&toc_digest, slot);
     }
@@ -442,6 +413,7 @@ impl LayerMounts for Layers {
         let (shared, toc_digest) = (self.shared.clone(), *toc_digest);
         // A task of its own for the same reason as mounting: it must not stop in the middle.
         let released = self.detached(async move {
+            fault::point("layer-released");
             let slot = shared.slot(&toc_digest);
             shared.unmount_and_forget(toc_digest, slot).await;
             shared.store.let_go(&toc_digest);
@@ -454,14 +426,11 @@ impl LayerMounts for Layers {
     fn in_use(&self, layers: &[Digest]) {
         layers.iter().for_each(|layer| self.shared.store.keep(layer));
         self.shared.store.settle();
-        let unwanted = self.shared.clone().end_unwanted(layers.to_vec());
-        self.shared.tasks.spawn_on(unwanted, &self.shared.runtime);
+        self.shared.inherit(layers.to_vec());
     }
 
     async fn restored(&self) {
-        let shared = self.shared.clone();
-        // A panic there has been reported.
-        let _ = tokio::task::spawn_blocking(move || shared.ways.settle(shared.store.layers())).await;
+        self.shared.inherited().await;
     }
 
     fn usage(&self, toc_digest: &Digest) -> Usage {

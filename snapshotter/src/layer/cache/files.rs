@@ -4,10 +4,15 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+use crate::layer::fault;
+
 /// Puts `bytes` at `dir/name` through a temporary file, a rename and both syncs.
 pub(super) fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let temporary = dir.join(format!(".{name}.tmp"));
-    let result = write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, dir.join(name)));
+    let result = write_synced(&temporary, bytes).and_then(|()| {
+        fault::point("file-written");
+        fs::rename(&temporary, dir.join(name))
+    });
     if result.is_err() {
         // The first error is the one to report; a leftover is overwritten by the next attempt.
         let _ = fs::remove_file(&temporary);

@@ -29,6 +29,7 @@ use super::kernel;
 use super::residency::{Binding, Residency, Snapshot};
 use super::shelf::Shelf;
 use super::stale::MOUNT_POINT;
+use crate::layer::fault;
 use crate::layer::sys::Mapped;
 
 /// File with the checkpointed bitmap.
@@ -96,7 +97,7 @@ pub struct OpenLayer {
     pub(super) heat: Heat,
     holds: Holds,
     /// Held for reading while a chunk is written and marked, for writing while chunks are given up or lost. Locked after `synced`.
-    writing: RwLock<()>,
+    pub(super) writing: RwLock<()>,
     /// How often chunks were given up or lost.
     given_up: AtomicU64,
     /// Changes of the bitmap.
@@ -109,7 +110,7 @@ pub struct OpenLayer {
     /// Set by the first failed write, so that a full disk is logged once and not once per chunk.
     write_failed: AtomicBool,
     /// Whether the kernel reads `data` by itself: see [`OpenLayer::leave_to_kernel`].
-    read_by_kernel: AtomicBool,
+    pub(super) read_by_kernel: AtomicBool,
     /// Whether that was so before this process: of what is in use since then nobody here knows.
     read_before: bool,
     /// Whether the allocated blocks changed since they were counted.
@@ -204,7 +205,7 @@ impl OpenLayer {
     /// more, and nothing is written there that is not verified. What is being given up now, is when this returns.
     pub fn leave_to_kernel(&self) -> io::Result<()> {
         let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
-        kernel::note(&self.data)?;
+        kernel::note(&self.data, &kernel::layout(&self.index))?;
         self.read_by_kernel.store(true, Ordering::SeqCst);
         Ok(())
     }
@@ -393,11 +394,13 @@ impl OpenLayer {
     fn write_and_mark(&self, chunk: u32, size: u32, write: impl Fn() -> io::Result<bool>) -> io::Result<bool> {
         let written = write()?;
         if written {
+            fault::point("chunk-written");
             // Before the bit is set: who finds nothing changed must not find a bit that no checkpoint has seen.
             self.changes.fetch_add(1, Ordering::AcqRel);
         }
         let fresh = written && self.residency.insert(chunk);
         if fresh {
+            fault::point("chunk-marked");
             self.grown.store(true, Ordering::Relaxed);
             self.shelf.add(u64::from(size));
         }
@@ -465,9 +468,11 @@ impl OpenLayer {
             self.given_up.fetch_add(1, Ordering::SeqCst);
             return Err(error);
         }
+        fault::point("checkpoint-synced");
         let bitmap = self.residency.encode(&now, &self.binding);
         *synced = now;
         files::replace(&self.dir, RESIDENT, &bitmap)?;
+        fault::point("checkpoint-done");
         self.checkpointed.store(changes, Ordering::Release);
         Ok(())
     }

@@ -5,6 +5,7 @@
 
 pub(super) mod digests;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
@@ -114,9 +115,13 @@ impl OpenLayer {
         if !found.layer.residency().contains(found.chunk) {
             return Ok(false);
         }
-        // What is not verified yet must not be where the kernel may read it.
-        let adopted = if self.shelf.clones() && !self.is_read_by_kernel() {
+        let cloned = if self.shelf.clones() {
             self.clone_chunk(chunk, &entry, &found.layer, &theirs)?
+        } else {
+            None
+        };
+        let adopted = if let Some(cloned) = cloned {
+            cloned
         } else {
             let place = theirs.data_offset..theirs.data_offset + u64::from(theirs.size);
             // A disk that cannot be read there does not keep us from fetching the chunk.
@@ -134,9 +139,19 @@ impl OpenLayer {
         Ok(adopted)
     }
 
-    /// Copies within the filesystem, which may share the blocks, and compares the digest of what is then here.
-    fn clone_chunk(&self, id: u32, ours: &Chunk, donor: &Self, theirs: &Chunk) -> Result<bool, StoreError> {
-        self.with_room_alone(id, ours.size, || {
+    /// Copies within the filesystem, which may share the blocks, and compares the digest of what is then here. `None` where the kernel
+    /// may read what is here: nothing must be there, at any moment, that is not verified.
+    fn clone_chunk(&self, id: u32, ours: &Chunk, donor: &Self, theirs: &Chunk) -> Result<Option<bool>, StoreError> {
+        let is_left = Cell::new(self.is_read_by_kernel());
+        if is_left.get() {
+            return Ok(None);
+        }
+        let cloned = self.with_room_alone(id, ours.size, || {
+            // Nobody leaves it to the kernel from here on; somebody may have, while room was made or the turn was waited for.
+            is_left.set(self.is_read_by_kernel());
+            if is_left.get() {
+                return Ok(false);
+            }
             let copied = self.copy_from(ours, donor, theirs);
             let place = ours.data_offset..ours.data_offset + u64::from(ours.size);
             let is_right = copied && self.read(place).is_ok_and(|bytes| Digest::of(&bytes) == ours.digest);
@@ -144,7 +159,8 @@ impl OpenLayer {
                 self.clear(ours)?;
             }
             Ok(is_right)
-        })
+        })?;
+        Ok((!is_left.get()).then_some(cloned))
     }
 
     /// Copies a chunk, with the padding behind it where both end their file: only whole blocks can be shared.

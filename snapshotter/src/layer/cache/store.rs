@@ -24,6 +24,7 @@ use super::shelf::{Pin, Shelf, UNFINISHED};
 use super::stale::{MOUNT_POINT, detach_stale, kind_at, remove_layer};
 use crate::heap;
 use crate::layer::Usage;
+use crate::layer::fault;
 use crate::metrics::Metrics;
 
 /// Mode of the directory of all layers. A layer holds setuid programs and private files of any image, and its mount
@@ -205,6 +206,11 @@ impl LayerStore {
         self.shelf.path(toc_digest)
     }
 
+    /// Where a layer is to be mounted, there or not.
+    pub fn mount_point(&self, toc_digest: &Digest) -> PathBuf {
+        self.path(toc_digest).join(MOUNT_POINT)
+    }
+
     /// Whether the layer's TOC is here, so that mounting it needs no request.
     pub fn contains(&self, toc_digest: &Digest) -> bool {
         self.path(toc_digest).is_dir()
@@ -282,6 +288,7 @@ impl LayerStore {
 
     fn publish(&self, temporary: &Path, toc_digest: &Digest) -> Result<(), CacheError> {
         let path = self.path(toc_digest);
+        fault::point("layer-written");
         match fs::rename(temporary, &path) {
             Ok(()) => files::sync_dir(&self.shelf.root).map_err(io_error("sync", &self.shelf.root)),
             // Somebody else finished the same layer; what a TOC digest names is always the same.

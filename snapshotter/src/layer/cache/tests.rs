@@ -357,6 +357,48 @@ fn what_is_no_layer_is_left_alone_and_in_nobodys_way() {
 }
 
 #[test]
+fn privileged_what_the_kernel_reads_by_one_layout_is_not_opened_by_another() {
+    let test = TestStore::new();
+    let of_sizes = |sizes: [usize; 2]| {
+        let files = ["a", "b"].into_iter().zip(sizes);
+        let files = files.map(|(name, size)| (name.to_owned(), crate::layer::testing::noise(7, size)));
+        Sample::new(files.collect(), Packing::default())
+    };
+    let (sample, other) = (of_sizes([102_400, 51_200]), of_sizes([51_200, 102_400]));
+    let layer = sample.create(&test.store);
+    store(&sample, &layer, 0).unwrap();
+    layer.leave_to_kernel().unwrap();
+    let (dir, size) = (layer.dir().to_owned(), layer.index().data_size());
+    // The same index is no other layout, whoever made it.
+    drop(layer);
+    fs::remove_file(dir.join("index")).unwrap();
+    drop(test.store.load(&sample.toc_digest).unwrap().unwrap());
+    let toc = estargz::toc::Toc::parse_verified(&other.toc_json).unwrap();
+    let Origin {
+        blob_size,
+        toc_offset,
+        compression,
+        ..
+    } = other.origin();
+    let layout = estargz::index::BlobLayout {
+        blob_size,
+        toc_offset,
+        compression,
+    };
+    let index = estargz::index::build(&toc, layout, sample.toc_digest).unwrap();
+    fs::write(dir.join("index"), index).unwrap();
+    let data = fs::read(dir.join("data")).unwrap();
+    let error = test.store.load(&sample.toc_digest).unwrap_err();
+    // So that it is fetched anew, into another file.
+    assert!(error.is_damage(), "{error}");
+    assert!(fs::read(dir.join("data")).unwrap() == data);
+    // Where the kernel reads nothing, content is fetched again.
+    rustix::fs::removexattr(dir.join("data"), "trusted.hullspeed.read_by_kernel").unwrap();
+    let layer = test.store.load(&sample.toc_digest).unwrap().unwrap();
+    assert_eq!((layer.residency().count(), layer.index().data_size()), (0, size));
+}
+
+#[test]
 fn a_layer_is_open_once() {
     let (test, sample) = (TestStore::new(), sample());
     let first = sample.create(&test.store);

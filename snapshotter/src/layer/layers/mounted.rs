@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 
 use super::{Shared, Slot, cache_error};
 use crate::layer::cache::{CacheError, CachedLayer};
+use crate::layer::fault;
 use crate::layer::fetch::{LayerFetch, LayerNames};
 use crate::layer::mounts::ways::Up;
 use crate::layer::mounts::{Ended, Kind, LayerMounted};
@@ -104,11 +105,21 @@ impl Shared {
     /// Mounts a layer from what is on disk.
     pub(super) async fn restore(self: &Arc<Self>, slot: &Slot, origin: &LayerOrigin) -> Result<LayerMount, NotLazy> {
         let mut mounted = slot.mounted.lock().await;
+        self.restore_held(slot, &mut mounted, origin).await
+    }
+
+    /// Like [`Self::restore`], for who has the slot.
+    pub(super) async fn restore_held(
+        self: &Arc<Self>,
+        slot: &Slot,
+        mounted: &mut Option<Mounted>,
+        origin: &LayerOrigin,
+    ) -> Result<LayerMount, NotLazy> {
         if let (Some(mount), Some(mounted)) = (self.mount_of(mounted.as_ref()), mounted.as_ref()) {
             self.offer_source(&mounted.fetch, &origin.image, origin.layer_digest);
             return Ok(mount);
         }
-        self.discard_dead(slot, &mut mounted).await;
+        self.discard_dead(slot, mounted).await;
         let fetch = if let Some(fetch) = slot.live() {
             self.offer_source(&fetch, &origin.image, origin.layer_digest);
             fetch
@@ -125,7 +136,7 @@ impl Shared {
             };
             self.fetch_of(layer, names).await
         };
-        self.serve(slot, &mut mounted, fetch, false).await
+        self.serve(slot, mounted, fetch, false).await
     }
 
     /// Opens a layer that is on disk for a warm, or joins those who have it open; [`Self::let_go`] must follow.
@@ -261,6 +272,7 @@ impl Shared {
             path: answer.path.clone(),
             cause,
         })?;
+        fault::point("layer-mounted");
         self.mounted_by(&*mount).inc();
         if mount.kind() == Kind::Fuse {
             self.take_over_when_complete(&fetch);
@@ -307,12 +319,26 @@ impl Shared {
     }
 
     /// Unmounts a layer if it is mounted, and makes its residency durable.
-    pub(super) async fn unmount(&self, toc_digest: &Digest, slot: &Slot) {
-        let mut mounted = slot.mounted.lock().await;
+    pub(super) async fn unmount(self: &Arc<Self>, toc_digest: &Digest, slot: &Slot) {
+        self.unmount_held(toc_digest, slot, &mut *slot.mounted.lock().await)
+            .await;
+    }
+
+    /// Like [`Self::unmount`], for who has the slot.
+    pub(super) async fn unmount_held(
+        self: &Arc<Self>,
+        toc_digest: &Digest,
+        slot: &Slot,
+        mounted: &mut Option<Mounted>,
+    ) {
         if let Some(mounted) = mounted.take() {
             tracing::debug!(toc = %toc_digest, "unmounting the layer");
             self.take_down(slot, mounted).await;
         }
+        let (shared, toc_digest) = (self.clone(), *toc_digest);
+        let end = move || shared.ways.end(&toc_digest, &shared.store.mount_point(&toc_digest));
+        // A panic there has been reported.
+        let _ = tokio::task::spawn_blocking(end).await;
     }
 
     /// Clears away a mount that died under us (somebody unmounted it, or its connection was aborted).
@@ -339,6 +365,7 @@ impl Shared {
                 Err(_) => {}
             }
         }
+        fault::point("layer-unmounted");
         if in_use {
             // Who uses it still is served by this one.
             slot.set_live(None);

@@ -231,6 +231,34 @@ async fn privileged_a_layer_that_becomes_complete_is_mounted_natively_for_those_
     layers.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_who_comes_for_a_layer_while_what_is_left_of_it_is_taken_down_has_it_mounted() {
+    let sample = Sample::uniform(20, 50_000, Packing::default());
+    let registry = Registry::start();
+    let manifest = registry.push(std::slice::from_ref(&sample)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (first, _) = layers(dir.path());
+    let request = request(&registry, &sample, Some(manifest));
+    first.mount(request.clone()).await.unwrap();
+    first.shutdown().await;
+    for _ in 0..8 {
+        let (layers, metrics) = layers(dir.path());
+        let shared = &layers.shared;
+        // It is taken down as somebody does who has found something of it that is kept.
+        let slot = shared.slot(&sample.toc_digest);
+        let ending = tokio::spawn(shared.clone().end_for_test(sample.toc_digest));
+        while slot.mounted.try_lock().is_ok() && !ending.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let path = layers.mount(request.clone()).await.unwrap().path;
+        ending.await.unwrap();
+        assert_eq!(mounted(&metrics), 1);
+        assert!(is_mount_point(&path));
+        assert!(blocking(move || contents(&path)).await == sample.files);
+        layers.shutdown().await;
+    }
+}
+
 pub(super) fn request(registry: &Registry, layer: &Sample, manifest: Option<Digest>) -> LayerRequest {
     LayerRequest {
         image: registry.image(),

@@ -35,11 +35,11 @@ pub(super) fn of(
     );
     let decision = decide(config, root, &descriptors)?;
     if decision.reach == Reach::Nothing && !descriptors.has_native() {
-        return Ok(Ways::new(fuse, None, decision, descriptors));
+        return Ok(Ways::new(fuse, None, decision, descriptors, runtime.clone()));
     }
     let native = native(config, metrics, &descriptors, runtime);
     match native {
-        Ok(native) => Ok(Ways::new(fuse, Some(native), decision, descriptors)),
+        Ok(native) => Ok(Ways::new(fuse, Some(native), decision, descriptors, runtime.clone())),
         Err(error) if config.layers.mount == MountChoice::Erofs => Err(error),
         Err(error) => {
             tracing::error!(
@@ -51,7 +51,7 @@ pub(super) fn of(
                 reason: format!("native mounts cannot be served: {}", chain(&*error)),
                 ..decision
             };
-            Ok(Ways::new(fuse, None, decision, descriptors))
+            Ok(Ways::new(fuse, None, decision, descriptors, runtime.clone()))
         }
     }
 }

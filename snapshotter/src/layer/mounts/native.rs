@@ -26,11 +26,14 @@ use self::serving::{Serving, Servings};
 use super::kept::{Descriptors, KeptLayer};
 use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::layer::Cause;
-use crate::layer::cache::{LayerStore, detach_stale, kind_at};
+use crate::layer::cache::{LayerStore, detach_stale, kind_at, stack_at};
+use crate::layer::fault;
 use crate::layer::fetch::LayerFetch;
 use crate::layer::native::group::Group;
 use crate::layer::native::service::Service;
 
+/// What the kernel calls such a mount.
+const EROFS: &str = "erofs";
 /// The largest page of any machine this runs on.
 const PAGE: u64 = 64 << 10;
 /// How long it is waited for the end of a file system that was unmounted.
@@ -69,8 +72,7 @@ impl NativeWay {
             return Err("it is not complete".into());
         }
         let mounted = NativeMounted::new(&target, &detached, gone, serving);
-        detached.attach_beneath(&target)?;
-        rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+        replace(detached, &target)?;
         Ok(Box::new(mounted.shown()))
     }
 
@@ -81,6 +83,7 @@ impl NativeWay {
         let serving = self.servings.serve(fetch)?;
         let made = || -> Result<(Detached, Gone), Cause> {
             let detached = self.mounter.create(&image, layer.content().as_fd())?;
+            fault::point("native-created");
             if let Err(error) = detached.set_read_ahead(self.read_ahead_kib) {
                 tracing::warn!(%error, "the read-ahead of a layer's mount stays at the kernel's default");
             }
@@ -108,6 +111,19 @@ impl NativeWay {
         }
     }
 
+    /// Takes down what is mounted of a layer of which all is denied, and gives back what was kept for it once nobody has it in use.
+    pub fn end_denied(&self, toc: &Digest, target: &Path) -> Result<(), Cause> {
+        if !self.servings.is_denied(toc) || !is_erofs(target)? {
+            return Ok(());
+        }
+        let gone = self.watches.watch(target)?;
+        unmount(target)?;
+        if gone.within(GRACE) {
+            self.servings.forget_denied(toc);
+        }
+        Ok(())
+    }
+
     /// Layers of which a predecessor noted what it was asked.
     pub fn noted(&self) -> Vec<Digest> {
         self.servings.noted()
@@ -131,8 +147,7 @@ impl Way for NativeWay {
         let mounted = NativeMounted::new(&target, &detached, gone, serving);
         if is_erofs(&target).unwrap_or(false) {
             // What an earlier process mounted is right as well; at no moment is there nothing.
-            detached.attach_beneath(&target)?;
-            rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+            replace(detached, &target)?;
         } else {
             detach_stale(&target)?;
             detached.attach(&target)?;
@@ -166,6 +181,7 @@ impl NativeWay {
             self.servings.deny(fetch.layer().toc_digest(), group, data);
             return Err("its data is another file by now".into());
         }
+        bare(&target)?;
         let (is_erofs, device) = (is_erofs(&target)?, device_of(&target)?);
         let serving = self.servings.resume(fetch, group)?;
         if !is_erofs {
@@ -217,11 +233,10 @@ impl NativeMounted {
             return Ok(Ended::Wholly);
         };
         let detached = match device_of(&self.target) {
-            Ok(found) if found == self.device && self.is_shown => {
-                rustix::mount::unmount(&self.target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            }
+            Ok(found) if found == self.device && self.is_shown => unmount(&self.target),
             Ok(_) | Err(_) => Ok(()),
         };
+        fault::point("native-unmounted");
         if gone.within(GRACE) {
             let in_use = serving.release(gone);
             detached?;
@@ -304,7 +319,38 @@ fn device_of(path: &Path) -> io::Result<(u32, u32)> {
     Ok((stat.stx_dev_major, stat.stx_dev_minor))
 }
 
+/// Puts a file system below what is mounted at `target`, and takes that away: at no moment is there nothing.
+fn replace(detached: Detached, target: &Path) -> Result<(), Cause> {
+    // A process that was killed between these two steps left its own there. It is right as well, and what was to go goes.
+    while stack_at(target)?.len() > 1 {
+        unmount(target)?;
+    }
+    detached.attach_beneath(target)?;
+    fault::point("native-beneath");
+    unmount(target)?;
+    fault::point("native-replaced");
+    Ok(())
+}
+
+/// Of EROFS mounts that are stacked at `target`, as a process leaves them that is killed while it replaces one, the lowest stays: it is
+/// the newest.
+fn bare(target: &Path) -> io::Result<()> {
+    while let [above, below, ..] = &stack_at(target)?[..]
+        && [above, below].iter().all(|kind| *kind == EROFS)
+    {
+        unmount(target)?;
+    }
+    Ok(())
+}
+
+fn unmount(target: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(
+        target,
+        UnmountFlags::DETACH | UnmountFlags::NOFOLLOW,
+    )?)
+}
+
 /// Whether EROFS is mounted at `path`, by the mount table: a file system that nobody serves is not asked.
 fn is_erofs(path: &Path) -> io::Result<bool> {
-    Ok(kind_at(path)?.as_deref() == Some("erofs"))
+    Ok(kind_at(path)?.as_deref() == Some(EROFS))
 }

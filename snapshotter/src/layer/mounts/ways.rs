@@ -3,16 +3,20 @@
 //! Natively where the kernel can; but a layer that the kernel reads by itself can give nothing up, so only one that fits into the cache as
 //! a whole is. What an earlier process left goes on as it was.
 
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use estargz::digest::Digest;
+use tokio::runtime::Handle;
 
 use super::fuse::FuseWay;
 use super::kept::Descriptors;
 use super::native::NativeWay;
-use super::{LayerMounted, Way};
+use super::{LayerMounted, Way, refused};
 use crate::layer::Cause;
-use crate::layer::cache::LayerStore;
+use crate::layer::cache::{LayerStore, detach_stale};
+use crate::layer::fault;
 use crate::layer::fetch::LayerFetch;
 use crate::layer::native::probe::{Report, Step};
 use crate::layer::report::{MountReport, ProbeStep};
@@ -64,20 +68,28 @@ pub struct Ways {
     native: Option<NativeWay>,
     decision: Decision,
     descriptors: Descriptors,
+    runtime: Handle,
     /// Held while something is taken of what is kept, until somebody answers for it.
     taking: Mutex<()>,
     /// Mounts of an earlier process in whose place none could be put.
-    orphans: Mutex<Vec<Box<dyn LayerMounted>>>,
+    orphans: Mutex<HashMap<Digest, Vec<Box<dyn LayerMounted>>>>,
 }
 
 impl Ways {
     /// `native` is there also where its reach is nothing, if an earlier process has left such mounts.
-    pub fn new(fuse: FuseWay, native: Option<NativeWay>, decision: Decision, descriptors: Descriptors) -> Self {
+    pub fn new(
+        fuse: FuseWay,
+        native: Option<NativeWay>,
+        decision: Decision,
+        descriptors: Descriptors,
+        runtime: Handle,
+    ) -> Self {
         Self {
             fuse,
             native,
             decision,
             descriptors,
+            runtime,
             taking: Mutex::default(),
             orphans: Mutex::default(),
         }
@@ -115,11 +127,8 @@ impl Ways {
         match self.mount(fetch, store) {
             Ok(mount) => Ok(Up { mount, former }),
             Err(error) => {
-                // Who uses them is served on, for as long as this process runs.
-                self.orphans
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .extend(former);
+                // Who uses them is served on, until the layer is unmounted.
+                self.orphan(fetch.layer().toc_digest(), former);
                 Err(error)
             }
         }
@@ -134,6 +143,9 @@ impl Ways {
         };
         // First, so that what is mounted answers when it is asked what it is.
         let by_fuse = self.fuse.resume(fetch, store, &mut kept);
+        if !by_fuse.is_empty() {
+            fault::point("session-resumed");
+        }
         let native: Vec<_> = match &self.native {
             Some(native) => native.resume(fetch, store, &mut kept),
             None if kept.group.is_some() => vec![Err("native mounts are not served".into())],
@@ -191,15 +203,63 @@ impl Ways {
         }
     }
 
-    /// Everything was restored that can be: what else an earlier process left of these layers is answered with errors.
-    pub fn settle(&self, layers: Vec<Digest>) {
-        let Some(native) = &self.native else { return };
+    /// Everything was restored that can be: what else an earlier process left of these layers, with their mount points, is answered with
+    /// errors.
+    pub fn settle(&self, layers: Vec<(Digest, PathBuf)>) {
         let _alone = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = layers.into_iter().chain(native.noted());
+        for (toc, target) in &layers {
+            let refused = self.refuse(toc, target);
+            self.orphan(*toc, refused);
+        }
+        let Some(native) = &self.native else { return };
+        // Of directories that are gone the journal may know the names.
+        let known = layers.into_iter().map(|(toc, _)| toc).chain(native.noted());
         for (toc, kept) in self.descriptors.take_native(known) {
             native.deny(toc, kept);
         }
         native.settle();
+    }
+
+    fn orphan(&self, toc: Digest, mounts: Vec<Box<dyn LayerMounted>>) {
+        if !mounts.is_empty() {
+            let mut orphans = self.orphans.lock().unwrap_or_else(PoisonError::into_inner);
+            orphans.entry(toc).or_default().extend(mounts);
+        }
+    }
+
+    /// Takes down what an earlier process left of a layer that is not mounted by this one. Who has it in use gets errors. Blocks.
+    pub fn end(&self, toc: &Digest, target: &Path) {
+        let refused = {
+            let _alone = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+            self.refuse(toc, target)
+        };
+        let orphans = self.orphans.lock().unwrap_or_else(PoisonError::into_inner).remove(toc);
+        for mount in orphans.into_iter().flatten().chain(refused) {
+            if let Err(error) = mount.unmount() {
+                tracing::warn!(%toc, error = &*error as &dyn std::error::Error, "a mount that nobody wants did not end cleanly");
+            }
+        }
+        if let Some(native) = &self.native
+            && let Err(error) = native.end_denied(toc, target)
+        {
+            tracing::warn!(%toc, error = &*error as &dyn std::error::Error, "what is kept of a layer that cannot be had stays");
+        }
+        // Also what a process left that was killed while it put one mount in the place of another.
+        if let Err(error) = detach_stale(target) {
+            tracing::warn!(%toc, %error, "what an earlier process left mounted, and nobody wants, stays");
+        }
+    }
+
+    /// Answers all that is asked of what is kept of a layer with errors; the mounts by FUSE.
+    fn refuse(&self, toc: &Digest, target: &Path) -> Vec<Box<dyn LayerMounted>> {
+        let Some(mut kept) = self.descriptors.take_layer(toc) else {
+            return Vec::new();
+        };
+        let refused = refused::resume(toc, target, &mut kept, &self.descriptors, &self.runtime);
+        if let Some(native) = &self.native {
+            native.deny(*toc, kept);
+        }
+        refused
     }
 
     /// Stops answering for native mounts: a successor goes on.
@@ -208,6 +268,6 @@ impl Ways {
             native.leave();
         }
         let orphans = std::mem::take(&mut *self.orphans.lock().unwrap_or_else(PoisonError::into_inner));
-        orphans.into_iter().for_each(|mount| mount.leave());
+        orphans.into_values().flatten().for_each(|mount| mount.leave());
     }
 }

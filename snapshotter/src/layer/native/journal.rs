@@ -23,6 +23,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::event::{Asked, EVENT_BYTES, Event, events};
 use super::sys::SharedWords;
+use crate::layer::fault;
 
 /// Most layers with a slot.
 pub const SLOTS: usize = 2048;
@@ -271,9 +272,12 @@ impl Slot {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
             Err(error) => return Err(error),
         }
+        fault::point("event-read");
         let found = self.inbox();
         self.enter(&found);
+        fault::point("event-entered");
         self.clear_inbox();
+        fault::point("event-taken");
         Ok(Received::Events(found))
     }
 

@@ -28,6 +28,7 @@ use self::member::{MAX_NUMBER, Ownership, Question, reserve};
 use super::event::{Asked, Event};
 use super::group::{Answer, Group};
 use super::journal::{Entry, Journal, Received, Slot};
+use crate::layer::fault;
 use crate::layer::fetch::{LayerFetch, Reading};
 use crate::metrics::Metrics;
 use crate::metrics::defs::{NativeEventLabels, NativeOutcome};
@@ -148,6 +149,7 @@ impl Service {
         let foreign = left.iter().filter(|(_, whose)| *whose == Ownership::Foreign).count();
         member.blocking.store(foreign, Ordering::Release);
         if !left.is_empty() {
+            fault::point("events-reserved");
             tracing::info!(%toc, events = left.len(), foreign, "going on with what an earlier process was asked");
         }
         for (entry, ownership) in left {
@@ -385,6 +387,7 @@ impl Inner {
             Ok(()) => {
                 fetch.count_read(false, usize::try_from(count).unwrap_or(usize::MAX));
                 self.count(NativeOutcome::Fetched);
+                fault::point("event-fetched");
                 question.answer(Answer::Allow);
             }
             // A successor goes on with it.

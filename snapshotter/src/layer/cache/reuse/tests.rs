@@ -1,7 +1,9 @@
 //! Chunks found on the node, and everything that can be wrong with where they were found.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::*;
 use crate::layer::testing::{Packing, Sample, TestStore, assert_only_verified};
@@ -76,7 +78,8 @@ fn wrong_bytes_missing_bytes_and_layers_that_are_gone_are_no_help() {
     let place = damaged.layer.index().chunk(damaged.chunk).unwrap();
     donor.data.write_all_at(b"damage", place.data_offset + 77).unwrap();
     assert!(!layer.adopt_chunk(0, &damaged).unwrap());
-    assert!(!layer.clone_chunk(0, &layer.chunk(0).unwrap(), &donor, &place).unwrap());
+    let cloned = layer.clone_chunk(0, &layer.chunk(0).unwrap(), &donor, &place);
+    assert_eq!(cloned.unwrap(), Some(false));
     // Another one was given up between finding and taking it.
     let late = found(1).unwrap();
     donor.give_up(&[late.chunk]).unwrap();
@@ -109,10 +112,38 @@ fn cloned_chunks_are_compared_where_they_arrive() {
         if Digest::of(b"") == ours.digest || layer.residency().contains(id) {
             continue;
         }
-        assert!(layer.clone_chunk(id, &ours, &donor, &theirs).unwrap());
-        assert!(!layer.clone_chunk(id, &ours, &donor, &theirs).unwrap(), "it is there");
+        assert_eq!(layer.clone_chunk(id, &ours, &donor, &theirs).unwrap(), Some(true));
+        let again = layer.clone_chunk(id, &ours, &donor, &theirs).unwrap();
+        assert_eq!(again, Some(false), "it is there");
     }
     assert!(layer.residency().count() > 15);
+    assert_only_verified(&layer);
+}
+
+#[test]
+fn nothing_is_cloned_to_where_the_kernel_may_read_it_by_the_time() {
+    let (test, [first, second]) = (TestStore::new(), samples());
+    let donor = first.create(&test.store);
+    store_all(&first, &donor);
+    let layer = second.create(&test.store);
+    let ours = layer.chunk(0).unwrap();
+    let found = test.store.find_elsewhere(&ours.digest, ours.size).unwrap();
+    let theirs = donor.chunk(found.chunk).unwrap();
+    donor.data.write_all_at(b"damage", theirs.data_offset + 77).unwrap();
+    // It is left to the kernel while somebody who has looked already waits for his turn to clone.
+    let turn = layer.writing.read().unwrap();
+    let cloned = std::thread::scope(|scope| {
+        let cloning = scope.spawn(|| layer.clone_chunk(0, &ours, &donor, &theirs).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        layer.read_by_kernel.store(true, Ordering::SeqCst);
+        drop(turn);
+        cloning.join().unwrap()
+    });
+    assert_eq!(cloned, None);
+    // Neither a wrong byte was there nor a hole was punched: nothing was touched.
+    let blocks = layer.data.metadata().unwrap().blocks();
+    assert_eq!(blocks, 0);
+    assert!(!layer.adopt_chunk(0, &found).unwrap());
     assert_only_verified(&layer);
 }
 

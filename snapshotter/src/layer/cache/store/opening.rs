@@ -10,6 +10,7 @@ use estargz::digest::Digest;
 use estargz::index::LayerIndex;
 
 use super::{CacheError, MAX_TOC_FILE_BYTES, build_index, io_error, read_origin, verify};
+use crate::layer::cache::kernel::Note;
 use crate::layer::cache::layer::{OpenLayer, Parts, RESIDENT};
 use crate::layer::cache::residency::{Binding, Residency};
 use crate::layer::cache::shelf::Shelf;
@@ -40,7 +41,16 @@ pub(super) fn open_layer(shelf: &Arc<Shelf>, toc_digest: &Digest) -> Result<Open
         Some(kept) => kept,
         None => open_data(&path)?,
     };
-    let read_by_kernel = is_kept || kernel::is_noted(&data).map_err(io_error("look at", &path))?;
+    let note = kernel::noted(&data).map_err(io_error("look at", &path))?;
+    let read_by_kernel = is_kept || note != Note::None;
+    if matches!(note, Note::Unknown) || matches!(note, Note::Layout(noted) if noted != kernel::layout(&index)) {
+        // It would fill other places than those where the kernel looks. Cleared away as a whole, as below.
+        let fault = "the kernel reads it by another layout than the index has";
+        return Err(io_error("use", &path)(io::Error::new(
+            io::ErrorKind::InvalidData,
+            fault,
+        )));
+    }
     let length = data.metadata().map_err(io_error("stat", &path))?.len();
     let residency = if length == index.data_size() {
         load_residency(&dir, &binding, index.chunk_count())?

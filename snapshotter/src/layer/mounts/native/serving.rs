@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 
 use super::gone::Gone;
 use crate::layer::Cause;
+use crate::layer::fault;
 use crate::layer::fetch::LayerFetch;
 use crate::layer::mounts::kept::Descriptors;
 use crate::layer::native::group::Group;
@@ -92,6 +93,23 @@ impl Servings {
             Err(error) => {
                 tracing::error!(%toc, %error, "who reads of a layer that an earlier process left mounted waits");
             }
+        }
+    }
+
+    pub(super) fn is_denied(&self, toc: &Digest) -> bool {
+        let denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
+        denied.contains_key(toc)
+    }
+
+    /// The file system that a predecessor left of a layer has ended: nobody can ask any more, unless there were several.
+    pub(super) fn forget_denied(&self, toc: &Digest) {
+        let mut denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_last = |denied: &Denied| denied.member.noted_systems() <= 1;
+        if denied.get(toc).is_some_and(is_last)
+            && let Some(Denied { member, .. }) = denied.remove(toc)
+        {
+            member.quit();
+            self.descriptors.forget_native(toc);
         }
     }
 
@@ -205,6 +223,7 @@ impl Serving {
     fn begin(self: &Arc<Self>, fetch: &Arc<LayerFetch>) -> Result<(), Cause> {
         // From here on no hole is punched, and it is looked at afterwards whether there is one.
         fetch.layer().leave_to_kernel()?;
+        fault::point("native-noted");
         let mut state = self.state();
         if state.member.is_none()
             && let Some(member) = self.servings.take_denied(&self.toc, fetch)?
@@ -236,8 +255,10 @@ impl Serving {
             servings
                 .descriptors
                 .keep_native(&self.toc, group.as_fd(), layer.content().as_fd())?;
+            fault::point("native-kept");
             let marked = group.mark(layer.content());
             marked.inspect_err(|_| servings.descriptors.forget_native(&self.toc))?;
+            fault::point("native-marked");
             Ok(group)
         });
         let group = match made {
@@ -282,6 +303,7 @@ impl Serving {
         let Some(member) = &state.member else { return };
         match member.retire(state.fetch.layer()) {
             Ok(()) => {
+                fault::point("native-voided");
                 state.member = None;
                 self.servings.descriptors.forget_native(&self.toc);
                 tracing::debug!(toc = %self.toc, "nobody is asked about the layer any more");

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{Inner, REST, is_passing};
 use crate::layer::cache::CachedLayer;
+use crate::layer::fault;
 use crate::layer::fetch::LayerFetch;
 use crate::layer::native::group::{Answer, Group};
 use crate::layer::native::journal::{Received, Slot};
@@ -80,9 +81,19 @@ impl Member {
     /// Takes the mark away, answers what came before, and forgets the layer. Only for a layer that is complete, or that nobody has
     /// mounted: whoever asks now is allowed.
     pub fn retire(self: &Arc<Self>, layer: &CachedLayer) -> io::Result<()> {
+        fault::point("native-whole");
         self.group.unmark(layer.content())?;
+        fault::point("native-unmarked");
         if let Some(slot) = &self.slot {
             self.drain(slot)?;
+        }
+        self.quit();
+        Ok(())
+    }
+
+    /// Forgets the layer, of which nobody can ask anything any more.
+    pub fn quit(&self) {
+        if let Some(slot) = &self.slot {
             // What still waits for an answer may take its time, and the layer may be mounted anew before.
             slot.void();
         }
@@ -90,7 +101,6 @@ impl Member {
         // Gone with the last who has the group open, at the latest.
         let _ = epoll::delete(&self.inner.epoll, &self.group);
         self.retired.store(true, Ordering::Release);
-        Ok(())
     }
 
     /// Takes all events that there are.
@@ -120,9 +130,11 @@ impl Member {
         if let Err(error) = self.group.answer(number, answer) {
             tracing::error!(toc = %self.toc, number, ?answer, %error, "the kernel refused an answer");
         }
+        fault::point("event-answered");
         if let Some(slot) = &self.slot {
             slot.forget(number);
         }
+        fault::point("event-forgotten");
         // Not before: its number must not come up again while the journal has it.
         match ownership {
             Ownership::Ours => sys::close_event(number),
