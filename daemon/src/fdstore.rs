@@ -154,7 +154,7 @@ impl Store {
     }
 
     /// Returns when the supervisor has taken in everything that was sent before, at the latest after `limit`, which is an
-    /// error. systemd has this since 246; an older one closes what it does not understand, which looks the same.
+    /// error; so is a supervisor that has gone. systemd has this since 246; an older one closes what it does not understand, which looks the same.
     pub fn barrier(&self, limit: Duration) -> io::Result<()> {
         let end = Instant::now() + limit;
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -167,7 +167,8 @@ impl Store {
             // Without a flag: what is waited for is that nobody has the other end any more.
             match poll(&mut [PollFd::new(&ours, PollFlags::empty())], Some(&left)) {
                 Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-                Ok(_) => return Ok(()),
+                // It was closed because it was read, or because nobody is there any more to read it.
+                Ok(_) => return self.sender.check_receiver(),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

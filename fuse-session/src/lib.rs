@@ -44,6 +44,7 @@ mod channel;
 mod control;
 mod directory;
 mod dispatch;
+pub mod forgetting;
 mod lifetime;
 mod mount;
 mod negotiate;
@@ -60,7 +61,7 @@ pub use control::abort;
 pub use lifetime::End;
 pub use mount::{DeviceNumber, MountConfig, MountError, WORKERS_MAX};
 pub use negotiate::{HandshakeError, Negotiated};
-pub use session::{Notifier, Session, UnmountError};
+pub use session::{Session, UnmountError};
 
 /// Page size the limits are counted in. FUSE counts pages of the machine; with larger ones requests only get larger.
 pub(crate) const PAGE_BYTES: usize = 4096;

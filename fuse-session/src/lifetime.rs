@@ -56,6 +56,14 @@ impl Lifetime {
         is_open
     }
 
+    /// One that [`Lifetime::join`] counted was never started. Not the last one: whoever tried that is there.
+    pub(crate) fn miss(&self) {
+        let mut state = self.state();
+        state.running = state.running.saturating_sub(1);
+        drop(state);
+        self.left.notify_all();
+    }
+
     /// A worker that is not needed leaves; `false` if it is the only one, or if the session is over and it has to say so.
     pub(crate) fn retire(&self) -> bool {
         let mut state = self.state();
@@ -120,5 +128,25 @@ impl Lifetime {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_never_started_is_not_waited_for_whatever_came_meanwhile() {
+        let lifetime = Lifetime::new(1);
+        assert!(lifetime.join());
+        lifetime.miss();
+        assert_eq!(lifetime.running(), 1);
+        assert!(lifetime.join());
+        // Between the count and the attempt.
+        lifetime.abandon();
+        lifetime.miss();
+        assert_eq!(lifetime.running(), 1);
+        assert!(lifetime.leave(End::Left), "the one that is there is the last one");
+        assert_eq!(lifetime.wait(Duration::ZERO), 0);
     }
 }

@@ -172,7 +172,16 @@ impl Pending {
         table
             .entries
             .get(&key(unique))
-            .map(|entry| entry.send_replace(Doubt::Interrupted))
+            .map(|entry| {
+                // What is known already is more than a doubt, and stays.
+                entry.send_if_modified(|doubt| {
+                    let is_new = *doubt == Doubt::Wanted;
+                    if is_new {
+                        *doubt = Doubt::Interrupted;
+                    }
+                    is_new
+                })
+            })
             .is_some()
     }
 
@@ -321,6 +330,17 @@ mod tests {
         pending.end();
         assert_eq!(waiter.join().unwrap(), Err(Saturated));
         assert!(held.unwanted(0).now_or_never().is_some());
+    }
+
+    #[test]
+    fn an_interrupt_does_not_undo_the_end() {
+        let pending = pending(2);
+        let mut held = pending.admit(pending.slot(0), 2).unwrap();
+        pending.end();
+        assert!(pending.interrupt(2));
+        // The caller lives, and yet nobody is to wait for this handler.
+        let given_up = held.unwanted(std::process::id()).now_or_never();
+        assert_eq!(given_up, Some(Unwanted::ByCaller));
     }
 
     #[test]

@@ -59,13 +59,24 @@ impl Roster {
             free = numbers.trailing_ones() as usize;
             (free < self.limit).then(|| numbers | 1 << free)
         };
-        let taken = self.numbers.fetch_update(Ordering::AcqRel, Ordering::Acquire, take);
+        // In one order with `wake` and `stand_down`.
+        let taken = self.numbers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take);
         taken.is_ok().then_some(free)
     }
 
     /// Gives a number back.
     pub(crate) fn dismiss(&self, number: usize) {
-        self.numbers.fetch_and(!(1 << number), Ordering::AcqRel);
+        self.numbers.fetch_and(!(1 << number), Ordering::SeqCst);
+    }
+
+    /// A worker that is about to leave gives its number back. It gets one again, and has to stay, if nobody waits any more: who took
+    /// a request meanwhile may have found no number for another worker.
+    pub(crate) fn stand_down(&self, number: usize) -> Option<usize> {
+        self.dismiss(number);
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            return None;
+        }
+        self.enlist()
     }
 
     /// Keeps the thread of a worker, to be joined at the end.
@@ -91,7 +102,7 @@ impl Roster {
 
     /// A worker waits no longer; how many others do.
     pub(crate) fn wake(&self) -> usize {
-        self.waiting.fetch_sub(1, Ordering::AcqRel).saturating_sub(1)
+        self.waiting.fetch_sub(1, Ordering::SeqCst).saturating_sub(1)
     }
 
     /// Whether the worker that asks, and that does not wait, is to leave: never if no other one waits.
@@ -190,5 +201,22 @@ mod tests {
         let most = Roster::new(1000, Duration::ZERO);
         let count = std::iter::from_fn(|| most.enlist()).count();
         assert_eq!(count, crate::WORKERS_MAX);
+    }
+
+    #[test]
+    fn who_leaves_while_the_last_one_takes_a_request_stays() {
+        let roster = Roster::new(2, Duration::ZERO);
+        let (reader, leaver) = (roster.enlist().unwrap(), roster.enlist().unwrap());
+        roster.wait();
+        roster.leaving.store(1, Ordering::Release);
+        assert!(roster.may_leave());
+        // The other one takes a request now, and nobody can be started beside it.
+        assert_eq!((roster.wake(), roster.enlist()), (0, None));
+        let number = roster.stand_down(leaver);
+        assert!(number.is_some_and(|number| number != reader));
+        // With somebody who waits it goes, and its number is free at once.
+        roster.wait();
+        assert_eq!(roster.stand_down(leaver), None);
+        assert_eq!(roster.enlist(), Some(leaver));
     }
 }

@@ -1,6 +1,5 @@
 //! One mounted, served file system.
 
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -16,10 +15,9 @@ use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use thiserror::Error;
 use tokio::runtime::Handle;
-use zerocopy::IntoBytes as _;
 
-use crate::abi;
 use crate::channel::Channel;
+use crate::forgetting::Notifier;
 use crate::lifetime::{End, Lifetime};
 use crate::mount::{self, Detached, DeviceNumber, MountConfig, MountError};
 use crate::negotiate::{self, Negotiated, Wishes};
@@ -214,10 +212,11 @@ impl Session {
         }
     }
 
-    /// What tells the kernel to forget what it has read; it does not keep the session from ending.
+    /// What the kernel is told by to forget what it has read: see [`crate::forgetting`].
     pub fn notifier(&self) -> Notifier {
         Notifier {
             channel: Arc::clone(&self.channel),
+            device: self.device,
         }
     }
 
@@ -285,40 +284,6 @@ impl Session {
             }
         }
         left
-    }
-}
-
-/// Tells the kernel what of a mount's content it must forget.
-#[derive(Debug, Clone)]
-pub struct Notifier {
-    channel: Arc<Channel>,
-}
-
-impl Notifier {
-    /// Drops `range` of a file from the page cache, mapped or not: whoever reads it again asks the file system.
-    ///
-    /// Blocks until reads of those pages that are under way have been answered: never call it from a handler. A process that
-    /// is killed meanwhile does not end before somebody answers them: who supervises it with a kept descriptor must not wait for that
-    /// end for ever before a successor is started.
-    ///
-    /// # Errors
-    /// When the kernel refuses. That it does not know the inode, or that the session is over, is none: there is nothing to drop.
-    pub fn forget_pages(&self, inode: u64, range: Range<u64>) -> Result<(), Errno> {
-        let (Ok(off), Ok(len)) = (
-            i64::try_from(range.start),
-            i64::try_from(range.end.saturating_sub(range.start)),
-        ) else {
-            return Err(Errno::INVAL);
-        };
-        if len == 0 {
-            // To the kernel that would be the rest of the file.
-            return Ok(());
-        }
-        let record = abi::NotifyInvalInodeOut { ino: inode, off, len };
-        match self.channel.notify(abi::NOTIFY_INVAL_INODE, record.as_bytes()) {
-            Err(Errno::NOENT | Errno::NODEV | Errno::NOTCONN | Errno::CONNABORTED) => Ok(()),
-            told => told,
-        }
     }
 }
 

@@ -81,8 +81,7 @@ impl<FS: Shareable> Worker<FS> {
         };
         if let Err(error) = other.start() {
             tracing::warn!(%error, "cannot start another worker");
-            // It may be the only one left by now, and then it is this one that is counted.
-            self.lifetime.retire();
+            self.lifetime.miss();
             return self.roster.dismiss(index);
         }
         if self.roster.must_watch() {
@@ -94,11 +93,11 @@ impl<FS: Shareable> Worker<FS> {
 
     /// Serves until the session ends, or until the worker is not needed any more; the first worker to leave gives up what is pending, the last tells the file
     /// system. A session given up on a living connection cuts that off: callers get an error instead of silence.
-    pub(crate) fn run(self) {
-        let _context = self.runtime.enter();
-        let end = self.serve_until_end();
+    pub(crate) fn run(mut self) {
+        let runtime = self.runtime.clone();
+        let _context = runtime.enter();
+        let Some(end) = self.serve_until_end() else { return };
         self.roster.dismiss(self.index);
-        let Some(end) = end else { return };
         self.pending.end();
         if let End::Failed(_) = end
             && let Err(errno) = self.channel.abort(self.device)
@@ -110,8 +109,25 @@ impl<FS: Shareable> Worker<FS> {
         }
     }
 
-    /// Why the session ended; `None` if only the worker does.
-    fn serve_until_end(&self) -> Option<End> {
+    /// Leaves if it may; `false` if it serves on, maybe under another number.
+    fn leave_if_idle(&mut self) -> bool {
+        if !self.roster.may_leave() || !self.lifetime.retire() {
+            return false;
+        }
+        let Some(number) = self.roster.stand_down(self.index) else {
+            return true;
+        };
+        self.index = number;
+        let serves = self.lifetime.join();
+        if !serves {
+            // The session is over, and others say so.
+            self.roster.dismiss(number);
+        }
+        !serves
+    }
+
+    /// Why the session ended; `None` if only the worker does, which has no number any more.
+    fn serve_until_end(&mut self) -> Option<End> {
         // Written once: the kernel cannot fault a page in for a thread that is being killed, and fails the request with EIO then.
         let mut buffer = vec![u8::MAX; READ_BUFFER_BYTES];
         let mut failures = 0;
@@ -137,7 +153,7 @@ impl<FS: Shareable> Worker<FS> {
                     if catch_unwind(AssertUnwindSafe(|| self.serve(&buffer[..len]))).is_err() {
                         tracing::error!("panic while a request was served");
                     }
-                    if self.roster.may_leave() && self.lifetime.retire() {
+                    if self.leave_if_idle() {
                         return None;
                     }
                 }

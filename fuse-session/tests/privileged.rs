@@ -8,6 +8,8 @@ mod behaviour;
 mod differential;
 #[path = "privileged/faults.rs"]
 mod faults;
+#[path = "privileged/forgetting.rs"]
+mod forgetting;
 #[path = "privileged/memory.rs"]
 mod memory;
 #[path = "privileged/passthrough.rs"]

@@ -38,6 +38,8 @@ const OWN_VARIABLES: [&str; 8] = [
 pub struct Plan<'a> {
     /// The program and its arguments.
     pub program: &'a [OsString],
+    /// The program's file, where it is open already.
+    pub opened: Option<BorrowedFd<'a>>,
     /// What `NOTIFY_SOCKET` says.
     pub socket: OsString,
     /// What `FDSTORE` says.
@@ -71,9 +73,10 @@ impl Plan<'_> {
     fn execute(&self) -> io::Error {
         let prepared = self.prepare();
         match prepared {
-            Ok((arguments, environment)) => match arguments.first() {
-                Some(program) => sys::exec(program, &arguments, &environment),
-                None => io::ErrorKind::InvalidInput.into(),
+            Ok((arguments, environment)) => match (self.opened, arguments.first()) {
+                (Some(opened), _) => sys::exec_open(opened, &arguments, &environment),
+                (None, Some(program)) => sys::exec(program, &arguments, &environment),
+                (None, None) => io::ErrorKind::InvalidInput.into(),
             },
             Err(error) => error,
         }

@@ -3,19 +3,25 @@
 //! Lines of words, a name last, since only names may have blanks in them:
 //!
 //! ```text
-//! hullspeed-keeper 1
+//! hullspeed-keeper 2
 //! failures 0
 //! oom 0
 //! child 4242 1
-//! inbox 5 hullspeed-keeper-…
+//! program /usr/local/bin/hullspeed-keeper
+//! inbox 5 /run/hullspeed-keeper/notify-…
 //! listener 6 snapshots
 //! kept 7 fanotify
+//! end
 //! ```
+//!
+//! To give up here would be to lose everything that is kept. So only a list of another format is refused; a line that cannot be
+//! used is passed over and told, and so is a list without its end.
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::Pid;
@@ -26,10 +32,16 @@ use crate::inheritance::take_over;
 pub const VARIABLE: &str = "HULLSPEED_KEEPER_HANDOVER";
 
 /// The format; raised with every change.
-pub const FORMAT: &str = "1";
+pub const FORMAT: &str = "2";
 
 /// Most bytes of a list that are read.
 const LIMIT: u64 = 32 << 20;
+
+/// Most lines that are told when they cannot be used; the others are counted.
+const TOLD_LIMIT: usize = 16;
+
+/// The last line.
+const END: &str = "end";
 
 /// Why what was left cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -37,26 +49,9 @@ pub enum HandoverError {
     /// The list cannot be read.
     #[error("the list of what is handed over cannot be read")]
     List(#[source] io::Error),
-    /// A line is not understood.
-    #[error("line {number} of what is handed over is not understood: {line:?}")]
-    Line {
-        /// Its number.
-        number: usize,
-        /// The line.
-        line: String,
-    },
-    /// A descriptor is not there.
-    #[error("the descriptor on line {number} of what is handed over cannot be taken over")]
-    Descriptor {
-        /// The line's number.
-        number: usize,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// There is no socket for messages.
-    #[error("what is handed over has no inbox")]
-    Inbox,
+    /// It is no list, or one of another format.
+    #[error("what is handed over does not begin as a list of format {FORMAT}: {0:?}")]
+    Format(String),
 }
 
 /// What is left.
@@ -74,6 +69,28 @@ pub struct Handover {
     pub listeners: Vec<(String, OwnedFd)>,
     /// What is kept, by name.
     pub kept: Vec<(String, OwnedFd)>,
+    /// The keeper's own program.
+    pub program: Option<PathBuf>,
+    /// What of it cannot be used.
+    pub faults: Faults,
+}
+
+/// What of a list cannot be used.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// How many lines; one that has no end counts as one.
+    pub count: usize,
+    /// The first of them, and what is wrong with them.
+    pub told: Vec<String>,
+}
+
+impl Faults {
+    fn add(&mut self, what: impl FnOnce() -> String) {
+        self.count += 1;
+        if self.told.len() < TOLD_LIMIT {
+            self.told.push(what());
+        }
+    }
 }
 
 /// The list, while it is written.
@@ -94,6 +111,13 @@ impl Draft {
         Self(text)
     }
 
+    /// Adds the keeper's own program, if its path is one line of text.
+    pub fn add_program(&mut self, program: &Path) {
+        if let Some(program) = program.to_str().filter(|program| !program.contains(char::is_control)) {
+            let _ = writeln!(self.0, "program {program}");
+        }
+    }
+
     /// Adds a descriptor.
     pub fn add(&mut self, kind: &str, (name, descriptor): (&str, BorrowedFd<'_>)) {
         let _ = writeln!(self.0, "{kind} {} {name}", descriptor.as_raw_fd());
@@ -103,6 +127,7 @@ impl Draft {
     pub fn finish(self) -> io::Result<File> {
         let mut file = File::from(memfd_create("hullspeed-keeper", MemfdFlags::empty())?);
         file.write_all(self.0.as_bytes())?;
+        writeln!(file, "{END}")?;
         file.rewind()?;
         Ok(file)
     }
@@ -114,49 +139,55 @@ impl Handover {
         let unusable = HandoverError::List;
         let number = value.parse().map_err(|error| unusable(io::Error::other(error)))?;
         let list = File::from(take_over(number).map_err(unusable)?);
-        let mut text = String::new();
-        list.take(LIMIT).read_to_string(&mut text).map_err(unusable)?;
-        let handover = Self::read(&text)?;
-        if handover.inbox.is_none() {
-            Err(HandoverError::Inbox)
-        } else {
-            Ok(handover)
-        }
+        let mut bytes = Vec::new();
+        list.take(LIMIT).read_to_end(&mut bytes).map_err(unusable)?;
+        Self::read(&String::from_utf8_lossy(&bytes))
     }
 
     fn read(text: &str) -> Result<Self, HandoverError> {
+        let mut lines = text.lines();
+        let first = lines.next().unwrap_or_default();
+        if first.split_once(' ') != Some(("hullspeed-keeper", FORMAT)) {
+            return Err(HandoverError::Format(first.chars().take(80).collect()));
+        }
         let mut handover = Self::default();
-        for (index, line) in text.lines().enumerate() {
-            let number = index + 1;
-            let unclear = || HandoverError::Line {
-                number,
-                line: line.to_owned(),
-            };
-            let (kind, rest) = line.split_once(' ').ok_or_else(unclear)?;
-            if (index == 0) != (kind == "hullspeed-keeper") {
-                return Err(unclear());
+        let mut ended = false;
+        for (index, line) in lines.enumerate() {
+            if line == END {
+                ended = true;
+                break;
             }
-            match kind {
-                "hullspeed-keeper" if rest == FORMAT => {}
-                "failures" => handover.failures = rest.parse().map_err(|_| unclear())?,
-                "oom" => handover.oom_score = Some(rest.parse().map_err(|_| unclear())?),
-                "child" => handover.child = Some(child(rest).ok_or_else(unclear)?),
-                "inbox" | "listener" | "kept" => {
-                    let (descriptor, name) = rest.split_once(' ').ok_or_else(unclear)?;
-                    let descriptor: RawFd = descriptor.parse().map_err(|_| unclear())?;
-                    let taken = take_over(descriptor);
-                    let taken = taken.map_err(|source| HandoverError::Descriptor { number, source })?;
-                    let entry = (name.to_owned(), taken);
-                    match kind {
-                        "inbox" => handover.inbox = Some(entry),
-                        "listener" => handover.listeners.push(entry),
-                        _ => handover.kept.push(entry),
-                    }
-                }
-                _ => return Err(unclear()),
+            if let Err(error) = handover.take_line(line) {
+                handover.faults.add(|| format!("line {}, {line:?}: {error}", index + 2));
             }
         }
+        if !ended {
+            handover.faults.add(|| "the list has no end".to_owned());
+        }
         Ok(handover)
+    }
+
+    fn take_line(&mut self, line: &str) -> io::Result<()> {
+        let unclear = || io::Error::new(io::ErrorKind::InvalidData, "it is not understood");
+        let (kind, rest) = line.split_once(' ').ok_or_else(unclear)?;
+        match kind {
+            "failures" => self.failures = rest.parse().map_err(|_| unclear())?,
+            "oom" => self.oom_score = Some(rest.parse().map_err(|_| unclear())?),
+            "child" => self.child = Some(child(rest).ok_or_else(unclear)?),
+            "program" => self.program = Some(rest.into()),
+            "inbox" | "listener" | "kept" => {
+                let (descriptor, name) = rest.split_once(' ').ok_or_else(unclear)?;
+                let descriptor: RawFd = descriptor.parse().map_err(|_| unclear())?;
+                let entry = (name.to_owned(), take_over(descriptor)?);
+                match kind {
+                    "inbox" => self.inbox = Some(entry),
+                    "listener" => self.listeners.push(entry),
+                    _ => self.kept.push(entry),
+                }
+            }
+            _ => return Err(unclear()),
+        }
+        Ok(())
     }
 }
 
@@ -184,6 +215,7 @@ mod tests {
         for (kind, file) in ["inbox", "listener", "kept"].into_iter().zip(&files) {
             draft.add(kind, ("a name", file.as_fd()));
         }
+        draft.add_program(Path::new("/a keeper"));
         let list = draft.finish().unwrap().into_raw_fd();
         let numbers: Vec<_> = files
             .into_iter()
@@ -194,6 +226,10 @@ mod tests {
             .collect();
         let found = Handover::take(&list.to_string()).unwrap();
         assert_eq!((found.failures, found.oom_score), (7, Some(-5)));
+        assert_eq!(
+            (found.program.as_deref(), found.faults.count),
+            (Some(Path::new("/a keeper")), 0)
+        );
         assert_eq!(found.child, Pid::from_raw(42).map(|child| (child, true)));
         let found = [
             found.inbox.unwrap(),
@@ -206,15 +242,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_named() {
+    fn what_is_no_list_of_this_format_is_refused() {
         for text in [
+            "",
             "failures 1",
-            "hullspeed-keeper 2",
-            "hullspeed-keeper 1\nchild 0 1",
-            "hullspeed-keeper 1\nkept x y",
-            "hullspeed-keeper 1\nhullspeed-keeper 1",
-            "hullspeed-keeper 1\nnews 1",
-            "hullspeed-keeper 1\nkept 999999 a",
+            "hullspeed-keeper 1\nend",
+            "hullspeed-keeper 2x\nend",
+            "hullspeed-keeper",
         ] {
             Handover::read(text).unwrap_err();
         }
@@ -223,10 +257,56 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_line_that_cannot_be_used_is_passed_over_and_told() {
+        let file = tempfile::tempfile().unwrap();
+        fcntl_setfd(&file, FdFlags::empty()).unwrap();
+        let number = file.into_raw_fd();
+        for line in [
+            "child 0 1",
+            "kept x y",
+            "hullspeed-keeper 2",
+            "news 1",
+            "nothing",
+            "kept 999999 a",
+            "inbox 999998 b",
+            "failures -1",
+        ] {
+            let found = Handover::read(&format!("hullspeed-keeper 2\noom -7\n{line}\nfailures 3\nend\n")).unwrap();
+            assert_eq!(
+                (found.faults.count, found.failures, found.oom_score),
+                (1, 3, Some(-7)),
+                "{line}"
+            );
+            assert!(
+                found.faults.told[0].contains(line) && found.faults.told[0].starts_with("line 3"),
+                "{line}"
+            );
+        }
+        let text = format!("hullspeed-keeper 2\nkept 999999 gone\nkept {number} there\nend\n");
+        let found = Handover::read(&text).unwrap();
+        assert_eq!(
+            (found.kept.len(), found.kept[0].0.as_str(), found.faults.count),
+            (1, "there", 1)
+        );
+        let many = "kept x y\n".repeat(1000);
+        let found = Handover::read(&format!("hullspeed-keeper 2\n{many}end\n")).unwrap();
+        assert_eq!((found.faults.count, found.faults.told.len()), (1000, TOLD_LIMIT));
+    }
+
+    #[test]
+    fn a_list_that_is_torn_is_noticed_wherever() {
+        let whole = "hullspeed-keeper 2\nfailures 12\nend\n";
+        assert_eq!(Handover::read(whole).unwrap().faults.count, 0);
+        for length in "hullspeed-keeper 2".len()..whole.len() - "\n".len() {
+            assert!(Handover::read(&whole[..length]).unwrap().faults.count > 0, "{length}");
+        }
+    }
+
     proptest! {
         // Numbers above what is open, so that no descriptor of another test is taken over.
         #[test]
-        fn arbitrary_lists_are_refused_or_read(text in "(hullspeed-keeper 1\n)?((child|failures|oom|kept|inbox) -?[1-9]{6} .{0,8}\n){0,4}") {
+        fn arbitrary_lists_are_refused_or_read(text in "(hullspeed-keeper 2\n)?((child|failures|oom|kept|inbox|end) -?[1-9]{6} .{0,8}\n){0,4}") {
             let _ = Handover::read(&text);
         }
     }

@@ -5,10 +5,12 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::umask;
 
 /// Why a socket cannot be made.
@@ -62,7 +64,9 @@ impl Listener {
             Ok(found) if !found.file_type().is_socket() => {
                 return Err(ListenerError::NotASocket { path: path.to_owned() });
             }
-            Ok(_) if UnixStream::connect(path).is_ok() => return Err(ListenerError::InUse { path: path.to_owned() }),
+            Ok(_) if is_served(path, SocketType::STREAM).map_err(unusable)? => {
+                return Err(ListenerError::InUse { path: path.to_owned() });
+            }
             _ => {}
         }
         // Under a name that nobody knows, and moved into place: no client meets half a socket.
@@ -95,11 +99,50 @@ impl Listener {
     }
 }
 
+/// Whether somebody has the socket at `path`. Asked without waiting: who has it may accept nobody at the moment.
+pub(crate) fn is_served(path: &Path, kind: SocketType) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, kind, flags, None)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        // The others: so many wait that there is no room; it is a socket of another kind; it hears somebody else only.
+        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE | Errno::PERM) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
 
     use super::*;
+
+    #[test]
+    fn a_socket_that_accepts_nobody_is_in_use_and_is_not_waited_for() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("s.sock");
+        let busy = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&busy, 0).unwrap();
+        let mut waiting = Vec::new();
+        while {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+            let connected = connect(&socket, &SocketAddrUnix::new(&path).unwrap());
+            waiting.push(socket);
+            connected.is_ok()
+        } {}
+        let (sender, told) = std::sync::mpsc::channel();
+        let asked = path.clone();
+        std::thread::spawn(move || sender.send(Listener::bind("a", &asked).map(drop)));
+        let told = told.recv_timeout(std::time::Duration::from_secs(20)).unwrap();
+        assert!(matches!(told.unwrap_err(), ListenerError::InUse { .. }));
+        let other = place.path().join("datagrams");
+        let _socket = UnixDatagram::bind(&other).unwrap();
+        assert!(matches!(
+            Listener::bind("a", &other).unwrap_err(),
+            ListenerError::InUse { .. }
+        ));
+    }
 
     #[test]
     fn a_live_socket_is_respected_and_a_dead_one_replaced() {

@@ -1,13 +1,16 @@
 //! Log lines, to the standard error, in the form of the daemons' JSON lines: time, level, message, fields, target.
 //!
-//! A line that the reader of a pipe does not take is dropped and counted, since the keeper must not wait for it.
+//! A line that nobody takes at once, from a pipe or on a terminal, is dropped and counted, since the keeper must not wait for it.
 
 use std::fmt::Write as _;
 use std::io::{self, IoSlice};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{FileType, fstat};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+use rustix::net::SendFlags;
 
 /// Most bytes of one text; the rest is cut off. With it a line stays below what a pipe takes as a whole.
 const TEXT_LIMIT: usize = 512;
@@ -36,11 +39,26 @@ impl From<usize> for Value<'_> {
     }
 }
 
+/// How lines are written.
+#[derive(Debug)]
+enum Way {
+    /// To an open file of the keeper's own, which does not block. What others share is left as it is.
+    Own(OwnedFd),
+    /// To a socket, which has a call for that.
+    Socket,
+    /// To what cannot be opened again: with a word for the call where it is known, and else if there is room for something.
+    Shared,
+    /// To a file on a disk, which knows no other way.
+    File,
+}
+
 /// Writes lines.
 #[derive(Debug)]
 pub struct Log {
-    may_block: bool,
+    way: Way,
     dropped: u64,
+    /// The last line was written in part.
+    torn: bool,
 }
 
 impl Log {
@@ -48,10 +66,22 @@ impl Log {
     #[must_use]
     pub fn to_standard_error() -> Self {
         let kind = fstat(io::stderr()).map(|status| FileType::from_raw_mode(status.st_mode));
+        let way = match kind {
+            Ok(FileType::RegularFile) => Way::File,
+            Ok(FileType::Socket) => Way::Socket,
+            _ => {
+                let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+                open("/proc/self/fd/2", flags, Mode::empty()).map_or(Way::Shared, Way::Own)
+            }
+        };
+        Self::of(way)
+    }
+
+    fn of(way: Way) -> Self {
         Self {
-            // Files and terminals know no other way than to be written to.
-            may_block: !matches!(kind, Ok(FileType::Fifo | FileType::Socket)),
+            way,
             dropped: 0,
+            torn: false,
         }
     }
 
@@ -77,20 +107,42 @@ impl Log {
             line.truncate(line.len() - 2);
             let _ = writeln!(line, ",\"lines_dropped\":{}}}", self.dropped);
         }
+        if self.torn {
+            line.insert(0, '\n');
+        }
         match self.write(line.as_bytes()) {
-            Ok(_) => self.dropped = 0,
+            Ok(written) => {
+                self.torn = written < line.len();
+                self.dropped = u64::from(self.torn);
+            }
             Err(_) => self.dropped = self.dropped.saturating_add(1),
         }
     }
 
     fn write(&self, line: &[u8]) -> Result<usize, Errno> {
-        let target = io::stderr();
-        if self.may_block {
-            rustix::io::write(target, line)
-        } else {
-            // No offset, which a pipe has not.
-            pwritev2(target, &[IoSlice::new(line)], u64::MAX, ReadWriteFlags::NOWAIT)
+        let shared = io::stderr();
+        match &self.way {
+            Way::Own(target) => rustix::io::write(target, line),
+            Way::Socket => rustix::net::send(shared, line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
+            Way::Shared => write_at_once(shared.as_fd(), line),
+            Way::File => rustix::io::write(shared, line),
         }
+    }
+}
+
+/// Writes without waiting, as far as what is written to knows how.
+fn write_at_once(target: BorrowedFd<'_>, line: &[u8]) -> Result<usize, Errno> {
+    // No offset, which a pipe has not.
+    match pwritev2(target, &[IoSlice::new(line)], u64::MAX, ReadWriteFlags::NOWAIT) {
+        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => {}
+        written => return written,
+    }
+    let mut polled = [PollFd::from_borrowed_fd(target, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    match poll(&mut polled, Some(&now))? {
+        0 => Err(Errno::AGAIN),
+        _ if !polled[0].revents().contains(PollFlags::OUT) => Err(Errno::IO),
+        _ => rustix::io::write(target, line),
     }
 }
 

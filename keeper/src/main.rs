@@ -21,8 +21,8 @@ fn main() -> ExitCode {
     match Command::parse(std::env::args_os().skip(1)) {
         Ok(Command::Help) => show(HELP),
         Ok(Command::Version) => show(concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"), "\n")),
-        Ok(Command::Accepts(format)) if format == handover::FORMAT => ExitCode::SUCCESS,
-        Ok(Command::Accepts(_)) => EX_USAGE.into(),
+        Ok(Command::Accepts(format, _)) if format == handover::FORMAT => ExitCode::SUCCESS,
+        Ok(Command::Accepts(..)) => EX_USAGE.into(),
         Ok(Command::Run(options)) => run(options),
         Err(error) => fail(&format!("{error} ({PROGRAM} --help shows what there is)"), EX_USAGE),
     }
@@ -37,7 +37,7 @@ fn run(options: Options) -> ExitCode {
         }
         Err(error) => {
             let code = match &error {
-                KeeperError::Listener(_) => EX_CANTCREAT,
+                KeeperError::Listener(_) | KeeperError::Inbox(_) => EX_CANTCREAT,
                 KeeperError::Part { .. } | KeeperError::Handover(_) => EX_OSERR,
             };
             fail(&chain(&error), code)

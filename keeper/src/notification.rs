@@ -87,6 +87,13 @@ impl Sender {
         Ok(self.attempt(message, None, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
     }
 
+    /// Fails if nobody has the socket that messages go to. It may be left at any moment after that.
+    pub fn check_receiver(&self) -> io::Result<()> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        Ok(rustix::net::connect(&socket, &self.address.0)?)
+    }
+
     fn attempt(&self, message: &[u8], descriptor: Option<BorrowedFd<'_>>, flags: SendFlags) -> Result<(), Errno> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);

@@ -1,13 +1,24 @@
 //! The descriptors that are kept.
 
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 
 use crate::notification::NAMES_LIMIT;
 use crate::sys;
 
+/// Device number of `/dev/fuse`.
+const FUSE_DEVICE: (u32, u32) = (10, 229);
+
+/// What the kernel calls a group of fanotify.
+const GROUP: &str = "anon_inode:[fanotify]";
+
 /// Why a descriptor is not kept.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// It is something whose end might wait for somebody, and nothing that a mount needs.
+    #[error("it is no file, no fanotify group and no /dev/fuse")]
+    Kind,
     /// As many are kept as may be.
     #[error("the store has room for {capacity} descriptors and is full")]
     Full {
@@ -41,6 +52,9 @@ impl Store {
     /// Keeps `descriptor`, beside others of that name. `false` if its open file is kept already, under whatever name: it
     /// is closed then and the name that it has stays, as with systemd. What is there is never given up for what comes.
     pub fn add(&mut self, name: &str, descriptor: OwnedFd) -> Result<bool, StoreError> {
+        if !is_of_use(&descriptor) {
+            return Err(StoreError::Kind);
+        }
         if self.kept.iter().any(|(_, kept)| sys::is_same_file(kept, &descriptor)) {
             return Ok(false);
         }
@@ -97,9 +111,56 @@ impl Store {
     }
 }
 
+/// Whether it is of a kind that is kept: a file (also one in memory), `/dev/fuse`, or a group of fanotify. Nothing is asked of
+/// a file system, which might be one that nobody serves.
+fn is_of_use(descriptor: &OwnedFd) -> bool {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let Ok(found) = statx(descriptor, c"", flags, StatxFlags::TYPE) else {
+        return false;
+    };
+    match FileType::from_raw_mode(found.stx_mode.into()) {
+        FileType::RegularFile => true,
+        FileType::CharacterDevice => (found.stx_rdev_major, found.stx_rdev_minor) == FUSE_DEVICE,
+        FileType::Unknown => {
+            let link = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+            link.is_ok_and(|link| link.as_os_str() == GROUP)
+        }
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_no_mount_needs_is_refused() {
+        let mut store = Store::new(8);
+        let (pipe, _end) = std::io::pipe().unwrap();
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let directory = std::fs::File::open("/").unwrap();
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        let event = rustix::event::eventfd(0, flags).unwrap();
+        for other in [pipe.into(), socket.into(), null.into(), directory.into(), event] {
+            assert!(matches!(store.add("a", other).unwrap_err(), StoreError::Kind));
+        }
+        assert!(store.is_empty());
+        let memory = rustix::fs::memfd_create("a", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(store.add("a", memory).unwrap());
+    }
+
+    #[test]
+    fn privileged_what_mounts_need_is_kept() {
+        let mut store = Store::new(8);
+        let fuse = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .unwrap();
+        assert!(store.add("fuse", fuse.into()).unwrap());
+        assert!(store.add("fanotify", sys::fanotify_group().unwrap()).unwrap());
+    }
 
     fn file() -> OwnedFd {
         tempfile::tempfile().unwrap().into()

@@ -1,5 +1,6 @@
 //! The keeper's loop: messages, signals, the program's ends and starts.
 
+mod exchange;
 mod limits;
 mod upgrade;
 
@@ -14,14 +15,13 @@ use self::limits::{capacity, lower};
 use self::upgrade::Probe;
 use crate::backoff::Backoff;
 use crate::child::Plan;
-use crate::handover::{Handover, HandoverError};
-use crate::inbox::{Inbox, Incoming};
+use crate::handover::{Faults, Handover, HandoverError};
+use crate::inbox::{Inbox, InboxError};
 use crate::listener::{Listener, ListenerError};
 use crate::log::{Log, Value};
 use crate::notification::{Address, Sender};
 use crate::options::Options;
-use crate::protocol::{MESSAGE_LIMIT, Message, UNNAMED};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::sys;
 
 /// Messages that are read before signals are looked at again.
@@ -33,6 +33,9 @@ const LAST_TURN: usize = 1 << 16;
 
 /// How long a killed process is waited for.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often it is said that a killed process is still there, and it is killed again.
+const KILL_AGAIN: Duration = Duration::from_secs(3);
 
 /// Why the keeper cannot begin.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +49,9 @@ pub enum KeeperError {
         #[source]
         source: io::Error,
     },
+    /// The socket for messages cannot be made.
+    #[error("there is no notification socket")]
+    Inbox(#[from] InboxError),
     /// A socket cannot be made.
     #[error("a socket for the program is missing")]
     Listener(#[from] ListenerError),
@@ -61,8 +67,8 @@ enum Phase {
     Running,
     /// That it is time for the next start.
     Waiting { until: Instant },
-    /// That the program ends, to be started anew; it is killed if it takes too long.
-    Restarting { kill_at: Option<Instant> },
+    /// That the program ends, to be started anew; it is killed if it takes too long, again and again.
+    Restarting { kill_at: Instant, kills: u32 },
     /// That the program ends, and then the keeper does.
     Stopping { kill_at: Option<Instant>, end_at: Instant },
 }
@@ -93,6 +99,8 @@ pub struct Supervisor {
     probe: Option<Probe>,
     strangers: u64,
     refused: u64,
+    /// Messages of which descriptors could not be opened.
+    lost: u64,
 }
 
 impl Supervisor {
@@ -100,16 +108,19 @@ impl Supervisor {
     pub fn new(options: Options, handover: Option<&str>, mut log: Log) -> Result<Self, KeeperError> {
         let failed = |part| move |source| KeeperError::Part { part, source };
         let signals = sys::signals().map_err(failed("signal descriptor"))?;
-        let own_program = std::env::current_exe().map_err(failed("path of the keeper itself"))?;
         let capacity = capacity(&options, &mut log);
         let outer = std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty());
         let outer = outer.and_then(|socket| Address::parse(&socket).and_then(Sender::new).ok());
         let left = handover.map(Handover::take).transpose()?;
         let is_new = left.is_none();
         let left = left.unwrap_or_default();
+        told(&left.faults, &mut log);
+        let own_program = left.program.map_or_else(std::env::current_exe, Ok);
+        let own_program = own_program.map_err(failed("path of the keeper itself"))?;
         let inbox = match left.inbox {
-            Some((name, socket)) => Inbox::resume(name, socket),
-            None => Inbox::bind().map_err(failed("notification socket"))?,
+            Some((path, socket)) => Inbox::resume(path, socket),
+            // Of a list that was torn, too: what is kept counts more than what the program says until its next start.
+            None => Inbox::bind(&options.runtime_directory)?,
         };
         let listeners = if is_new {
             let listen = options.listen.iter().map(|(name, path)| Listener::bind(name, path));
@@ -149,6 +160,7 @@ impl Supervisor {
             probe: None,
             strangers: 0,
             refused: 0,
+            lost: 0,
         })
     }
 
@@ -178,9 +190,9 @@ impl Supervisor {
 
     fn wait(&mut self) {
         let next = match self.phase {
-            Phase::Running | Phase::Restarting { kill_at: None } => None,
+            Phase::Running => None,
             Phase::Waiting { until } => Some(until),
-            Phase::Restarting { kill_at } => kill_at,
+            Phase::Restarting { kill_at, .. } => Some(kill_at),
             Phase::Stopping { kill_at, end_at } => Some(kill_at.unwrap_or(end_at)),
         };
         let next = next.into_iter().chain(self.probe.as_ref().map(Probe::end)).min();
@@ -233,7 +245,8 @@ impl Supervisor {
                 self.log.info("the program is started anew, as asked", &[]);
                 self.terminate();
                 self.phase = Phase::Restarting {
-                    kill_at: Some(Instant::now() + self.options.stop_timeout),
+                    kill_at: Instant::now() + self.options.stop_timeout,
+                    kills: 0,
                 };
             }
             Phase::Waiting { .. } => self.phase = Phase::Waiting { until: Instant::now() },
@@ -264,18 +277,24 @@ impl Supervisor {
         self.end_probe(now);
         match self.phase {
             Phase::Waiting { until } if until <= now => self.launch(),
-            Phase::Restarting { kill_at } if is_due(kill_at) => {
-                self.kill();
-                self.phase = Phase::Restarting { kill_at: None };
+            Phase::Restarting { kill_at, kills } if kill_at <= now => {
+                self.kill(kills);
+                self.phase = Phase::Restarting {
+                    kill_at: now + KILL_AGAIN,
+                    kills: kills.saturating_add(1),
+                };
             }
             Phase::Stopping { .. } if self.child.is_none() => return true,
             Phase::Stopping { kill_at, end_at } if is_due(kill_at) => {
-                self.kill();
+                self.kill(0);
                 self.phase = Phase::Stopping { kill_at: None, end_at };
             }
             Phase::Stopping { end_at, .. } if end_at <= now => {
-                self.log
-                    .error("the program does not end even when killed, and is left behind", &[]);
+                let process = self.child_number();
+                self.log.error(
+                    "the program does not end even when killed, and is left behind",
+                    &[("process", process)],
+                );
                 return true;
             }
             _ => {}
@@ -283,19 +302,30 @@ impl Supervisor {
         false
     }
 
-    fn kill(&mut self) {
-        let limit = self.options.stop_timeout.as_secs();
-        self.log.warn(
-            "the program did not end in time and is killed",
-            &[("seconds", Value::Number(limit))],
-        );
+    fn kill(&mut self, kills: u32) {
+        let process = ("process", self.child_number());
+        if kills == 0 {
+            let limit = Value::Number(self.options.stop_timeout.as_secs());
+            let fields = [process, ("seconds", limit)];
+            self.log.warn("the program did not end in time and is killed", &fields);
+        } else {
+            // It waits in the kernel for something that only its successor could give it, or for a disk.
+            let fields = [process, ("kills", Value::Number(kills.into()))];
+            self.log.error("the program was killed and is still there", &fields);
+        }
         self.send_signal(Signal::KILL);
+    }
+
+    fn child_number(&self) -> Value<'static> {
+        let number = self.child.as_ref().map_or(0, |child| child.process.as_raw_pid());
+        Value::Number(u64::try_from(number).unwrap_or_default())
     }
 
     fn launch(&mut self) {
         let listeners = self.listeners.iter().map(Listener::handed);
         let plan = Plan {
             program: &self.options.program,
+            opened: None,
             socket: self.inbox.variable(),
             capacity: self.store.capacity(),
             descriptors: listeners.chain(self.store.iter()).collect(),
@@ -384,98 +414,13 @@ impl Supervisor {
         self.phase = Phase::Waiting { until: now + pause };
         false
     }
+}
 
-    /// Reads messages, as many as there are but at most `limit`.
-    fn receive(&mut self, limit: usize) {
-        let mut buffer = [0; MESSAGE_LIMIT];
-        for _ in 0..limit {
-            let child = self.child.as_ref().map(|child| child.process);
-            match self.inbox.receive(child, &mut buffer) {
-                Ok(Incoming::Nothing) => return,
-                Ok(Incoming::Message { length, descriptors }) => {
-                    self.message(buffer.get(..length).unwrap_or_default(), descriptors);
-                }
-                Ok(Incoming::Damaged) => self.refuse("a message was too long or had too many descriptors", UNNAMED),
-                Ok(Incoming::Stranger { process }) => {
-                    self.strangers = self.strangers.saturating_add(1);
-                    // Who sends a flood does not get a flood of lines.
-                    if self.strangers.is_power_of_two() {
-                        let process = u64::try_from(process).unwrap_or_default();
-                        let fields = [
-                            ("process", Value::Number(process)),
-                            ("refused", Value::Number(self.strangers)),
-                        ];
-                        self.log
-                            .warn("messages of a process that is not the program's are refused", &fields);
-                    }
-                }
-                Err(error) => {
-                    self.log.error(
-                        "a message cannot be received",
-                        &[("error", error.to_string().as_str().into())],
-                    );
-                    return;
-                }
-            }
-        }
-    }
-
-    fn message(&mut self, bytes: &[u8], descriptors: Vec<std::os::fd::OwnedFd>) {
-        let message = Message::parse(bytes);
-        if message.barrier {
-            // Closing what came with it is the answer, and everything before it is done.
-            return;
-        }
-        if message.remove {
-            match message.name {
-                Some(name) => drop(self.store.remove(name)),
-                None => self.refuse("descriptors without a usable name cannot be removed", UNNAMED),
-            }
-        }
-        if message.store {
-            for descriptor in descriptors {
-                let name = message.name.unwrap_or(UNNAMED);
-                if let Err(error) = self.store.add(name, descriptor) {
-                    self.not_kept(name, &error);
-                }
-            }
-        }
-        if message.ready {
-            if let Some(child) = &mut self.child {
-                child.ready = true;
-            }
-            self.tell("READY=1");
-        }
-        if let Some(status) = message.status {
-            self.tell(&format!("STATUS={status}"));
-        }
-    }
-
-    fn not_kept(&mut self, name: &str, error: &StoreError) {
-        self.refuse(&format!("a descriptor is not kept: {error}"), name);
-    }
-
-    fn refuse(&mut self, message: &str, name: &str) {
-        self.refused = self.refused.saturating_add(1);
-        if self.refused.is_power_of_two() {
-            let fields = [
-                ("name", name.into()),
-                ("kept", self.store.len().into()),
-                ("refused", Value::Number(self.refused)),
-            ];
-            self.log.error(message, &fields);
-        }
-    }
-
-    /// Tells whoever supervises the keeper. The program's `STOPPING=1` is not told: it says so too when it is started
-    /// anew, and systemd kills a service that said it and stays.
-    fn tell(&mut self, state: &str) {
-        if let Some(outer) = &self.outer
-            && let Err(error) = outer.send_at_once(state.as_bytes())
-        {
-            let error = error.to_string();
-            let fields = [("state", state.into()), ("error", error.as_str().into())];
-            self.log.warn("the service manager is not notified", &fields);
-        }
+/// Says what of a handover could not be used.
+fn told(faults: &Faults, log: &mut Log) {
+    let count = faults.count;
+    for fault in &faults.told {
+        let fields = [("fault", fault.as_str().into()), ("faults", count.into())];
+        log.error("something that the keeper before this one left is lost", &fields);
     }
 }

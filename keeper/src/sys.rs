@@ -5,6 +5,7 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
+use rustix::net::sockopt::set_socket_linger;
 use rustix::process::Pid;
 
 /// Most descriptors in one message; the kernel's.
@@ -158,13 +159,6 @@ pub(crate) fn prepare_child(first: RawFd, sources: &mut [RawFd]) -> io::Result<(
 
 /// Becomes another program; returns only why that failed. A name without a slash is looked for in `PATH`.
 pub(crate) fn exec(program: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
-    let pointers = |texts: &[CString]| -> Vec<*const libc::c_char> {
-        texts
-            .iter()
-            .map(|text| text.as_ptr())
-            .chain([std::ptr::null()])
-            .collect()
-    };
     let (arguments, environment) = (pointers(arguments), pointers(environment));
     // SAFETY: three valid texts or lists of texts, ended by a null pointer, that live until the call is over.
     #[expect(unsafe_code, reason = "the standard library's exec does more than this")]
@@ -172,6 +166,30 @@ pub(crate) fn exec(program: &CStr, arguments: &[CString], environment: &[CString
         libc::execvpe(program.as_ptr(), arguments.as_ptr(), environment.as_ptr());
     }
     io::Error::last_os_error()
+}
+
+/// Becomes the program that is open as `program`; returns only why that failed. No interpreter is looked for.
+pub(crate) fn exec_open(program: BorrowedFd<'_>, arguments: &[CString], environment: &[CString]) -> io::Error {
+    let (arguments, environment) = (pointers(arguments), pointers(environment));
+    // SAFETY: an empty text and two lists of texts, ended by a null pointer, that live until the call is over.
+    #[expect(unsafe_code, reason = "the standard library executes nothing that is open")]
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            arguments.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    io::Error::last_os_error()
+}
+
+/// What exec wants: pointers to texts, ended by none.
+fn pointers(texts: &[CString]) -> Vec<*const libc::c_char> {
+    let pointers = texts.iter().map(|text| text.as_ptr());
+    pointers.chain([std::ptr::null()]).collect()
 }
 
 /// Ends the process at once, without what the parent would do at its end.
@@ -194,8 +212,10 @@ pub(crate) struct Sender {
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) length: usize,
-    /// It was longer than the buffer, or there were more descriptors than could be opened.
+    /// It was longer than the buffer.
     pub(crate) cut: bool,
+    /// More descriptors came with it than could be opened.
+    pub(crate) lost: bool,
     pub(crate) sender: Option<Sender>,
     pub(crate) descriptors: Vec<OwnedFd>,
 }
@@ -240,7 +260,8 @@ fn receive_with(socket: BorrowedFd<'_>, buffer: &mut [u8], room: usize, flags: l
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
     let mut received = Received {
         length,
-        cut: header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0,
+        cut: header.msg_flags & libc::MSG_TRUNC != 0,
+        lost: header.msg_flags & libc::MSG_CTRUNC != 0,
         sender: None,
         descriptors: Vec::new(),
     };
@@ -270,6 +291,11 @@ fn receive_with(socket: BorrowedFd<'_>, buffer: &mut [u8], room: usize, flags: l
             next = libc::CMSG_NXTHDR(&raw const header, found);
         }
     }
+    for descriptor in &received.descriptors {
+        // Whoever closes the last reference to a socket waits for what it has not sent, if its owner wants that. What is no
+        // socket gives an error, which is as good.
+        let _ = set_socket_linger(descriptor, None);
+    }
     Ok(received)
 }
 
@@ -283,5 +309,16 @@ pub(crate) fn random() -> io::Result<u128> {
         Ok(u128::from_ne_bytes(bytes))
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// A group of the kind that the daemons have kept.
+#[cfg(test)]
+pub(crate) fn fanotify_group() -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers in; a descriptor that nobody else knows, or -1, out.
+    #[expect(unsafe_code, reason = "rustix has no such call")]
+    unsafe {
+        let group = check(libc::fanotify_init(libc::FAN_CLASS_PRE_CONTENT | libc::FAN_CLOEXEC, 0))?;
+        Ok(OwnedFd::from_raw_fd(group))
     }
 }

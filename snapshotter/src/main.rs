@@ -10,6 +10,7 @@ use hullspeed_daemon::{signal, telemetry};
 use hullspeed_snapshotter::cli::{Cli, Command, ask};
 use hullspeed_snapshotter::config::{self, Config};
 use hullspeed_snapshotter::doctor;
+use hullspeed_snapshotter::layer::mounts::fuse;
 use hullspeed_snapshotter::layer::native::probe;
 use hullspeed_snapshotter::run::{self, RunError};
 use hullspeed_snapshotter::{client::Client, heap};
@@ -17,7 +18,7 @@ use hullspeed_snapshotter::{client::Client, heap};
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
 fn main() -> ExitCode {
-    if let Some(code) = probe::stand_in() {
+    if let Some(code) = probe::stand_in().or_else(fuse::helper) {
         return code;
     }
     let cli = match Cli::try_parse() {

@@ -130,10 +130,28 @@ fn a_barrier_ends_when_its_descriptor_is_closed_and_not_before() {
     let reader = std::thread::spawn(move || {
         rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::IN)], None).unwrap();
         // The descriptor is closed here.
-        receive(&socket).0
+        (receive(&socket).0, socket)
     });
     store.barrier(Duration::from_secs(20)).unwrap();
-    assert_eq!(reader.join().unwrap(), "BARRIER=1");
+    assert_eq!(reader.join().unwrap().0, "BARRIER=1");
+}
+
+#[test]
+fn a_barrier_fails_if_the_supervisor_goes_before_it_is_read() {
+    let name = format!("hullspeed-barrier-{}", std::process::id());
+    let abstract_socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    let (place, socket, with_path) = pair(1);
+    for (socket, store) in [(socket, with_path), (abstract_socket, store(&format!("@{name}"), 1))] {
+        let supervisor = std::thread::spawn(move || {
+            rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::IN)], None).unwrap();
+            // With the message in its queue.
+            drop(socket);
+        });
+        let error = store.barrier(Duration::from_secs(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+        supervisor.join().unwrap();
+    }
+    drop(place);
 }
 
 #[test]

@@ -33,9 +33,10 @@ impl Session {
     /// for `init` only, and asks nothing of the mount.
     ///
     /// # Errors
-    /// When `device` is no descriptor of a living connection, and as for [`Session::mount`]. That another mount is at `target` by
-    /// now is none: those who use this one are served ([`Session::is_shown`]). The mount and the connection are left as they are: whoever has another descriptor may try again. Who
-    /// gives up unmounts `target` and ends the connection by [`crate::abort`].
+    /// When `device` is no descriptor of a living connection ([`MountError::Kept`]): then nothing is touched. And as for
+    /// [`Session::mount`]: then the connection is ended, as [`crate::abort`] does it, since who uses the mount would wait for ever;
+    /// the dead mount stays at `target`. That another mount is at `target` by now is no error: those who use this one are served
+    /// ([`Session::is_shown`]).
     pub fn resume<FS>(
         fs: FS,
         device: OwnedFd,
@@ -47,20 +48,43 @@ impl Session {
     where
         FS: Filesystem + Send + Sync + 'static,
     {
-        config.check()?;
-        let target = std::path::absolute(target).unwrap_or_else(|_| target.to_owned());
         check_descriptor(device.as_fd(), number).map_err(MountError::Kept)?;
+        let target = std::path::absolute(target).unwrap_or_else(|_| target.to_owned());
+        let channel = Arc::new(Channel::new(device));
+        let taken = Self::take_up(fs, Arc::clone(&channel), &target, number, negotiated, config);
+        if taken.is_err() {
+            match channel.abort(number) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => {
+                    tracing::error!(mount_point = %target.display(), %errno, "who uses a mount that cannot be served waits");
+                }
+            }
+        }
+        taken
+    }
+
+    fn take_up<FS>(
+        fs: FS,
+        channel: Arc<Channel>,
+        target: &Path,
+        number: DeviceNumber,
+        negotiated: Negotiated,
+        config: MountConfig,
+    ) -> Result<Self, MountError>
+    where
+        FS: Filesystem + Send + Sync + 'static,
+    {
+        config.check()?;
         let fs = Arc::new(fs);
         initialise(&fs, fuse3::raw::Request::default(), &config.runtime).map_err(|errno| MountError::Handshake {
-            target: target.clone(),
+            target: target.to_owned(),
             source: crate::HandshakeError::Refused(errno),
         })?;
         if negotiated.passes_through() && config.passthrough.is_none() {
             tracing::warn!(mount_point = %target.display(), "open modes are not kept: files in use may not open again");
         }
         let config = adapted(config, number, &negotiated);
-        let channel = Arc::new(Channel::new(device));
-        let session = Self::serve(fs, channel, target, number, negotiated, &config)?;
+        let session = Self::serve(fs, channel, target.to_owned(), number, negotiated, &config)?;
         if negotiated.can_resend()
             && let Err(errno) = session.channel.resend()
         {

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use fuse_session::forgetting::{Afterwards, Helpers};
 use fuse_session::passthrough::{Backing, OpenModes, Passthrough};
 use fuse_session::{DeviceNumber, End, MountConfig, MountError, Negotiated, Session};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process};
@@ -122,13 +123,57 @@ fn serves_what_it_is_given() {
     let numbers = [session.as_fd(), modes.as_fd()].map(|fd| fd.as_raw_fd());
     std::fs::write(&fresh, format!("{} {} {kept}", numbers[0], numbers[1])).unwrap();
     std::fs::rename(&fresh, report(&target)).unwrap();
-    let leave = target.with_file_name("leave");
+    let [leave, forget] = ["leave", "forget"].map(|name| target.with_file_name(name));
     while !leave.exists() {
         std::thread::sleep(Duration::from_millis(2));
+        if let Ok(order) = std::fs::read_to_string(&forget) {
+            std::fs::remove_file(&forget).unwrap();
+            let (inode, afterwards) = match order.split_once(' ').unwrap() {
+                (inode, "resumed") => (inode.parse().unwrap(), Afterwards::Resumed),
+                (inode, _) => (inode.parse().unwrap(), Afterwards::Over),
+            };
+            let notifier = session.notifier();
+            std::thread::spawn(move || {
+                let helpers = Helpers::new(helper, Duration::from_secs(60));
+                helpers.forget_pages(&notifier, inode, 0..4096, afterwards)
+            });
+        }
     }
     let closed = session.closed();
     session.leave();
     assert_eq!(runtime.block_on(closed), End::Left);
+}
+
+/// Not a test: what has pages forgotten in the place of the serving process.
+#[test]
+#[ignore = "a helper of other tests"]
+fn waits_for_another() -> std::process::ExitCode {
+    fuse_session::forgetting::serve()
+}
+
+/// How that is started.
+pub(crate) fn helper() -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "succession::waits_for_another", "--ignored", "--nocapture"]);
+    command
+}
+
+/// Helpers of this mount's serving process that wait in the kernel, where no signal reaches them.
+fn helpers(target: &Path) -> usize {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let variable = format!("{TARGET}={}\0", target.display());
+    let is_ours = |process: &PathBuf| {
+        let command = std::fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+        let environment = std::fs::read_to_string(process.join("environ")).unwrap_or_default();
+        command.contains("waits_for_another") && environment.contains(&variable)
+    };
+    let waits = |process: &PathBuf| {
+        let threads = std::fs::read_dir(process.join("task")).into_iter().flatten().flatten();
+        threads
+            .filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok())
+            .any(|stat| stat.contains(") D "))
+    };
+    processes.filter(is_ours).filter(waits).count()
 }
 
 #[expect(unsafe_code, reason = "a descriptor that is inherited is known by its number")]
@@ -471,6 +516,67 @@ fn privileged_a_caller_killed_while_nobody_serves_is_freed_by_the_successor() {
     wait(&mut reader, Duration::from_secs(10)).expect("interrupts find resent requests");
     // The gate was never opened, and those who live are served.
     read_file(&kept.path("large"), &pattern(LARGE_BYTES)).unwrap();
+}
+
+/// A reader in flight, and somebody who waits for it to have its pages forgotten.
+fn with_helper(kept: &Kept, afterwards: &str) -> Child {
+    let path = kept.path("gated-0");
+    let inode = std::os::unix::fs::MetadataExt::ino(&path.metadata().unwrap());
+    let reader = super::spawn("/bin/cat", &path);
+    eventually("a request in flight", || kept.waiting() >= 1);
+    let order = kept.target.with_file_name("order");
+    std::fs::write(&order, format!("{inode} {afterwards}")).unwrap();
+    std::fs::rename(order, kept.target.with_file_name("forget")).unwrap();
+    eventually("a helper that waits", || helpers(&kept.target) == 1);
+    reader
+}
+
+#[test]
+fn privileged_who_forgets_pages_that_are_being_read_can_be_killed_and_followed() {
+    let mut kept = Kept::mount();
+    let reader = with_helper(&kept, "resumed");
+    // It ends, although the kernel waits for a page.
+    kept.kill();
+    assert_eq!(helpers(&kept.target), 1);
+    kept.resume();
+    std::fs::write(gate(&kept.target), "").unwrap();
+    let output = within(Duration::from_secs(10), move || reader.wait_with_output()).unwrap();
+    assert!(output.status.success(), "{}", output.status);
+    same(&kept.path("gated"), &output.stdout, &pattern(50_000)).unwrap();
+    eventually("the helper's end", || helpers(&kept.target) == 0);
+}
+
+#[test]
+fn privileged_a_helper_does_not_keep_a_connection_that_nobody_follows() {
+    let mut kept = Kept::mount();
+    let reader = with_helper(&kept, "over");
+    kept.kill();
+    let output = within(Duration::from_secs(10), move || reader.wait_with_output()).unwrap();
+    assert!(!output.status.success());
+    eventually("the helper's end", || helpers(&kept.target) == 0);
+}
+
+#[test]
+fn privileged_a_connection_that_cannot_be_taken_up_ends() {
+    let mut kept = Kept::mount();
+    let reader = super::spawn("/bin/cat", &kept.path("gated-0"));
+    eventually("a request in flight", || kept.waiting() >= 1);
+    kept.kill();
+    let runtime = runtime();
+    let words: Vec<&str> = kept.words.split(' ').collect();
+    let mut fs = tree(&kept.target);
+    fs.refuse_init = true;
+    let config = MountConfig::new(runtime.handle().clone());
+    let negotiated = Negotiated::from_bytes(&bytes(words[1])).unwrap();
+    let device = kept.device.try_clone().unwrap();
+    let error = Session::resume(fs, device, &kept.target, kept.number, negotiated, config).unwrap_err();
+    assert!(matches!(error, MountError::Handshake { .. }), "{error}");
+    // Who waits gets an error, and so does who comes, although there is another descriptor.
+    let output = within(Duration::from_secs(10), move || reader.wait_with_output()).unwrap();
+    assert!(!output.status.success());
+    let target = kept.target.clone();
+    let asked = within(Duration::from_secs(10), move || target.join("large").metadata());
+    assert_eq!(asked.unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
 }
 
 #[test]

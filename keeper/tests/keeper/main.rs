@@ -1,6 +1,7 @@
 //! The keeper as its program, its operator and a stranger meet it: real processes, real signals.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
+mod hardships;
 mod pupil;
 mod support;
 mod upgrade;
@@ -8,9 +9,11 @@ mod upgrade;
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use hullspeed_keeper::handover::FORMAT;
 use hullspeed_keeper::notification::{Address, Sender};
 use rustix::process::Signal;
 
@@ -152,6 +155,45 @@ fn a_strangers_messages_are_refused() {
 }
 
 #[test]
+fn the_notification_socket_is_for_nobody_else_and_goes_with_the_keeper() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let mut keeper = Keeper::start(&[]);
+    let pupil = keeper.pupil();
+    assert_eq!(keeper.sockets(), [Path::new(pupil.socket())]);
+    let run = keeper.place.path().join("run");
+    assert_eq!(run.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let of_keepers = sockets.lines().filter(|line| line.contains("hullspeed-keeper"));
+    assert_eq!(of_keepers.filter(|line| line.contains('@')).count(), 0, "{sockets}");
+    keeper.signal(Signal::TERM);
+    keeper.wait();
+    assert!(keeper.sockets().is_empty());
+}
+
+#[test]
+fn keepers_share_a_directory_and_clear_away_what_a_killed_one_left() {
+    let place = tempfile::tempdir().unwrap();
+    let directory = place.path().join("shared").display().to_string();
+    let options = ["--runtime-directory", directory.as_str()];
+    let start = || {
+        let mut keeper = Keeper::start(&options);
+        let pupil = keeper.pupil();
+        (keeper, pupil)
+    };
+    let ((mut first, of_first), (_second, mut of_second)) = (start(), start());
+    let left = Path::new(of_first.socket()).to_owned();
+    first.signal(Signal::KILL);
+    first.wait();
+    assert!(left.exists());
+    let (_third, mut of_third) = start();
+    assert!(!left.exists());
+    for pupil in [&mut of_second, &mut of_third] {
+        assert_eq!(pupil.ask("barrier 9000"), "ok");
+    }
+}
+
+#[test]
 fn a_barrier_waits_for_the_keeper_and_not_for_ever() {
     let mut keeper = Keeper::start(&[]);
     let mut pupil = keeper.pupil();
@@ -247,46 +289,20 @@ fn what_the_program_says_is_passed_on() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_does_not_hold_the_keeper_up() {
-    let mut keeper = Keeper::with(|command, _| {
-        command.arg("--").args(pupil::command()).stderr(Stdio::piped());
-    });
-    let mut pupil = keeper.pupil();
-    let mut log = keeper.process.stderr.take().unwrap();
-    // Fill the pipe from a descriptor of our own.
-    let path = format!("/proc/{}/fd/2", keeper.process.id());
-    let filler = rustix::fs::open(
-        path,
-        rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK,
-        rustix::fs::Mode::empty(),
-    );
-    let filler = filler.unwrap();
-    while rustix::io::write(&filler, &[b'\n'; 512]).is_ok() {}
-    pupil.ask("say READY=1");
-    pupil.kill();
-    let mut pupil = keeper.pupil();
-    assert_eq!(pupil.ask("barrier 9000"), "ok");
-    let mut emptied = vec![0; 1 << 20];
-    assert!(log.read(&mut emptied).unwrap() > 0);
-    drop(filler);
-    keeper.signal(Signal::TERM);
-    keeper.wait();
-    let mut rest = String::new();
-    log.read_to_string(&mut rest).unwrap();
-    assert!(rest.contains("\"lines_dropped\":"), "{rest}");
-}
-
-#[test]
 fn the_program_gets_usual_signals_and_nothing_but_what_is_its_own() {
     let place = tempfile::tempdir().unwrap();
     let listen = format!("a={}", place.path().join("a").display());
     let output = place.path().join("output");
+    // Each looks at itself: a shell that waits for a child blocks signals for moments.
     let text = format!(
-        "cd /proc/self; grep -E 'Sig(Blk|Ign)' status > {0}; ls fd >> {0}; env | grep -E '^(LISTEN|FDSTORE|NOTIFY|HULL)' >> {0}; mv {0} {0}.done; exec sleep 100",
+        "grep -E 'Sig(Blk|Ign)' /proc/self/status > {0}; ls /proc/self/fd >> {0}; env | grep -E '^(LISTEN|FDSTORE|NOTIFY|HULL)' >> {0}; mv {0} {0}.done; exec sleep 100",
         output.display()
     );
+    let run = place.path().join("run");
     let mut keeper = Command::new(KEEPER);
     keeper
+        .arg("--runtime-directory")
+        .arg(&run)
         .args(["--listen", &listen, "--", "sh", "-c", &text])
         .env("NOTIFY_SOCKET", "@nobody")
         .env("LISTEN_FDS", "9");
@@ -305,12 +321,12 @@ fn the_program_gets_usual_signals_and_nothing_but_what_is_its_own() {
         "{found}"
     );
     assert!(
-        found.contains("NOTIFY_SOCKET=@hullspeed-keeper-") && found.contains("FDSTORE=4096\n"),
+        found.contains(&format!("NOTIFY_SOCKET={}/notify-", run.display())) && found.contains("FDSTORE=4096\n"),
         "{found}"
     );
     let descriptors: Vec<_> = found.lines().filter_map(|line| line.parse::<u32>().ok()).collect();
-    // The 10 is the shell's, for its redirection.
-    assert_eq!(descriptors, [0, 1, 10, 2, 3], "{found}");
+    // The 4 is the directory that is listed.
+    assert_eq!(descriptors, [0, 1, 2, 3, 4], "{found}");
 }
 
 #[test]
@@ -318,12 +334,28 @@ fn mistakes_are_one_line_each_and_have_codes() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("file");
     std::fs::write(&file, "").unwrap();
-    let listen = format!("a={}", file.display());
+    let (listen, path) = (format!("a={}", file.display()), file.display().to_string());
+    let run = place.path().join("run").display().to_string();
     for (arguments, code, word) in [
         (&["--none"][..], 64, "--none"),
         (&["--"], 64, "missing"),
-        (&["--accepts-handover", "0"], 64, ""),
-        (&["--listen", &listen, "--", "true"], 73, "not a socket"),
+        (&["--accepts-handover", "0", "--", "--", "true"], 64, ""),
+        (
+            &["--accepts-handover", FORMAT, "--", "--none", "--", "true"],
+            64,
+            "--none",
+        ),
+        (
+            &["--accepts-handover", FORMAT, "--", "--stop-timeout", "3", "--", "true"],
+            0,
+            "",
+        ),
+        (
+            &["--runtime-directory", &run, "--listen", &listen, "--", "true"],
+            73,
+            "not a socket",
+        ),
+        (&["--runtime-directory", &path, "--", "true"], 73, "file"),
     ] {
         let output = Command::new(KEEPER).args(arguments).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use hullspeed_daemon::activation::{Announced, Inherited};
 use hullspeed_daemon::fdstore::Store;
+use hullspeed_keeper::notification::{Address, Sender};
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -94,6 +95,7 @@ impl Pupil {
                 let careless = Store::new(OsStr::new(&socket), 1 << 20)?.unwrap();
                 careless.keep(rest, self.memory()?.as_fd())?;
             }
+            "linger" => self.linger(rest)?,
             "again" => self.store.keep(rest, self.own.first().unwrap().as_fd())?,
             "forget" => self.store.forget(rest)?,
             "barrier" => self.store.barrier(Duration::from_millis(rest.parse().unwrap()))?,
@@ -102,6 +104,23 @@ impl Pupil {
             _ => panic!("{line}"),
         }
         Ok("ok".to_owned())
+    }
+
+    /// Sends the last reference to a TCP socket whose close waits: its peer takes nothing, and it has more to send.
+    fn linger(&mut self, message: &str) -> std::io::Result<()> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        let stream = std::net::TcpStream::connect(listener.local_addr()?)?;
+        self.own.push(listener.accept()?.0.into());
+        stream.set_nonblocking(true)?;
+        while (&stream).write(&[0; 1 << 16]).is_ok() {}
+        stream.set_nonblocking(false)?;
+        rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::from_secs(600)))?;
+        let socket = std::env::var_os("NOTIFY_SOCKET").unwrap();
+        let sender = Sender::new(Address::parse(&socket)?)?;
+        sender.send(message.replace('|', "\n").as_bytes(), Some(stream.as_fd()))?;
+        // Closing it here would wait.
+        rustix::net::sockopt::set_socket_linger(self.own.last().unwrap(), None)?;
+        Ok(())
     }
 
     fn memory(&mut self) -> std::io::Result<OwnedFd> {

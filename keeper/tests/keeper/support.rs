@@ -57,6 +57,7 @@ impl Keeper {
         let mut command = Command::new(program);
         command.env(pupil::SOCKET, &path).env_remove("NOTIFY_SOCKET");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command.arg("--runtime-directory").arg(place.path().join("run"));
         prepare(&mut command, place.path());
         Self {
             process: command.spawn().unwrap(),
@@ -86,6 +87,12 @@ impl Keeper {
 
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.process)
+    }
+
+    /// Files of notification sockets.
+    pub(crate) fn sockets(&self) -> Vec<PathBuf> {
+        let found = fs::read_dir(self.place.path().join("run")).unwrap();
+        found.map(|entry| entry.unwrap().path()).collect()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

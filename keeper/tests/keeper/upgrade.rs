@@ -2,7 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use hullspeed_keeper::handover::FORMAT;
 use rustix::process::Signal;
 
 use crate::pupil;
@@ -52,6 +55,7 @@ fn an_upgraded_keeper_has_its_program_and_everything_that_was_kept() {
         assert_eq!(inode(format!("/proc/{}/exe", keeper.process.id())), inode(&program));
     }
     assert_eq!(pupil.ask("barrier 9000"), "ok");
+    assert_eq!(keeper.sockets(), [Path::new(pupil.socket())]);
     assert_eq!(keeper.descriptors(), descriptors + 50);
     assert_eq!(
         keeper.log().matches("the program is started").count(),
@@ -64,6 +68,79 @@ fn an_upgraded_keeper_has_its_program_and_everything_that_was_kept() {
     assert_eq!(keeper.pupil().kept(), kept);
     keeper.signal(Signal::TERM);
     assert_eq!(keeper.wait().code(), Some(0));
+    assert!(keeper.sockets().is_empty());
+}
+
+#[test]
+fn the_new_keeper_is_asked_about_the_whole_command_line() {
+    let place = tempfile::tempdir().unwrap();
+    let program = place.path().join("keeper");
+    fs::copy(KEEPER, &program).unwrap();
+    let said = place.path().join("said");
+    let mut keeper = Keeper::of(&program, |command, _| {
+        command.args(["--stop-timeout", "7", "--"]).args(pupil::command());
+        command.stdout(fs::File::create(&said).unwrap());
+    });
+    let _pupil = keeper.pupil();
+    // It repeats what it is asked, and agrees to everything; then it is the keeper, and that is the end of it.
+    replace(&program, "/bin/echo");
+    keeper.signal(Signal::USR1);
+    keeper.wait();
+    let said = fs::read_to_string(&said).unwrap();
+    let run = keeper.place.path().join("run").display().to_string();
+    let asked = format!("--accepts-handover {FORMAT} -- --runtime-directory {run} --stop-timeout 7 -- ");
+    // What it was asked about is what it was started with.
+    let lines: Vec<_> = said.lines().filter(|line| line.starts_with("--")).collect();
+    let [question, start] = lines[..] else { panic!("{said}") };
+    assert!(question.starts_with(&asked), "{said}");
+    assert_eq!(
+        question.strip_prefix(&format!("--accepts-handover {FORMAT} -- ")),
+        Some(start)
+    );
+}
+
+#[test]
+fn what_was_not_asked_is_never_started() {
+    let place = tempfile::tempdir().unwrap();
+    let (program, mut keeper) = from_copy(place.path());
+    let mut pupil = keeper.pupil();
+    let kept = pupil.ask("keep a");
+    let files = ["good", "bad"].map(|name| place.path().join(name));
+    for (file, source) in files.iter().zip([KEEPER, "/bin/false"]) {
+        fs::copy(source, file).unwrap();
+    }
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let aside = program.with_extension("new");
+            for file in files.iter().cycle() {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                fs::hard_link(file, &aside).unwrap();
+                fs::rename(&aside, &program).unwrap();
+                // Renaming one name of a file to another does nothing.
+                let _ = fs::remove_file(&aside);
+                std::thread::sleep(Duration::from_micros(700));
+            }
+        });
+        for round in 1..=60 {
+            keeper.signal(Signal::USR1);
+            until("an answer", || {
+                let log = keeper.log();
+                assert!(keeper.process.try_wait().unwrap().is_none(), "round {round}: {log}");
+                beginnings(&keeper) - 1 + log.matches("is not replaced and goes on").count() >= round
+            });
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(
+        beginnings(&keeper) > 1 && keeper.log().contains("is not replaced"),
+        "{}",
+        keeper.log()
+    );
+    pupil.kill();
+    assert_eq!(keeper.pupil().kept(), [kept]);
 }
 
 #[test]

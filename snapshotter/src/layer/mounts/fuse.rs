@@ -4,11 +4,14 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::time::Duration;
 
 use estargz::digest::Digest;
+use fuse_session::forgetting::{Afterwards, Helpers};
 use fuse_session::passthrough::{OpenModes, Passthrough};
-use fuse_session::{MountConfig, MountError, Session};
+use fuse_session::{MountConfig, Session};
 use tokio::runtime::Handle;
 
 use super::direct::DirectFiles;
@@ -24,6 +27,26 @@ use crate::metrics::Metrics;
 
 /// Digits of the TOC digest in the mount table.
 const SHORT_DIGEST: usize = 16;
+/// How long reads under way may hold up that a wrong chunk is forgotten, before that is told; it is forgotten nevertheless.
+const FORGET_PATIENCE: Duration = Duration::from_secs(10);
+/// The first argument of the process that waits for that.
+const FORGET_PAGES: &str = "forget-pages";
+
+/// This program, to wait for the kernel in this one's place.
+fn helper_command() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    #[cfg(not(test))]
+    command.arg(FORGET_PAGES);
+    #[cfg(test)]
+    command.args(tests::HELPER);
+    command
+}
+
+/// If this process was started to have pages forgotten: does so. To be called before anything else.
+pub fn helper() -> Option<ExitCode> {
+    let is_helper = std::env::args_os().nth(1).is_some_and(|verb| verb == FORGET_PAGES);
+    is_helper.then(fuse_session::forgetting::serve)
+}
 
 /// Mounts by FUSE.
 pub struct FuseWay {
@@ -33,6 +56,8 @@ pub struct FuseWay {
     descriptors: Descriptors,
     /// Whether the kernel reads complete files by itself.
     direct: bool,
+    /// What has pages forgotten.
+    helpers: Arc<Helpers>,
 }
 
 impl FuseWay {
@@ -45,6 +70,7 @@ impl FuseWay {
             runtime,
             metrics,
             descriptors,
+            helpers: Arc::new(Helpers::new(helper_command, FORGET_PATIENCE)),
         }
     }
 
@@ -89,6 +115,7 @@ impl FuseWay {
             session,
             kept,
             descriptors: self.descriptors.clone(),
+            helpers: self.helpers.clone(),
         })
     }
 
@@ -143,10 +170,8 @@ impl FuseWay {
         match session {
             Ok(session) => Ok(self.served(session, names)),
             Err(error) => {
-                if matches!(error, MountError::Kept(_)) {
-                    // It is over, and its number may be another's by now.
-                    names.iter().for_each(|name| self.descriptors.forget(name));
-                }
+                // It was over already, or is now: nobody waits for it.
+                names.iter().for_each(|name| self.descriptors.forget(name));
                 Err(error.into())
             }
         }
@@ -204,6 +229,7 @@ struct FuseMounted {
     /// Names in the store.
     kept: Vec<String>,
     descriptors: Descriptors,
+    helpers: Arc<Helpers>,
 }
 
 impl LayerMounted for FuseMounted {
@@ -224,10 +250,16 @@ impl LayerMounted for FuseMounted {
     }
 
     fn forget(&self) -> Forget {
-        let notifier = self.session.notifier();
+        let (notifier, helpers) = (self.session.notifier(), self.helpers.clone());
+        let afterwards = if self.kept.is_empty() {
+            Afterwards::Over
+        } else {
+            Afterwards::Resumed
+        };
         Box::new(move |chunk| {
             let range = chunk.file_offset..chunk.file_offset.saturating_add(u64::from(chunk.size));
-            notifier.forget_pages(chunk.ino, range).map_err(io::Error::from)
+            let forgotten = helpers.forget_pages(&notifier, chunk.ino, range, afterwards);
+            forgotten.map_err(|error| io::Error::other(hullspeed_daemon::error::chain(&error)))
         })
     }
 
@@ -237,6 +269,7 @@ impl LayerMounted for FuseMounted {
             kept,
             descriptors,
             target: _,
+            helpers: _,
         } = *self;
         if !session.is_alive() {
             // Its number may be another mount's by now.
@@ -260,5 +293,28 @@ impl LayerMounted for FuseMounted {
                 "a mount that cannot be left did not end cleanly"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! The way itself is tested with the layers, and against containerd.
+
+    use std::process::ExitCode;
+
+    /// Arguments by which this test binary becomes a helper.
+    pub(super) const HELPER: [&str; 4] = ["--exact", NAME, "--ignored", "--nocapture"];
+    const NAME: &str = "layer::mounts::fuse::tests::waits_for_another";
+
+    /// Not a test: what has pages forgotten for other tests.
+    #[test]
+    #[ignore = "a helper of other tests"]
+    fn waits_for_another() -> ExitCode {
+        fuse_session::forgetting::serve()
+    }
+
+    #[test]
+    fn a_process_is_a_helper_only_if_it_is_told_so() {
+        assert!(super::helper().is_none());
     }
 }

@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -37,6 +38,8 @@ const FUSE: &str = "fuse";
 const MODES: &str = "modes";
 /// Digits of a layer's digest in a name.
 const LAYER_DIGITS: usize = 32;
+/// How long the store may take to forget what it could not be told to before.
+const FORGET_LIMIT: Duration = Duration::from_secs(10);
 
 /// A kept connection of FUSE.
 #[derive(Debug)]
@@ -81,6 +84,8 @@ struct Kept {
     spare: Vec<OwnedFd>,
     /// Names of groups that the store has.
     native: HashSet<String>,
+    /// Names under which the store may have what it was to forget: it could not be told.
+    doubtful: HashSet<String>,
 }
 
 impl KeptLayer {
@@ -123,7 +128,12 @@ impl Descriptors {
         let mut kept = self.lock();
         let kept = &mut *kept;
         if name == JOURNAL {
-            return kept.journal.replace(descriptor).is_none();
+            // A second one stays as well: to forget the name would be to lose both.
+            match &kept.journal {
+                None => kept.journal = Some(descriptor),
+                Some(_) => kept.spare.push(descriptor),
+            }
+            return true;
         }
         let mut parts = name.splitn(3, '-');
         let (Some(kind), Some(layer)) = (parts.next(), parts.next()) else {
@@ -310,17 +320,24 @@ impl Descriptors {
         format!("{MODES}-{}-{}", short(layer), number.minor)
     }
 
-    /// Gives a kept descriptor back. That it cannot be told costs room in the store.
+    /// Gives a kept descriptor back. That it cannot be told costs room in the store, until something is kept under that name.
     pub fn forget(&self, name: &str) {
         let Some(store) = &self.store else { return };
         if let Err(error) = store.forget(name) {
             tracing::warn!(name, %error, "the descriptor store keeps what is not needed any more");
+            self.lock().doubtful.insert(name.to_owned());
         }
     }
 
     fn keep(&self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         let store = self.store.as_ref();
         let store = store.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no descriptor store"))?;
+        if self.lock().doubtful.contains(name) {
+            // The store would give back both, the old one first.
+            store.forget(name)?;
+            store.barrier(FORGET_LIMIT)?;
+            self.lock().doubtful.remove(name);
+        }
         store.keep(name, descriptor)
     }
 }
@@ -387,6 +404,69 @@ mod tests {
             let taken = descriptors.take_native([other, layer]);
             assert!(taken.len() == 1 && taken[0].0 == layer && taken[0].1.group.is_some());
         }
+    }
+
+    #[test]
+    fn a_second_journal_is_put_aside() {
+        use std::os::fd::AsRawFd as _;
+
+        let descriptors = empty();
+        let (first, second) = (file(), file());
+        let number = first.as_raw_fd();
+        // Neither is given back.
+        assert!(descriptors.take(JOURNAL, first) && descriptors.take(JOURNAL, second));
+        assert_eq!(descriptors.lock().spare.len(), 1);
+        assert_eq!(descriptors.take_journal().unwrap().as_raw_fd(), number);
+    }
+
+    #[test]
+    fn what_the_store_could_not_be_told_to_forget_is_forgotten_before_the_name_is_used_again() {
+        use std::os::unix::net::UnixDatagram;
+
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let store = Store::new(path.as_os_str(), 16).unwrap();
+        let descriptors = Descriptors::new(store, &mut Inherited::take(&Announced::default()).unwrap());
+        let layer = Digest::of(b"layer");
+        let keep = || descriptors.keep_native(&layer, file().as_fd(), file().as_fd());
+        keep().unwrap();
+        let [group, data] = native_names(&layer);
+        let heard = |socket: &UnixDatagram| {
+            let mut buffer = [0; 4096];
+            let length = socket.recv(&mut buffer).unwrap();
+            String::from_utf8(buffer[..length].to_vec()).unwrap()
+        };
+        assert!(heard(&socket).starts_with("FDSTORE=1") && heard(&socket).starts_with("FDSTORE=1"));
+        // Nobody hears it, and nothing is kept under the name as long as that is so.
+        drop(socket);
+        descriptors.forget_native(&layer);
+        keep().unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let supervisor = std::thread::spawn(move || {
+            let heard = std::iter::repeat_with(|| heard(&socket)).take(6).collect::<Vec<_>>();
+            (heard, socket)
+        });
+        keep().unwrap();
+        let (heard, socket) = supervisor.join().unwrap();
+        let expected = [data, group].map(|name| {
+            [
+                format!("FDSTOREREMOVE=1\nFDNAME={name}"),
+                "BARRIER=1".to_owned(),
+                format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"),
+            ]
+        });
+        assert_eq!(heard, expected.concat());
+        // Once is enough.
+        descriptors.forget_native(&layer);
+        keep().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut messages = 0;
+        while socket.recv(&mut [0; 4096]).is_ok() {
+            messages += 1;
+        }
+        assert_eq!(messages, 4);
     }
 
     #[test]
