@@ -113,7 +113,8 @@ fn what_was_not_asked_is_never_started() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let aside = program.with_extension("new");
-            for file in files.iter().cycle() {
+            // Bounded, or a failure of the other thread would be waited for in vain.
+            for file in files.iter().cycle().take(50_000) {
                 if over.load(Ordering::Relaxed) {
                     break;
                 }

@@ -444,6 +444,7 @@ mod tests {
         keep().unwrap_err();
         std::fs::remove_file(&path).unwrap();
         let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(FORGET_LIMIT)).unwrap();
         let supervisor = std::thread::spawn(move || {
             let heard = std::iter::repeat_with(|| heard(&socket)).take(6).collect::<Vec<_>>();
             (heard, socket)
