@@ -13,7 +13,7 @@
 //! let data = std::fs::File::open(layer.join("data"))?;
 //! // Here the data file gets its mark: what is opened by the mount before it has one raises no events later.
 //! let mount = Mounter::default().create(&layer.join("erofs"), data.as_fd())?;
-//! mount.set_read_ahead(1024)?;
+//! mount.read_ahead().set(1024)?;
 //! mount.attach(&layer.join("mnt"))?;
 //! # Ok(()) }
 //! ```
@@ -27,6 +27,7 @@ mod format;
 mod hash;
 mod image;
 pub mod mount;
+pub mod read_ahead;
 mod space;
 mod xattrs;
 

@@ -8,9 +8,6 @@
 //! caller has marked, whatever its path names by now. The image is named by its path, because that is what `findmnt`
 //! shows as the source and nothing else can be shown; `/proc/self/fd/N` works there as well (see [`path_of`]).
 
-use std::collections::BTreeSet;
-use std::ffi::OsString;
-use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -24,6 +21,8 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+use crate::read_ahead::{self, ReadAhead};
+
 /// `MOVE_MOUNT_BENEATH`.
 const BENEATH: MoveMountFlags = MoveMountFlags::from_bits_retain(0x200);
 /// Most messages of the kernel that an error shows; its log holds eight.
@@ -34,9 +33,6 @@ const MESSAGE_BYTES: usize = 512;
 const SOURCE_BYTES: usize = 255;
 /// How much of an image is read ahead of use, 16 MiB: all of one with 100 000 files.
 const WARM_BYTES: u64 = 16 << 20;
-/// Where the kernel shows what it knows of each file system's device; those of ours are called `erofs-` and a number.
-const DEVICES: &str = "/sys/class/bdi";
-const DEVICE_PREFIX: &str = "erofs-";
 
 /// An image could not be mounted.
 #[derive(Debug, Error)]
@@ -66,15 +62,6 @@ pub enum MountError {
         /// Why.
         #[source]
         source: Errno,
-    },
-    /// The read-ahead could not be set; the mount works with the kernel's default.
-    #[error("cannot set the read-ahead of {image}", image = .image.display())]
-    ReadAhead {
-        /// The image.
-        image: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
     },
 }
 
@@ -111,11 +98,11 @@ impl Mounter {
         fsconfig_set_string(context.as_fd(), "source", source).map_err(failed("fsconfig source"))?;
         fsconfig_set_string(context.as_fd(), "device", path_of(data)).map_err(failed("fsconfig device"))?;
         fsconfig_set_flag(context.as_fd(), "ro").map_err(failed("fsconfig ro"))?;
-        let settings = {
+        let read_ahead = {
             let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = settings_listed();
+            let known = read_ahead::listed();
             fsconfig_create(context.as_fd()).map_err(failed("fsconfig create"))?;
-            known.and_then(|known| settings_new(&known))
+            ReadAhead::of_new(known.as_ref())
         };
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
         let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))?;
@@ -124,8 +111,7 @@ impl Mounter {
         Ok(Detached {
             mount,
             device: (stat.stx_dev_major, stat.stx_dev_minor),
-            image: image.to_owned(),
-            settings,
+            read_ahead,
         })
     }
 }
@@ -135,25 +121,13 @@ impl Mounter {
 pub struct Detached {
     mount: OwnedFd,
     device: (u32, u32),
-    image: PathBuf,
-    /// The directory in sysfs with the settings of this file system, if it could be told from others.
-    settings: Option<PathBuf>,
+    read_ahead: ReadAhead,
 }
 
 impl Detached {
-    /// Sets how much the kernel reads ahead, 128 KiB if this is not called. Call it before [`Detached::attach`]: a file
-    /// keeps what was set when it was opened.
-    pub fn set_read_ahead(&self, kib: u32) -> Result<(), MountError> {
-        let settings = self.settings.as_ref().ok_or_else(|| {
-            let text = "its device could not be told from others that appeared in /sys/class/bdi";
-            io::Error::new(io::ErrorKind::NotFound, text)
-        });
-        settings
-            .and_then(|settings| std::fs::write(settings.join("read_ahead_kb"), kib.to_string()))
-            .map_err(|source| MountError::ReadAhead {
-                image: self.image.clone(),
-                source,
-            })
+    /// How much the kernel reads ahead; set it before [`Detached::attach`], since a file keeps what was set when it was opened.
+    pub fn read_ahead(&self) -> &ReadAhead {
+        &self.read_ahead
     }
 
     /// Shows the mount at `target`.
@@ -198,23 +172,6 @@ pub fn is_supported() -> bool {
     fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
         || std::fs::read_to_string("/proc/filesystems")
             .is_ok_and(|list| list.lines().any(|line| line.split('\t').next_back() == Some("erofs")))
-}
-
-/// The directories in sysfs of the EROFS file systems there are.
-fn settings_listed() -> Option<BTreeSet<OsString>> {
-    let names = std::fs::read_dir(DEVICES)
-        .ok()?
-        .filter_map(|entry| Some(entry.ok()?.file_name()));
-    let ours = names.filter(|name| name.as_encoded_bytes().starts_with(DEVICE_PREFIX.as_bytes()));
-    Some(ours.collect())
-}
-
-/// The one that was not there before, if it is one.
-fn settings_new(known: &BTreeSet<OsString>) -> Option<PathBuf> {
-    let listed = settings_listed()?;
-    let mut new = listed.difference(known);
-    let name = new.next()?;
-    new.next().is_none().then(|| Path::new(DEVICES).join(name))
 }
 
 /// Starts reading an image into memory, in large pieces: the kernel reads metadata a block at a time, each when it is

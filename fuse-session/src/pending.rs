@@ -51,6 +51,11 @@ impl Slot {
     pub(crate) fn end(&self) {
         self.current.store(0, Ordering::SeqCst);
     }
+
+    /// Whether a request is polled in place.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.current.load(Ordering::Acquire) != 0
+    }
 }
 
 #[derive(Debug, Default)]

@@ -1,11 +1,16 @@
 //! How many workers a session has: one while nobody asks for anything, more while requests come faster than one serves them.
 //!
-//! Workers block in a read of the device. When the last one that waits takes a request, another is started, up to the limit; so
-//! there is always somebody to read an interrupt, and a handler that blocks its thread keeps nobody else waiting. When a session has
-//! been quiet for a while, those beyond the first are sent home. Nothing ends a blocked read but a message, so there is one for
-//! each of them: the kernel is asked for nothing of a file, and who has read its answer leaves.
+//! Workers block in a read of the device. The kernel wakes the one that has waited longest, so more of them than can run at once
+//! only cost switches between threads: where there are requests without end, one that is still awake takes the next at no cost. So
+//! there are as many as half the cores (readers have the others), and more only while handlers sleep: every millisecond in which
+//! there are requests it is looked whether a worker sleeps in a handler, and another one takes its place, up to the limit. A handler
+//! that blocks its thread keeps nobody else waiting for longer, and an interrupt is read as soon. When no handler has slept for a
+//! while, those beyond half the cores leave; when the session has been quiet for a while, those beyond the first are sent home.
+//! Nothing ends a blocked read but a message, so there is one for each of them: the kernel is asked for nothing of a file, and who
+//! has read its answer leaves.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -15,6 +20,15 @@ use crate::lifetime::Lifetime;
 
 /// How long those who are sent home may take to leave.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether a worker sleeps in a handler, while there are requests.
+pub(crate) const LOOK: Duration = Duration::from_millis(1);
+
+/// Looks without a request after which nobody looks any more.
+pub(crate) const QUIET_LOOKS: u32 = 100;
+
+/// How long no handler has slept when workers that took the place of one leave.
+pub(crate) const AWAKE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The workers of one session.
 #[derive(Debug)]
@@ -26,6 +40,14 @@ pub(crate) struct Roster {
     /// One bit for each number that a worker has.
     numbers: AtomicU64,
     limit: usize,
+    /// Workers that can be of use while none sleeps in a handler.
+    base: usize,
+    /// The kernel's numbers of the workers' threads, by the workers' own numbers.
+    tasks: [AtomicI32; crate::WORKERS_MAX],
+    /// Whether a request came since the last look at the handlers.
+    fresh: AtomicBool,
+    /// Whether somebody looks whether handlers sleep.
+    looking: AtomicBool,
     patience: Duration,
     /// Whether a request came since the last look.
     busy: AtomicBool,
@@ -39,11 +61,17 @@ pub(crate) struct Roster {
 impl Roster {
     /// A roster for at most `limit` workers, of which those beyond the first leave after `patience` without a request.
     pub(crate) fn new(limit: usize, patience: Duration) -> Self {
+        let limit = limit.clamp(1, crate::WORKERS_MAX);
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             waiting: AtomicUsize::new(0),
             leaving: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
-            limit: limit.clamp(1, crate::WORKERS_MAX),
+            limit,
+            base: (cores / 2).clamp(1, limit),
+            tasks: std::array::from_fn(|_| AtomicI32::new(0)),
+            fresh: AtomicBool::new(false),
+            looking: AtomicBool::new(false),
             patience,
             busy: AtomicBool::new(false),
             file: AtomicU64::new(0),
@@ -115,6 +143,67 @@ impl Roster {
         self.leaving
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, less)
             .is_ok()
+    }
+
+    /// The worker of this number runs on the calling thread.
+    pub(crate) fn introduce(&self, number: usize) {
+        if let Some(task) = self.tasks.get(number) {
+            task.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
+        }
+    }
+
+    /// Numbers of all workers.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> {
+        let numbers = self.numbers.load(Ordering::Acquire);
+        (0..crate::WORKERS_MAX).filter(move |number| numbers & (1 << number) != 0)
+    }
+
+    /// Whether the thread of a worker sleeps. One that cannot be looked at does, so that nobody has to wait for it.
+    pub(crate) fn sleeps(&self, number: usize) -> bool {
+        let task = self.tasks.get(number).map_or(0, |task| task.load(Ordering::Acquire));
+        let stat = std::fs::read(format!("/proc/self/task/{task}/stat")).unwrap_or_default();
+        // After the name, which is in parentheses and may have any character.
+        let state = stat
+            .iter()
+            .rposition(|&byte| byte == b')')
+            .and_then(|end| stat.get(end + 2));
+        state != Some(&b'R')
+    }
+
+    /// Whether there are fewer workers than can be of use.
+    pub(crate) fn is_below_base(&self) -> bool {
+        (self.numbers.load(Ordering::Relaxed).count_ones() as usize) < self.base
+    }
+
+    /// How many workers can be of use while none sleeps.
+    pub(crate) fn base(&self) -> usize {
+        self.base
+    }
+
+    /// Has `count` workers leave after their next request.
+    pub(crate) fn dismiss_some(&self, count: usize) {
+        self.leaving.store(count, Ordering::Release);
+    }
+
+    /// Whether the caller is to see to it that somebody looks whether handlers sleep.
+    pub(crate) fn must_look(&self) -> bool {
+        // Mostly somebody does, and then nothing is written that other threads have in their caches.
+        if self.fresh.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.fresh.store(true, Ordering::SeqCst);
+        !self.looking.load(Ordering::SeqCst) && !self.looking.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether there was a request since this was last asked.
+    pub(crate) fn take_fresh(&self) -> bool {
+        self.fresh.swap(false, Ordering::SeqCst)
+    }
+
+    /// Nobody looks any more; `false` if a request came meanwhile whose worker saw that somebody does.
+    pub(crate) fn stop_looking(&self) -> bool {
+        self.looking.store(false, Ordering::SeqCst);
+        !self.fresh.load(Ordering::SeqCst) || self.looking.swap(true, Ordering::SeqCst)
     }
 
     /// A request came.

@@ -3,7 +3,7 @@
 //! Several workers block in a read on the same descriptor; the kernel wakes exactly one per request. A handler that can
 //! answer at once costs no hop between threads. One that cannot goes to the runtime together with its duty to answer.
 //!
-//! Workers come when all others are busy and go when the session is quiet: see [`crate::roster`].
+//! Workers come when others sleep in handlers and go when the session is quiet: see [`crate::roster`].
 //!
 //! The poll in place uses a no-op waker, which loses nothing: a spawned task is polled at least once, and that poll
 //! both sees whatever became ready meanwhile and registers the task's own waker.
@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Instant;
 
 use futures_util::FutureExt;
 use tokio::runtime::Handle;
@@ -61,13 +62,9 @@ impl<FS: Shareable> Worker<FS> {
         Ok(())
     }
 
-    /// Starts another worker, because this one is about to serve and nobody else waits for requests.
-    fn reinforce(&self) {
-        let Some(index) = self.roster.enlist() else { return };
-        if !self.lifetime.join() {
-            return self.roster.dismiss(index);
-        }
-        let other = Self {
+    /// A worker of the same session with another number.
+    fn fellow(&self, index: usize) -> Self {
+        Self {
             index,
             roster: Arc::clone(&self.roster),
             fs: Arc::clone(&self.fs),
@@ -78,7 +75,45 @@ impl<FS: Shareable> Worker<FS> {
             device: self.device,
             can_resend: self.can_resend,
             opener: self.opener.clone(),
-        };
+        }
+    }
+
+    /// Looks whether workers sleep in handlers, and starts others in their places, while there are requests.
+    async fn look_out(self) {
+        let mut quiet = 0;
+        let mut needed = Instant::now();
+        let mut ticks = tokio::time::interval(roster::LOOK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if !self.lifetime.is_alive() {
+                return;
+            }
+            quiet = if self.roster.take_fresh() { 0 } else { quiet + 1 };
+            let sleeping = |number: &usize| self.pending.slot(*number).is_busy() && self.roster.sleeps(*number);
+            let (running, asleep) = (self.lifetime.running(), self.roster.numbers().filter(sleeping).count());
+            if asleep > 0 {
+                (needed, quiet) = (Instant::now(), 0);
+                self.roster.dismiss_some(0);
+                if running.saturating_sub(asleep) < self.roster.base() {
+                    self.reinforce();
+                }
+            } else if running > self.roster.base() && needed.elapsed() >= roster::AWAKE_PATIENCE {
+                self.roster.dismiss_some(running - self.roster.base());
+            }
+            if quiet >= roster::QUIET_LOOKS && self.roster.stop_looking() {
+                return;
+            }
+        }
+    }
+
+    /// Starts another worker.
+    fn reinforce(&self) {
+        let Some(index) = self.roster.enlist() else { return };
+        if !self.lifetime.join() {
+            return self.roster.dismiss(index);
+        }
+        let other = self.fellow(index);
         if let Err(error) = other.start() {
             tracing::warn!(%error, "cannot start another worker");
             self.lifetime.miss();
@@ -96,6 +131,7 @@ impl<FS: Shareable> Worker<FS> {
     pub(crate) fn run(mut self) {
         let runtime = self.runtime.clone();
         let _context = runtime.enter();
+        self.roster.introduce(self.index);
         let Some(end) = self.serve_until_end() else { return };
         self.roster.dismiss(self.index);
         self.pending.end();
@@ -118,6 +154,7 @@ impl<FS: Shareable> Worker<FS> {
             return true;
         };
         self.index = number;
+        self.roster.introduce(number);
         let serves = self.lifetime.join();
         if !serves {
             // The session is over, and others say so.
@@ -146,8 +183,11 @@ impl<FS: Shareable> Worker<FS> {
                 Received::Message(len) => {
                     failures = 0;
                     self.roster.note_request();
-                    if others == 0 {
+                    if others == 0 && self.roster.is_below_base() {
                         self.reinforce();
+                    }
+                    if self.roster.must_look() {
+                        self.runtime.spawn(self.fellow(self.index).look_out());
                     }
                     // Handlers' panics are caught where they are polled; this is for their destructors.
                     if catch_unwind(AssertUnwindSafe(|| self.serve(&buffer[..len]))).is_err() {

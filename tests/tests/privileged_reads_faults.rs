@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs::{self, File};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -30,6 +31,9 @@ const QUICK: &str = "[registry]\nstall_timeout = \"1s\"\n\n\
 const LIMIT: Duration = Duration::from_secs(30);
 
 const CHUNK: usize = 64 << 10;
+
+/// In KiB, ahead of what is fetched; no disk's own.
+const FETCHED_READ_AHEAD: u32 = 52;
 
 /// What goes wrong.
 enum Failure {
@@ -221,6 +225,17 @@ fn marks(pid: u32) -> usize {
         .sum()
 }
 
+/// What is read ahead of each EROFS there is, in KiB.
+fn read_aheads() -> Vec<u32> {
+    let devices = fs::read_dir("/sys/class/bdi")
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let ours = devices.filter(|path| path.file_name().unwrap().as_encoded_bytes().starts_with(b"erofs-"));
+    // Those of other tests go at any time.
+    let texts = ours.filter_map(|path| fs::read_to_string(path.join("read_ahead_kb")).ok());
+    texts.map(|text| text.trim().parse().unwrap()).collect()
+}
+
 /// The kernel forgets what it has read of these files.
 fn forget(root: &Path, files: &[ContentFile]) {
     let programs = ["bin/payload", "bin/reader", LIST].map(String::from);
@@ -240,7 +255,8 @@ async fn a_complete_layer_is_read_and_executed_with_the_daemon_stopped() {
     let layout = run.path().join("whole");
     let files = build_whole(&layout, &run.directory("root").unwrap());
     let scenario = Scenario::with_image(run, &layout, "whole", &[]).await.unwrap();
-    let mut node = scenario.lazy_node("").await.unwrap();
+    let read_ahead = format!("[fuse]\nread_ahead = \"{FETCHED_READ_AHEAD}KiB\"\n");
+    let mut node = scenario.lazy_node(&read_ahead).await.unwrap();
     let reference = scenario.reference(CONVERTED);
     node.cri.pull(&reference).await.unwrap();
     node.check_lazy(&scenario.converted).unwrap();
@@ -264,6 +280,19 @@ async fn a_complete_layer_is_read_and_executed_with_the_daemon_stopped() {
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    // From now on as much is read ahead as of any file of this disk.
+    let root = File::open(node.snapshotter().unwrap().root()).unwrap();
+    let expected = hullspeed_erofs::read_ahead::of_disk(root.as_fd())
+        .map_or(FETCHED_READ_AHEAD, |kib| kib.max(FETCHED_READ_AHEAD));
+    let found = read_aheads();
+    assert!(
+        found.iter().filter(|kib| **kib == expected).count() >= 2,
+        "{expected} in {found:?}"
+    );
+    assert!(
+        expected == FETCHED_READ_AHEAD || !found.contains(&FETCHED_READ_AHEAD),
+        "{found:?}"
+    );
     let rootfs = node.containerd.rootfs(&container);
     let executable = fs::metadata(rootfs.join("bin/payload")).unwrap().permissions().mode();
     assert_eq!(executable & 0o111, 0o111);

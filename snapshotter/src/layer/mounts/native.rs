@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use estargz::digest::Digest;
 use hullspeed_erofs::mount::{Detached, Mounter};
+use hullspeed_erofs::read_ahead::ReadAhead;
 use rustix::fs::{Advice, AtFlags, CWD, OFlags, StatxFlags};
 use rustix::mount::UnmountFlags;
 use tokio::runtime::Handle;
@@ -44,11 +45,11 @@ pub struct NativeWay {
     servings: Arc<Servings>,
     mounter: Mounter,
     watches: Watches,
-    read_ahead_kib: u32,
 }
 
 impl NativeWay {
-    /// What is not complete is answered for by `service`; its descriptors are kept in the store of `descriptors`.
+    /// What is not complete is answered for by `service`; its descriptors are kept in the store of `descriptors`, and `read_ahead_kib`
+    /// are read ahead of it.
     pub fn new(
         service: Service,
         descriptors: Descriptors,
@@ -56,10 +57,9 @@ impl NativeWay {
         runtime: Handle,
     ) -> Result<Self, Cause> {
         Ok(Self {
-            servings: Arc::new(Servings::new(service, descriptors, runtime)),
+            servings: Arc::new(Servings::new(service, descriptors, read_ahead_kib, runtime)),
             mounter: Mounter::default(),
             watches: Watches::new()?,
-            read_ahead_kib,
         })
     }
 
@@ -84,9 +84,6 @@ impl NativeWay {
         let made = || -> Result<(Detached, Gone), Cause> {
             let detached = self.mounter.create(&image, layer.content().as_fd())?;
             fault::point("native-created");
-            if let Err(error) = detached.set_read_ahead(self.read_ahead_kib) {
-                tracing::warn!(%error, "the read-ahead of a layer's mount stays at the kernel's default");
-            }
             let gone = self.watches.watch(&hullspeed_erofs::mount::path_of(detached.as_fd()))?;
             Ok((detached, gone))
         };
@@ -199,6 +196,8 @@ impl NativeWay {
             gone: Some(gone),
             serving: Some(serving),
             is_shown: true,
+            // Which of the kernel's settings are its own nobody knows any more: they stay.
+            _read_ahead: None,
         }))
     }
 }
@@ -210,16 +209,21 @@ struct NativeMounted {
     gone: Option<Gone>,
     serving: Option<Arc<Serving>>,
     is_shown: bool,
+    /// The layer's serving sets it as long as this is there.
+    _read_ahead: Option<Arc<ReadAhead>>,
 }
 
 impl NativeMounted {
     fn new(target: &Path, detached: &Detached, gone: Gone, serving: Arc<Serving>) -> Self {
+        let read_ahead = Arc::new(detached.read_ahead().clone());
+        serving.pace(&read_ahead);
         Self {
             target: target.to_owned(),
             device: detached.device(),
             gone: Some(gone),
             serving: Some(serving),
             is_shown: false,
+            _read_ahead: Some(read_ahead),
         }
     }
 

@@ -5,9 +5,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use estargz::digest::Digest;
+use hullspeed_erofs::read_ahead::{self, ReadAhead};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
@@ -23,6 +24,8 @@ use crate::layer::native::service::{Member, Service};
 pub(super) struct Servings {
     service: Service,
     descriptors: Descriptors,
+    /// Of layers that are not complete.
+    read_ahead_kib: u32,
     runtime: Handle,
     layers: Mutex<HashMap<Digest, Arc<Serving>>>,
     /// Layers of which nothing can be had but their group.
@@ -30,10 +33,11 @@ pub(super) struct Servings {
 }
 
 impl Servings {
-    pub(super) fn new(service: Service, descriptors: Descriptors, runtime: Handle) -> Self {
+    pub(super) fn new(service: Service, descriptors: Descriptors, read_ahead_kib: u32, runtime: Handle) -> Self {
         Self {
             service,
             descriptors,
+            read_ahead_kib,
             runtime,
             layers: Mutex::default(),
             denied: Mutex::default(),
@@ -171,6 +175,8 @@ struct State {
     /// Those that were unmounted and are in use.
     lingering: Vec<Gone>,
     watching: Option<AbortHandle>,
+    /// Of the file systems that are mounted.
+    paces: Vec<Weak<ReadAhead>>,
     /// A successor goes on.
     left: bool,
 }
@@ -201,6 +207,7 @@ impl Serving {
                 mounted: 0,
                 lingering: Vec::new(),
                 watching: None,
+                paces: Vec::new(),
                 left: false,
             }),
         })
@@ -306,9 +313,31 @@ impl Serving {
                 fault::point("native-voided");
                 state.member = None;
                 self.servings.descriptors.forget_native(&self.toc);
+                let mounted = state.paces.iter().filter_map(Weak::upgrade);
+                mounted.for_each(|read_ahead| self.set_pace(&read_ahead, state));
                 tracing::debug!(toc = %self.toc, "nobody is asked about the layer any more");
             }
             Err(error) => tracing::warn!(toc = %self.toc, %error, "the layer's mark stays"),
+        }
+    }
+
+    /// Sets how much is read ahead of a new file system: what is configured while the layer is fetched, and as much as of any file of
+    /// the disk once all of it is there. That is also the size of the pieces in which its files lie in the page cache.
+    pub(super) fn pace(&self, read_ahead: &Arc<ReadAhead>) {
+        let mut state = self.state();
+        self.set_pace(read_ahead, &state);
+        state.paces.retain(|pace| pace.strong_count() > 0);
+        state.paces.push(Arc::downgrade(read_ahead));
+    }
+
+    fn set_pace(&self, read_ahead: &ReadAhead, state: &State) {
+        let fetched = self.servings.read_ahead_kib;
+        let kib = match &state.member {
+            Some(_) => fetched,
+            None => read_ahead::of_disk(state.fetch.layer().content().as_fd()).map_or(fetched, |kib| kib.max(fetched)),
+        };
+        if let Err(error) = read_ahead.set(kib) {
+            tracing::warn!(toc = %self.toc, %error, kib, "the read-ahead of a layer's mount stays as it is");
         }
     }
 
