@@ -294,21 +294,27 @@ impl Shared {
             let (Some(fetch), Some(slot), true) = (weak.upgrade(), slot, complete) else {
                 return;
             };
-            let mut mounted = slot.mounted.lock().await;
-            let Some(mounted) = mounted.as_mut().filter(|mounted| Arc::ptr_eq(&mounted.fetch, &fetch)) else {
-                return;
-            };
-            let ways = shared.clone();
-            let native = tokio::task::spawn_blocking(move || ways.ways.take_over(&fetch, &ways.store)).await;
-            // A panic there has been reported, and leaves the layer as it was.
-            if let Ok(Some(native)) = native {
-                shared.mounted_by(&*mounted.mount).dec();
-                shared.mounted_by(&*native).inc();
-                let former = std::mem::replace(&mut mounted.mount, native);
-                mounted.former.push(former);
-            }
+            shared.take_over(&slot, fetch).await;
+            // Who unmounted it meanwhile could not.
+            shared.forget(&toc_digest, slot);
         };
         self.tasks.spawn_on(take_over, &self.runtime);
+    }
+
+    async fn take_over(self: &Arc<Self>, slot: &Slot, fetch: Arc<LayerFetch>) {
+        let mut mounted = slot.mounted.lock().await;
+        let Some(mounted) = mounted.as_mut().filter(|mounted| Arc::ptr_eq(&mounted.fetch, &fetch)) else {
+            return;
+        };
+        let ways = self.clone();
+        let native = tokio::task::spawn_blocking(move || ways.ways.take_over(&fetch, &ways.store)).await;
+        // A panic there has been reported, and leaves the layer as it was.
+        if let Ok(Some(native)) = native {
+            self.mounted_by(&*mounted.mount).dec();
+            self.mounted_by(&*native).inc();
+            let former = std::mem::replace(&mut mounted.mount, native);
+            mounted.former.push(former);
+        }
     }
 
     fn mounted_by(&self, mount: &dyn LayerMounted) -> Gauge {
