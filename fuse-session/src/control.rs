@@ -14,13 +14,8 @@ use crate::mount::DeviceNumber;
 use crate::negotiate::congestion_threshold;
 
 /// Ends a connection: fails every request, waiting or in flight, and wakes its readers, in whatever process they are.
-///
-/// What to do with a kept descriptor that cannot be served again, after its mount has been taken away: those who still use the mount
-/// would wait for ever.
-///
-/// # Errors
-/// `ENOENT` when there is no such connection, and whatever the kernel says.
-pub fn abort(device: DeviceNumber) -> Result<(), Errno> {
+/// `ENOENT` when there is no such connection.
+pub(crate) fn abort(device: DeviceNumber) -> Result<(), Errno> {
     write(device, "abort", b"1")
 }
 

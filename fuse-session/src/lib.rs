@@ -57,11 +57,10 @@ mod session;
 mod sys;
 mod worker;
 
-pub use control::abort;
 pub use lifetime::End;
 pub use mount::{DeviceNumber, MountConfig, MountError, WORKERS_MAX};
 pub use negotiate::{HandshakeError, Negotiated};
-pub use session::{Session, UnmountError};
+pub use session::{Session, UnmountError, end};
 
 /// Page size the limits are counted in. FUSE counts pages of the machine; with larger ones requests only get larger.
 pub(crate) const PAGE_BYTES: usize = 4096;

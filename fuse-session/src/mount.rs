@@ -127,6 +127,9 @@ pub enum MountError {
     /// The kept descriptor cannot be served; what is wrong with it.
     #[error("kept descriptor cannot be served: {0}")]
     Kept(&'static str),
+    /// A kept connection could not be ended: who uses it waits.
+    #[error("kept connection cannot be ended")]
+    End(#[source] Errno),
     /// A worker thread could not be started.
     #[error("cannot start a worker thread")]
     Thread(#[source] std::io::Error),

@@ -9,6 +9,7 @@
 //! of threads on the node alone.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,9 +53,9 @@ impl Slot {
         self.current.store(0, Ordering::SeqCst);
     }
 
-    /// Whether a request is polled in place.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.current.load(Ordering::Acquire) != 0
+    /// The request that is polled in place.
+    pub(crate) fn current(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(self.current.load(Ordering::Acquire))
     }
 }
 

@@ -28,6 +28,8 @@ use crate::worker::Worker;
 
 mod succession;
 
+pub use self::succession::end;
+
 /// How long the file system's `init` may take.
 const INIT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long workers may take to end once the connection is cut off. Only a handler that blocks its thread takes longer.

@@ -90,7 +90,11 @@ impl<FS: Shareable> Worker<FS> {
                 return;
             }
             quiet = if self.roster.take_fresh() { 0 } else { quiet + 1 };
-            let sleeping = |number: &usize| self.pending.slot(*number).is_busy() && self.roster.sleeps(*number);
+            // In the same handler before and after the look: between two requests a worker sleeps as well.
+            let sleeping = |&number: &usize| {
+                let handled = self.pending.slot(number).current();
+                handled.is_some() && self.roster.sleeps(number) && self.pending.slot(number).current() == handled
+            };
             let (running, asleep) = (self.lifetime.running(), self.roster.numbers().filter(sleeping).count());
             if asleep > 0 {
                 (needed, quiet) = (Instant::now(), 0);

@@ -66,7 +66,14 @@ const STARTING: [&str; 3] = ["events-reserved", "layer-mounted", "session-resume
 
 /// While a layer is mounted for the first time.
 const MOUNTING: [&str; 2] = ["layer-written", "layer-mounted"];
-const MOUNTING_EROFS: [&str; 4] = ["native-noted", "native-kept", "native-marked", "native-created"];
+const MOUNTING_EROFS: [&str; 5] = [
+    "native-noted",
+    "native-half-kept",
+    "native-kept",
+    "native-marked",
+    "native-created",
+];
+const MOUNTING_FUSE: [&str; 2] = ["session-mounted", "session-kept"];
 
 /// When a layer is complete.
 const COMPLETE_EROFS: [&str; 3] = ["native-whole", "native-unmarked", "native-voided"];
@@ -74,6 +81,7 @@ const COMPLETE_EROFS: [&str; 3] = ["native-whole", "native-unmarked", "native-vo
 /// When the last snapshot of a layer is removed.
 const REMOVING: [&str; 2] = ["layer-released", "layer-unmounted"];
 const REMOVING_EROFS: [&str; 1] = ["native-unmounted"];
+const REMOVING_FUSE: [&str; 1] = ["session-unmounted"];
 
 /// When a mount is put in the place of another.
 const REPLACING_EROFS: [&str; 2] = ["native-beneath", "native-replaced"];
@@ -99,9 +107,11 @@ fn no_point_is_left_out() {
         &READING_FUSE,
         &MOUNTING,
         &MOUNTING_EROFS,
+        &MOUNTING_FUSE,
         &COMPLETE_EROFS,
         &REMOVING,
         &REMOVING_EROFS,
+        &REMOVING_FUSE,
         &REPLACING_EROFS,
     ];
     let tried: BTreeSet<_> = tried.concat().into_iter().map(name).collect();
@@ -271,7 +281,7 @@ async fn while_layers_are_mounted_become_complete_and_go() {
         bytes_per_second: Some(20_000_000),
     };
     let mut field = Field::new(link, COMPLETING).await;
-    for point in of_this_way(&MOUNTING, &MOUNTING_EROFS, &[]) {
+    for point in of_this_way(&MOUNTING, &MOUNTING_EROFS, &MOUNTING_FUSE) {
         let (image, layers) = field.publish(point, FILES, SIZE);
         let kills = field.kills();
         field.node.snapshotter.arm(point).unwrap();
@@ -299,7 +309,7 @@ async fn while_layers_are_mounted_become_complete_and_go() {
         }
         field.end(read.unwrap()).await;
     }
-    for point in of_this_way(&REMOVING, &REMOVING_EROFS, &[]) {
+    for point in of_this_way(&REMOVING, &REMOVING_EROFS, &REMOVING_FUSE) {
         let (image, layers) = field.publish(point, FILES, SIZE);
         field.node.mount(&image).await.unwrap();
         let read = field.read(point, image.clone(), layers.clone()).await;

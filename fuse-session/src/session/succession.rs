@@ -34,7 +34,7 @@ impl Session {
     ///
     /// # Errors
     /// When `device` is no descriptor of a living connection ([`MountError::Kept`]): then nothing is touched. And as for
-    /// [`Session::mount`]: then the connection is ended, as [`crate::abort`] does it, since who uses the mount would wait for ever;
+    /// [`Session::mount`]: then the connection is ended, as [`crate::end`] does it, since who uses the mount would wait for ever;
     /// the dead mount stays at `target`. That another mount is at `target` by now is no error: those who use this one are served
     /// ([`Session::is_shown`]).
     pub fn resume<FS>(
@@ -113,6 +113,18 @@ impl Session {
         // They are not joined: some may wait for ever.
         drop(self.roster.take_threads());
         tracing::debug!(mount_point = %self.target.display(), minor = self.device.minor, "left to a successor");
+    }
+}
+
+/// Ends a kept connection that nobody can serve again, whatever is mounted of it: those who use it would wait for ever.
+///
+/// # Errors
+/// When `device` is no descriptor of that living connection ([`MountError::Kept`]), or the kernel refuses ([`MountError::End`]).
+pub fn end(device: OwnedFd, number: DeviceNumber) -> Result<(), MountError> {
+    check_descriptor(device.as_fd(), number).map_err(MountError::Kept)?;
+    match Channel::new(device).abort(number) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(MountError::End(errno)),
     }
 }
 

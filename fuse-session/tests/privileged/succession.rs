@@ -280,7 +280,10 @@ impl Drop for Kept {
     fn drop(&mut self) {
         let _ = rustix::mount::unmount(&self.target, rustix::mount::UnmountFlags::DETACH);
         // Readers of a failed test are freed.
-        let _ = fuse_session::abort(self.number);
+        let _ = self
+            .device
+            .try_clone()
+            .map(|device| fuse_session::end(device, self.number));
         if let Some(server) = &mut self.server {
             let _ = server.kill();
             let _ = wait(server, Duration::from_secs(5));
@@ -628,6 +631,6 @@ fn privileged_what_is_handed_over_is_examined() {
     drop(other);
     // A connection that is over.
     let kept = device(&mounted);
-    fuse_session::abort(mounted.session().device()).unwrap();
+    fuse_session::end(device(&mounted), mounted.session().device()).unwrap();
     assert!(matches!(resume(kept, mounted.root(), &mounted), MountError::Kept(_)));
 }

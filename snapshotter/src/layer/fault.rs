@@ -28,9 +28,11 @@ pub const CACHE: [&str; 9] = [
 ];
 
 /// On the way of a layer that is mounted natively.
-pub const EROFS: [&str; 17] = [
+pub const EROFS: [&str; 18] = [
     // `data` has its note that the kernel reads it.
     "native-noted",
+    // The store has `data` and not the group.
+    "native-half-kept",
     // The descriptors are kept and there is no mark.
     "native-kept",
     // The mark is there and no file system.
@@ -66,11 +68,17 @@ pub const EROFS: [&str; 17] = [
 ];
 
 /// On the way of a layer that is mounted by FUSE.
-pub const FUSE: [&str; 3] = [
+pub const FUSE: [&str; 6] = [
+    // The layer is mounted and the session is not kept.
+    "session-mounted",
+    // It is kept and nobody was told.
+    "session-kept",
     // A request was read and nothing done about it.
     "request-read",
     // What it asks for is there, and it is not answered.
     "request-fetched",
     // A successor serves what was kept, and has not told that it is mounted.
     "session-resumed",
+    // The layer is unmounted and the session is kept.
+    "session-unmounted",
 ];

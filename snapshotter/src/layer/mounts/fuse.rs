@@ -20,6 +20,7 @@ use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::config::FuseConfig;
 use crate::layer::Cause;
 use crate::layer::cache::{LayerStore, detach_stale, kind_at};
+use crate::layer::fault;
 use crate::layer::fetch::LayerFetch;
 use crate::layer::fs::LayerFs;
 use crate::layer::fuse::LayerFuse;
@@ -201,10 +202,12 @@ impl Way for FuseWay {
         let mut config = self.mount_config(&toc);
         config.passthrough = direct.as_ref().map(Direct::passthrough);
         let session = Session::mount(self.filesystem(fetch), &target, config)?;
+        fault::point("session-mounted");
         let kept = self.keep(&toc, &session, direct.as_ref()).unwrap_or_else(|error| {
             tracing::warn!(%toc, %error, "the layer's mount will not outlive this process");
             Vec::new()
         });
+        fault::point("session-kept");
         Ok(self.served(session, kept))
     }
 
@@ -278,6 +281,7 @@ impl LayerMounted for FuseMounted {
             return Ok(Ended::Wholly);
         }
         let unmounted = session.unmount();
+        fault::point("session-unmounted");
         kept.iter().for_each(|name| descriptors.forget(name));
         unmounted?;
         Ok(Ended::Wholly)

@@ -28,6 +28,7 @@ use hullspeed_daemon::activation::Inherited;
 use hullspeed_daemon::fdstore::Store;
 
 use crate::layer::cache::Inherited as LayerInherited;
+use crate::layer::fault;
 use crate::layer::native::group::Group;
 use crate::layer::report::StoreReport;
 
@@ -250,6 +251,19 @@ impl Descriptors {
         named.collect()
     }
 
+    /// Takes the sessions of layers of which there is no more than a part of a name: neither a directory nor a snapshot.
+    pub fn take_nameless(&self) -> Vec<KeptSession> {
+        let rest = std::mem::take(&mut self.lock().layers);
+        let mut sessions = Vec::new();
+        for (layer, kept) in rest {
+            kept.modes
+                .iter()
+                .for_each(|(minor, _)| self.forget(&format!("{MODES}-{layer}-{minor}")));
+            sessions.extend(kept.sessions);
+        }
+        sessions
+    }
+
     /// Looks at what is kept of a layer.
     pub fn with_layer<T>(&self, layer: &Digest, look: impl FnOnce(&mut KeptLayer) -> T) -> Option<T> {
         self.lock().layers.get_mut(&short(layer)).map(look)
@@ -277,6 +291,7 @@ impl Descriptors {
         }
         // In this order: of a layer whose group is there, there is the data too.
         self.keep(&data_name, data)?;
+        fault::point("native-half-kept");
         self.keep(&group_name, group).inspect_err(|_| self.forget(&data_name))?;
         self.lock().native.insert(group_name);
         Ok(())
@@ -417,6 +432,23 @@ mod tests {
         assert!(descriptors.take(JOURNAL, first) && descriptors.take(JOURNAL, second));
         assert_eq!(descriptors.lock().spare.len(), 1);
         assert_eq!(descriptors.take_journal().unwrap().as_raw_fd(), number);
+    }
+
+    #[test]
+    fn sessions_of_layers_of_which_only_half_a_name_is_known_are_found() {
+        let descriptors = empty();
+        let short = short(&Digest::of(b"gone"));
+        let number = DeviceNumber { major: 0, minor: 71 };
+        // Form 1 of a stored handshake, and in it the kernel's answer of 64 bytes, which begins with the protocol's number.
+        let mut negotiated = [0; 80];
+        (negotiated[0], negotiated[16]) = (1, 7);
+        let state = [&number.to_bytes()[..], &negotiated].concat();
+        let name = format!("fuse-{short}-{}", URL_SAFE_NO_PAD.encode(state));
+        assert!(descriptors.take(&name, file()));
+        assert!(descriptors.take(&format!("modes-{short}-71"), file()));
+        let sessions = descriptors.take_nameless();
+        assert!(sessions.len() == 1 && sessions[0].name == name && sessions[0].number == number);
+        assert!(descriptors.take_nameless().is_empty() && descriptors.layers() == 0);
     }
 
     #[test]

@@ -69,6 +69,22 @@ pub(super) fn resume(
     mounts
 }
 
+/// Ends sessions of which not even the mount point is known.
+pub(super) fn end(sessions: Vec<KeptSession>, descriptors: &Descriptors) {
+    for KeptSession {
+        device, number, name, ..
+    } in sessions
+    {
+        let ended = fuse_session::end(device, number);
+        tracing::error!(
+            name,
+            error = ended.err().map(|error| hullspeed_daemon::error::chain(&error)),
+            "a layer is gone that an earlier process left mounted; who uses it gets errors"
+        );
+        descriptors.forget(&name);
+    }
+}
+
 /// Gives back what is kept of a session once nobody uses its mount any more.
 fn forget_when_over(session: &Session, names: Vec<String>, descriptors: &Descriptors, runtime: &Handle) {
     let (closed, descriptors) = (session.closed(), descriptors.clone());

@@ -211,13 +211,15 @@ impl Ways {
             let refused = self.refuse(toc, target);
             self.orphan(*toc, refused);
         }
-        let Some(native) = &self.native else { return };
-        // Of directories that are gone the journal may know the names.
-        let known = layers.into_iter().map(|(toc, _)| toc).chain(native.noted());
-        for (toc, kept) in self.descriptors.take_native(known) {
-            native.deny(toc, kept);
+        if let Some(native) = &self.native {
+            // Of directories that are gone the journal may know the names.
+            let known = layers.into_iter().map(|(toc, _)| toc).chain(native.noted());
+            for (toc, kept) in self.descriptors.take_native(known) {
+                native.deny(toc, kept);
+            }
+            native.settle();
         }
-        native.settle();
+        refused::end(self.descriptors.take_nameless(), &self.descriptors);
     }
 
     fn orphan(&self, toc: Digest, mounts: Vec<Box<dyn LayerMounted>>) {
