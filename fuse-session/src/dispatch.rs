@@ -40,9 +40,14 @@ pub(crate) async fn answer<FS: Shareable>(
             .await
             .map_or_else(Reply::from, |link| Reply::link(link.data)),
         Operation::Open { flags } => match (fs.open(asker, node, flags).await, opener) {
-            (Ok(open), Some(opener)) => opener
-                .answer(node, flags, &open)
-                .map_or_else(|errno| Reply::Error(errno.raw_os_error()), |open| Reply::record(&open)),
+            (Ok(open), Some(opener)) => match opener.answer(node, flags, &open) {
+                Ok(open) => Reply::record(&open),
+                Err(errno) => {
+                    // The kernel knows of no handle then.
+                    let _ = fs.release(asker, node, open.fh, flags, 0, false).await;
+                    Reply::Error(errno.raw_os_error())
+                }
+            },
             (outcome, _) => reply(outcome),
         },
         Operation::Read(range) => {

@@ -56,12 +56,17 @@ impl Lifetime {
         is_open
     }
 
-    /// One that [`Lifetime::join`] counted was never started. Not the last one: whoever tried that is there.
-    pub(crate) fn miss(&self) {
+    /// One that [`Lifetime::join`] counted was never started. Why the session ended, if all others have left meanwhile.
+    pub(crate) fn miss(&self) -> Option<End> {
         let mut state = self.state();
         state.running = state.running.saturating_sub(1);
+        let end = state.end.filter(|_| state.running == 0);
         drop(state);
+        if end.is_some() {
+            self.closed.send_replace(end);
+        }
         self.left.notify_all();
+        end
     }
 
     /// A worker that is not needed leaves; `false` if it is the only one, or if the session is over and it has to say so.

@@ -84,6 +84,12 @@ impl OpenModes {
         Ok(Self { words })
     }
 
+    /// Whether the kernel reads `inode` by itself.
+    pub fn is_direct(&self, inode: u64) -> bool {
+        let word = usize::try_from(inode).ok().and_then(|inode| self.words.word(inode));
+        word.is_some_and(|word| ![UNDECIDED, CACHED].contains(&word.load(Ordering::Acquire)))
+    }
+
     /// How many inodes were first opened in either mode: by the kernel itself, through its cache.
     pub fn counts(&self) -> (usize, usize) {
         let modes = (0..self.words.len()).filter_map(|inode| self.words.word(inode));
@@ -223,6 +229,7 @@ mod tests {
         assert_eq!(kept.settle(3, never, none), Some(17));
         assert_eq!(kept.settle(4, never, none), None);
         assert_eq!(kept.counts(), (1, 1));
+        assert!(kept.is_direct(3) && ![2, 4, 11].iter().any(|inode| kept.is_direct(*inode)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::channel::Channel;
 use crate::lifetime::Lifetime;
@@ -23,6 +23,12 @@ const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How often it is looked whether a worker sleeps in a handler, while there are requests.
 pub(crate) const LOOK: Duration = Duration::from_millis(1);
+
+/// How late a look may be, in milliseconds, before workers see themselves to it that somebody reads.
+const LATE_LOOK_MILLIS: u64 = 20;
+
+/// How long no other worker is tried after one could not be started.
+pub(crate) const FAILED_START_PAUSE: Duration = Duration::from_secs(1);
 
 /// Looks without a request after which nobody looks any more.
 pub(crate) const QUIET_LOOKS: u32 = 100;
@@ -48,6 +54,9 @@ pub(crate) struct Roster {
     fresh: AtomicBool,
     /// Whether somebody looks whether handlers sleep.
     looking: AtomicBool,
+    began: Instant,
+    /// When somebody last looked, in milliseconds since it began.
+    looked: AtomicU64,
     patience: Duration,
     /// Whether a request came since the last look.
     busy: AtomicBool,
@@ -72,6 +81,8 @@ impl Roster {
             tasks: std::array::from_fn(|_| AtomicI32::new(0)),
             fresh: AtomicBool::new(false),
             looking: AtomicBool::new(false),
+            began: Instant::now(),
+            looked: AtomicU64::new(0),
             patience,
             busy: AtomicBool::new(false),
             file: AtomicU64::new(0),
@@ -125,7 +136,7 @@ impl Roster {
 
     /// A worker begins to wait.
     pub(crate) fn wait(&self) {
-        self.waiting.fetch_add(1, Ordering::AcqRel);
+        self.waiting.fetch_add(1, Ordering::SeqCst);
     }
 
     /// A worker waits no longer; how many others do.
@@ -192,7 +203,11 @@ impl Roster {
             return false;
         }
         self.fresh.store(true, Ordering::SeqCst);
-        !self.looking.load(Ordering::SeqCst) && !self.looking.swap(true, Ordering::SeqCst)
+        let must = !self.looking.load(Ordering::SeqCst) && !self.looking.swap(true, Ordering::SeqCst);
+        if must {
+            self.note_look();
+        }
+        must
     }
 
     /// Whether there was a request since this was last asked.
@@ -200,10 +215,26 @@ impl Roster {
         self.fresh.swap(false, Ordering::SeqCst)
     }
 
-    /// Nobody looks any more; `false` if a request came meanwhile whose worker saw that somebody does.
-    pub(crate) fn stop_looking(&self) -> bool {
+    /// Nobody looks any more; `false` if a request came meanwhile whose worker saw that somebody does, or if one of the `running` workers
+    /// does not wait: its handler may sleep yet.
+    pub(crate) fn stop_looking(&self, running: usize) -> bool {
         self.looking.store(false, Ordering::SeqCst);
-        !self.fresh.load(Ordering::SeqCst) || self.looking.swap(true, Ordering::SeqCst)
+        let is_quiet = !self.fresh.load(Ordering::SeqCst) && self.waiting.load(Ordering::SeqCst) >= running;
+        is_quiet || self.looking.swap(true, Ordering::SeqCst)
+    }
+
+    /// Somebody looks now.
+    pub(crate) fn note_look(&self) {
+        self.looked.store(self.elapsed(), Ordering::Relaxed);
+    }
+
+    /// Whether somebody has looked just now. The runtime's threads may all be busy, and then nobody does.
+    pub(crate) fn is_looked_after(&self) -> bool {
+        self.elapsed().saturating_sub(self.looked.load(Ordering::Relaxed)) <= LATE_LOOK_MILLIS
+    }
+
+    fn elapsed(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// A request came.

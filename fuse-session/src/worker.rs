@@ -82,6 +82,7 @@ impl<FS: Shareable> Worker<FS> {
     async fn look_out(self) {
         let mut quiet = 0;
         let mut needed = Instant::now();
+        let mut pause_until = needed;
         let mut ticks = tokio::time::interval(roster::LOOK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -89,6 +90,7 @@ impl<FS: Shareable> Worker<FS> {
             if !self.lifetime.is_alive() {
                 return;
             }
+            self.roster.note_look();
             quiet = if self.roster.take_fresh() { 0 } else { quiet + 1 };
             // In the same handler before and after the look: between two requests a worker sleeps as well.
             let sleeping = |&number: &usize| {
@@ -99,35 +101,41 @@ impl<FS: Shareable> Worker<FS> {
             if asleep > 0 {
                 (needed, quiet) = (Instant::now(), 0);
                 self.roster.dismiss_some(0);
-                if running.saturating_sub(asleep) < self.roster.base() {
-                    self.reinforce();
+                let is_needed = running.saturating_sub(asleep) < self.roster.base();
+                if is_needed && needed >= pause_until && !self.reinforce() {
+                    pause_until = needed + roster::FAILED_START_PAUSE;
                 }
             } else if running > self.roster.base() && needed.elapsed() >= roster::AWAKE_PATIENCE {
                 self.roster.dismiss_some(running - self.roster.base());
             }
-            if quiet >= roster::QUIET_LOOKS && self.roster.stop_looking() {
+            if quiet >= roster::QUIET_LOOKS && self.roster.stop_looking(running) {
                 return;
             }
         }
     }
 
-    /// Starts another worker.
-    fn reinforce(&self) {
-        let Some(index) = self.roster.enlist() else { return };
+    /// Starts another worker, if there may be one; `false` if it cannot be started.
+    fn reinforce(&self) -> bool {
+        let Some(index) = self.roster.enlist() else { return true };
         if !self.lifetime.join() {
-            return self.roster.dismiss(index);
+            self.roster.dismiss(index);
+            return true;
         }
-        let other = self.fellow(index);
-        if let Err(error) = other.start() {
+        if let Err(error) = self.fellow(index).start() {
             tracing::warn!(%error, "cannot start another worker");
-            self.lifetime.miss();
-            return self.roster.dismiss(index);
+            self.roster.dismiss(index);
+            // All others may have left meanwhile.
+            if self.lifetime.miss().is_some_and(|end| end != End::Left) {
+                self.destroy();
+            }
+            return false;
         }
         if self.roster.must_watch() {
             let (roster, lifetime) = (Arc::clone(&self.roster), Arc::clone(&self.lifetime));
             let watch = roster::send_home(roster, lifetime, Arc::clone(&self.channel));
             self.runtime.spawn(watch);
         }
+        true
     }
 
     /// Serves until the session ends, or until the worker is not needed any more; the first worker to leave gives up what is pending, the last tells the file
@@ -187,15 +195,16 @@ impl<FS: Shareable> Worker<FS> {
                 Received::Message(len) => {
                     failures = 0;
                     self.roster.note_request();
-                    if others == 0 && self.roster.is_below_base() {
-                        self.reinforce();
-                    }
                     if self.roster.must_look() {
                         self.runtime.spawn(self.fellow(self.index).look_out());
+                    }
+                    if others == 0 && (self.roster.is_below_base() || !self.roster.is_looked_after()) {
+                        self.reinforce();
                     }
                     // Handlers' panics are caught where they are polled; this is for their destructors.
                     if catch_unwind(AssertUnwindSafe(|| self.serve(&buffer[..len]))).is_err() {
                         tracing::error!("panic while a request was served");
+                        self.pending.slot(self.index).end();
                     }
                     if self.leave_if_idle() {
                         return None;

@@ -24,6 +24,9 @@ use crate::options::Options;
 use crate::store::Store;
 use crate::sys;
 
+/// Pause after a call that failed for no reason that is known to pass.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Messages that are read before signals are looked at again.
 const TURN: usize = 256;
 
@@ -211,7 +214,7 @@ impl Supervisor {
                 "cannot wait for events",
                 &[("error", error.to_string().as_str().into())],
             );
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(PAUSE);
         }
     }
 

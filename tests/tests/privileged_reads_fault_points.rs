@@ -73,7 +73,7 @@ const MOUNTING_EROFS: [&str; 5] = [
     "native-marked",
     "native-created",
 ];
-const MOUNTING_FUSE: [&str; 2] = ["session-mounted", "session-kept"];
+const MOUNTING_FUSE: [&str; 3] = ["session-mounted", "session-half-kept", "session-kept"];
 
 /// When a layer is complete.
 const COMPLETE_EROFS: [&str; 3] = ["native-whole", "native-unmarked", "native-voided"];

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use fuse_session::{MountConfig, Session};
 use rustix::fs::{Advice, fadvise};
 
+#[path = "bare.rs"]
+mod bare;
 #[path = "../../tests/privileged/memory.rs"]
 #[expect(dead_code, reason = "shared with the tests, which use all of it")]
 mod memory;
@@ -28,9 +30,11 @@ pub(crate) struct Round {
     pub(crate) ours: f64,
     /// Through fuse3's.
     pub(crate) theirs: f64,
+    /// Through a loop that reads a request and writes the same page as its answer: what the kernel leaves to be won.
+    pub(crate) bare: f64,
 }
 
-/// Holds the contest; ours has its default number of workers if none is named. Reads that are direct bring nothing into the page
+/// Holds the contest, the three in turn; ours has its default number of workers if none is named. Reads that are direct bring nothing into the page
 /// cache: what the kernel takes for a new page is then no part of what is compared.
 pub(crate) fn hold(
     length: Duration,
@@ -46,10 +50,12 @@ pub(crate) fn hold(
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let (ours, theirs) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let (ours, theirs, bare) = (tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?);
     let mut config = MountConfig::new(runtime.handle().clone());
     config.workers = workers.unwrap_or(config.workers);
     let session = Session::mount(fs.clone(), ours.path(), config)?;
+    let config = MountConfig::new(runtime.handle().clone());
+    let _bare = bare::Mounted::serve(Session::mount(fs.clone(), bare.path(), config)?)?;
     let mut options = fuse3::MountOptions::default();
     options.allow_other(true).default_permissions(true).read_only(true);
     let oracle = runtime.block_on(fuse3::raw::Session::new(options).mount(fs, theirs.path()))?;
@@ -57,7 +63,8 @@ pub(crate) fn hold(
         .map(|_| {
             let theirs = round_of(theirs.path(), length, reads_are_direct)?;
             let ours = round_of(ours.path(), length, reads_are_direct)?;
-            Ok(Round { ours, theirs })
+            let bare = round_of(bare.path(), length, reads_are_direct)?;
+            Ok(Round { ours, theirs, bare })
         })
         .collect();
     runtime.block_on(oracle.unmount())?;

@@ -22,9 +22,9 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
         .into_iter()
         .enumerate()
     {
-        let contest::Round { ours, theirs } = round;
+        let contest::Round { ours, theirs, bare } = round;
         println!(
-            "round {}: fuse3 {theirs:.0}/s, fuse-session {ours:.0}/s, ratio {:.2}",
+            "round {}: fuse3 {theirs:.0}/s, fuse-session {ours:.0}/s, bare loop {bare:.0}/s, ratio {:.2}",
             number + 1,
             ours / theirs
         );

@@ -44,10 +44,14 @@ fn privileged_sixty_four_threads_read_right_bytes() {
 }
 
 #[test]
-fn privileged_workers_come_with_requests_and_leave_when_it_is_quiet() {
-    let mounted = Mounted::with(one_file(), |config| config.worker_patience = Duration::from_millis(100));
+fn privileged_workers_come_where_handlers_sleep_and_leave_when_it_is_quiet() {
+    let mut tree = Tree::default();
+    let content = Content::Blocking(Duration::from_millis(30), pattern(100_000));
+    tree.add(1, "file", Kind::File(content), 0o644);
+    let mounted = Mounted::with(tree.build(), |config| {
+        config.worker_patience = Duration::from_millis(100)
+    });
     let read = || {
-        // Looked up and opened anew: the kernel must ask.
         let file = File::open(mounted.path("file")).unwrap();
         let mut buffer = [0; 4096];
         file.read_exact_at(&mut buffer, 8192).unwrap();
@@ -63,6 +67,33 @@ fn privileged_workers_come_with_requests_and_leave_when_it_is_quiet() {
         assert!(mounted.session().is_alive());
         read();
     }
+}
+
+#[test]
+fn privileged_a_handler_that_blocks_its_thread_does_not_keep_others_waiting() {
+    let mut tree = Tree::default();
+    for name in ["one", "two", "three"] {
+        let content = Content::Blocking(Duration::from_secs(4), pattern(4096));
+        tree.add(1, name, Kind::File(content), 0o644);
+    }
+    tree.file(1, "file", pattern(100_000));
+    let mounted = Mounted::new(tree.build());
+    std::thread::scope(|scope| {
+        let blocked = ["one", "two", "three"].map(|name| {
+            let path = mounted.path(name);
+            scope.spawn(move || std::fs::read(path).unwrap())
+        });
+        // All three have their handlers, and the fourth worker has the rest.
+        eventually("four workers", || mounted.session().workers() == 4);
+        assert!(std::fs::read(mounted.path("file")).unwrap() == pattern(100_000));
+        assert!(
+            blocked.iter().all(|reader| !reader.is_finished()),
+            "it waited for the others"
+        );
+        for reader in blocked {
+            assert!(reader.join().unwrap() == pattern(4096));
+        }
+    });
 }
 
 #[test]

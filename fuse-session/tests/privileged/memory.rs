@@ -25,6 +25,8 @@ pub(crate) enum Content {
     Slow(Duration, Bytes),
     /// Answers after a while; its reads go past the page cache, so that signals interrupt them.
     SlowDirect(Duration, Bytes),
+    /// Each read comes from here, and its handler sleeps on its thread before it answers.
+    Blocking(Duration, Bytes),
     /// A block over and over, up to a length.
     Repeated(Bytes, u64),
     /// Answers once there is a file of this name on the host.
@@ -139,9 +141,13 @@ impl MemoryFs {
         let node = self.node(ino)?;
         let (kind, size) = match &node.kind {
             Kind::Directory(_) => (FileType::Directory, 4096),
-            Kind::File(Content::Bytes(b) | Content::Slow(_, b) | Content::SlowDirect(_, b) | Content::When(_, b)) => {
-                (FileType::RegularFile, b.len() as u64)
-            }
+            Kind::File(
+                Content::Bytes(b)
+                | Content::Slow(_, b)
+                | Content::SlowDirect(_, b)
+                | Content::Blocking(_, b)
+                | Content::When(_, b),
+            ) => (FileType::RegularFile, b.len() as u64),
             Kind::File(Content::Repeated(_, len)) => (FileType::RegularFile, *len),
             Kind::File(_) => (FileType::RegularFile, 4096),
             Kind::Symlink(target) => (FileType::Symlink, target.len() as u64),
@@ -241,7 +247,9 @@ impl Filesystem for MemoryFs {
 
     async fn open(&self, _req: Request, inode: u64, _flags: u32) -> Result<ReplyOpen> {
         let flags = match &self.node(inode)?.kind {
-            Kind::File(Content::Never | Content::SlowDirect(..) | Content::TooMuch(_)) => DIRECT_IO,
+            Kind::File(Content::Never | Content::SlowDirect(..) | Content::Blocking(..) | Content::TooMuch(_)) => {
+                DIRECT_IO
+            }
             _ => KEEP_CACHE,
         };
         Ok(ReplyOpen { fh: 0, flags })
@@ -259,6 +267,10 @@ impl Filesystem for MemoryFs {
             Content::Bytes(bytes) => part(bytes),
             Content::Slow(wait, bytes) | Content::SlowDirect(wait, bytes) => {
                 tokio::time::sleep(*wait).await;
+                part(bytes)
+            }
+            Content::Blocking(wait, bytes) => {
+                std::thread::sleep(*wait);
                 part(bytes)
             }
             Content::When(name, bytes) => {

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use super::Supervisor;
+use super::{PAUSE, Supervisor};
 use crate::inbox::Incoming;
 use crate::log::Value;
 use crate::protocol::{MESSAGE_LIMIT, Message, UNNAMED};
@@ -31,6 +31,8 @@ impl Supervisor {
                         "a message cannot be received",
                         &[("error", error.to_string().as_str().into())],
                     );
+                    // What stays is not looked at in a circle.
+                    std::thread::sleep(PAUSE);
                     return;
                 }
             }
@@ -71,13 +73,13 @@ impl Supervisor {
             // Closing what came with it is the answer, and everything before it is done.
             return;
         }
+        // One or the other, as with systemd.
         if message.remove {
             match message.name {
                 Some(name) => drop(self.store.remove(name)),
                 None => self.refuse("descriptors without a usable name cannot be removed", UNNAMED),
             }
-        }
-        if message.store {
+        } else if message.store {
             let name = message.name.unwrap_or(UNNAMED);
             if lost {
                 self.lose(name);

@@ -68,9 +68,11 @@ pub const EROFS: [&str; 18] = [
 ];
 
 /// On the way of a layer that is mounted by FUSE.
-pub const FUSE: [&str; 6] = [
+pub const FUSE: [&str; 7] = [
     // The layer is mounted and the session is not kept.
     "session-mounted",
+    // The store has how files are opened in it, and not the session.
+    "session-half-kept",
     // It is kept and nobody was told.
     "session-kept",
     // A request was read and nothing done about it.

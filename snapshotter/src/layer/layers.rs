@@ -18,7 +18,7 @@ pub mod warming;
 mod ways;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -113,6 +113,17 @@ struct Slot {
     warms: AtomicUsize,
 }
 
+/// The directory as the mount table has it: without links.
+fn real(root: &Path) -> PathBuf {
+    let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    match (root.canonicalize(), root.parent(), root.file_name()) {
+        (Ok(real), ..) => real,
+        // It is made soon.
+        (Err(_), Some(parent), Some(name)) => real(parent).join(name),
+        (Err(_), ..) => root,
+    }
+}
+
 impl Layers {
     /// Layers under `config.root`, fetched and served on `runtime`. Whether there is FUSE, the daemon has found out before.
     /// `descriptors` has what an earlier process left.
@@ -122,7 +133,7 @@ impl Layers {
         descriptors: Descriptors,
         runtime: Handle,
     ) -> Result<Self, LayersError> {
-        let root = std::path::absolute(&config.root).unwrap_or_else(|_| config.root.clone());
+        let root = real(&config.root);
         let limits = Limits {
             quota: config.cache.quota,
             min_free: config.cache.min_free,
@@ -175,6 +186,7 @@ impl Layers {
             loop {
                 ticks.tick().await;
                 shared.checkpoint_all().await;
+                shared.drop_former().await;
                 let tidying = shared.clone();
                 // A panic there has been reported, and concerns no reader.
                 let _ = tokio::task::spawn_blocking(move || {
@@ -237,6 +249,22 @@ impl Shared {
         stream::iter(live)
             .for_each_concurrent(PARALLEL, |fetch| async move { fetch.checkpoint().await })
             .await;
+    }
+
+    /// Gives back what was kept of mounts that nobody uses any more since another took their place.
+    async fn drop_former(&self) {
+        for (_, slot) in self.all_slots() {
+            let ended = match slot.mounted.try_lock() {
+                Ok(mut mounted) => mounted.as_mut().map(Mounted::ended_former).unwrap_or_default(),
+                // Next time.
+                Err(_) => continue,
+            };
+            if !ended.is_empty() {
+                let unmount = move || ended.into_iter().for_each(|mount| drop(mount.unmount()));
+                // A panic there has been reported.
+                let _ = tokio::task::spawn_blocking(unmount).await;
+            }
+        }
     }
 
     fn all_slots(&self) -> Vec<(Digest, Arc<Slot>)> {

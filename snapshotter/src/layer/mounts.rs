@@ -10,6 +10,7 @@ mod direct;
 pub mod fuse;
 pub mod kept;
 pub mod native;
+mod pages;
 mod refused;
 pub mod ways;
 

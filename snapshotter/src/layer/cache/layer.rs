@@ -111,8 +111,8 @@ pub struct OpenLayer {
     write_failed: AtomicBool,
     /// Whether the kernel reads `data` by itself: see [`OpenLayer::leave_to_kernel`].
     pub(super) read_by_kernel: AtomicBool,
-    /// Whether that was so before this process: of what is in use since then nobody here knows.
-    read_before: bool,
+    /// Whether nobody can tell when the kernel has done with it before the next boot: an earlier process mounted it, or files were passed on to it.
+    read_for_good: AtomicBool,
     /// Whether the allocated blocks changed since they were counted.
     pub(super) grown: AtomicBool,
     /// When it was read last, in seconds of the shelf's clock.
@@ -172,7 +172,7 @@ impl OpenLayer {
             checkpointed: AtomicU64::new(0),
             write_failed: AtomicBool::new(false),
             read_by_kernel: AtomicBool::new(read_by_kernel),
-            read_before: read_by_kernel,
+            read_for_good: AtomicBool::new(read_by_kernel),
             grown: AtomicBool::new(true),
             last_use: AtomicI64::new(shelf.now()),
             activity: AtomicU8::new(ACTIVE),
@@ -210,12 +210,19 @@ impl OpenLayer {
         Ok(())
     }
 
+    /// As [`Self::leave_to_kernel`]; nothing takes it back before the next boot.
+    pub(super) fn leave_for_good(&self) -> io::Result<()> {
+        // Before: who takes it back meanwhile sees it, or is overtaken.
+        self.read_for_good.store(true, Ordering::SeqCst);
+        self.leave_to_kernel()
+    }
+
     /// The kernel has nothing of what this process mounted of the layer any more. What another mounted may be in use until the next boot.
     pub fn take_back(&self) {
-        if self.read_before {
+        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        if self.read_for_good.load(Ordering::SeqCst) {
             return;
         }
-        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
         match kernel::clear(&self.data) {
             Ok(()) => self.read_by_kernel.store(false, Ordering::SeqCst),
             Err(error) => {

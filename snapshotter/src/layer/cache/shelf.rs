@@ -55,6 +55,8 @@ pub(super) struct Shelf {
     pub(super) making_room: Mutex<Option<(Instant, u64)>>,
     /// `data` of layers that the kernel reads by itself since before this process: opened anew it would raise events.
     kept: Mutex<HashMap<Digest, File>>,
+    /// Held while a layer is promised that all of it may stay.
+    promising: Mutex<()>,
     /// Layers that cannot be opened.
     unusable: Mutex<HashSet<Digest>>,
     /// Held while a layer's directory is opened; layers share them.
@@ -137,6 +139,7 @@ impl Shelf {
             short: AtomicBool::new(false),
             making_room: Mutex::default(),
             kept: Mutex::default(),
+            promising: Mutex::default(),
             unusable: Mutex::default(),
             opening: std::iter::repeat_with(Mutex::default).take(OPENING_LOCKS).collect(),
             began: Instant::now(),
@@ -183,6 +186,11 @@ impl Shelf {
     pub(super) fn forget_data(&self, layer: &Digest) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.remove(layer);
+    }
+
+    /// Held while a layer is looked at and promised that all of it may stay.
+    pub(super) fn promising(&self) -> MutexGuard<'_, ()> {
+        self.promising.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether all of `layer`, which has `whole` bytes, fits into the quota with all that cannot go, and onto the disk.

@@ -125,8 +125,8 @@ pub enum Inherited {
     ReadByKernel(File),
 }
 
-/// All layers of one cache root.
-#[derive(Debug)]
+/// All layers of one cache root; clones are the same.
+#[derive(Debug, Clone)]
 pub struct LayerStore {
     pub(super) shelf: Arc<Shelf>,
 }
@@ -199,6 +199,17 @@ impl LayerStore {
     /// Whether all of a layer can be here, without giving any of it up: that is asked of one that the kernel reads by itself.
     pub fn fits(&self, layer: &OpenLayer) -> bool {
         self.shelf.fits(&layer.toc_digest(), layer.whole_bytes())
+    }
+
+    /// Leaves a layer to the kernel until the next boot, if all of it can be here with all others that cannot go: those that were promised at the
+    /// same time too.
+    pub fn leave_for_good(&self, layer: &OpenLayer) -> io::Result<bool> {
+        let _one = self.shelf.promising();
+        let fits = self.fits(layer);
+        if fits {
+            layer.leave_for_good()?;
+        }
+        Ok(fits)
     }
 
     /// Directory of a layer, there or not.

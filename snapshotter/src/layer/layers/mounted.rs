@@ -32,6 +32,11 @@ impl Mounted {
         self.mount.kind().name()
     }
 
+    /// Takes what was mounted before and is used by nobody any more.
+    pub(super) fn ended_former(&mut self) -> Vec<Box<dyn LayerMounted>> {
+        self.former.extract_if(.., |former| !former.is_alive()).collect()
+    }
+
     /// How those have it mounted who came before that.
     pub(super) fn former_kind(&self) -> Option<&'static str> {
         self.former.last().map(|former| former.kind().name())
@@ -49,7 +54,9 @@ impl Slot {
                 .flat_map(|mounted| mounted.former.iter().chain([&mounted.mount]));
             mounts.map(|mount| mount.forget()).collect()
         };
-        forget.into_iter().try_for_each(|forget| forget(chunk))
+        // All of them, and then the first that could not.
+        let told: Vec<_> = forget.into_iter().map(|forget| forget(chunk)).collect();
+        told.into_iter().collect()
     }
 }
 

@@ -37,10 +37,12 @@ pub(super) fn of(
     if decision.reach == Reach::Nothing && !descriptors.has_native() {
         return Ok(Ways::new(fuse, None, decision, descriptors, runtime.clone()));
     }
+    let has_left = descriptors.has_native();
     let native = native(config, metrics, &descriptors, runtime);
     match native {
         Ok(native) => Ok(Ways::new(fuse, Some(native), decision, descriptors, runtime.clone())),
-        Err(error) if config.layers.mount == MountChoice::Erofs => Err(error),
+        // What an earlier process left is kept, and tried again by the next start.
+        Err(error) if config.layers.mount == MountChoice::Erofs || has_left => Err(error),
         Err(error) => {
             tracing::error!(
                 error = &*error as &dyn std::error::Error,

@@ -15,7 +15,7 @@ use fuse_session::{MountConfig, Session};
 use tokio::runtime::Handle;
 
 use super::direct::DirectFiles;
-use super::kept::{Descriptors, KeptLayer, KeptSession};
+use super::kept::{Descriptors, KeptLayer, KeptSession, SessionKey};
 use super::{Ended, Forget, Kind, LayerMounted, Way};
 use crate::config::FuseConfig;
 use crate::layer::Cause;
@@ -110,26 +110,28 @@ impl FuseWay {
         }
     }
 
-    fn served(&self, session: Session, kept: Vec<String>) -> Box<dyn LayerMounted> {
+    fn served(&self, session: Session, kept: Vec<String>, direct: Option<Direct>) -> Box<dyn LayerMounted> {
         Box::new(FuseMounted {
             target: session.target().to_owned(),
             session,
             kept,
             descriptors: self.descriptors.clone(),
             helpers: self.helpers.clone(),
+            direct,
         })
     }
 
     /// Keeps what the next process needs of a session; what it is called in the store.
     fn keep(&self, toc: &Digest, session: &Session, direct: Option<&Direct>) -> io::Result<Vec<String>> {
-        let number = session.device();
+        let (key, number) = (SessionKey::of_new(), session.device());
         let mut kept = Vec::new();
         if let Some(direct) = direct.filter(|_| self.descriptors.has_store()) {
-            kept.push(self.descriptors.keep_modes(toc, number, direct.modes.as_fd())?);
+            kept.push(self.descriptors.keep_modes(toc, key, direct.modes.as_fd())?);
+            fault::point("session-half-kept");
         }
         let device = self
             .descriptors
-            .keep_session(toc, session.as_fd(), number, session.negotiated());
+            .keep_session(toc, key, session.as_fd(), (number, session.negotiated()));
         match device {
             Ok(name) => kept.extend(name),
             Err(error) => {
@@ -152,14 +154,13 @@ impl FuseWay {
         let target = fetch.layer().mount_point();
         let names: Vec<_> = modes
             .as_ref()
-            .map(|_| Descriptors::modes_name(&toc, kept.number))
+            .map(|_| Descriptors::modes_name(&toc, kept.key))
             .into_iter()
             .chain([kept.name])
             .collect();
         let mut config = self.mount_config(&toc);
-        config.passthrough = modes
-            .and_then(|modes| self.passthrough(fetch, store, Some(modes)))
-            .map(|direct| direct.passthrough());
+        let direct = modes.and_then(|modes| self.passthrough(fetch, store, Some(modes)));
+        config.passthrough = direct.as_ref().map(Direct::passthrough);
         let session = Session::resume(
             self.filesystem(fetch),
             kept.device,
@@ -169,7 +170,7 @@ impl FuseWay {
             config,
         );
         match session {
-            Ok(session) => Ok(self.served(session, names)),
+            Ok(session) => Ok(self.served(session, names, direct)),
             Err(error) => {
                 // It was over already, or is now: nobody waits for it.
                 names.iter().for_each(|name| self.descriptors.forget(name));
@@ -180,6 +181,7 @@ impl FuseWay {
 }
 
 /// Files that the kernel reads by itself, and how each file was opened.
+#[derive(Clone)]
 struct Direct {
     files: Arc<DirectFiles>,
     modes: Arc<OpenModes>,
@@ -208,7 +210,7 @@ impl Way for FuseWay {
             Vec::new()
         });
         fault::point("session-kept");
-        Ok(self.served(session, kept))
+        Ok(self.served(session, kept, direct))
     }
 
     fn resume(
@@ -219,7 +221,7 @@ impl Way for FuseWay {
     ) -> Vec<Result<Box<dyn LayerMounted>, Cause>> {
         let sessions = std::mem::take(&mut kept.sessions);
         let resume = |session: KeptSession| {
-            let modes = kept.take_modes(session.number);
+            let modes = kept.take_modes(session.key);
             self.resume_one(fetch, store, session, modes)
         };
         sessions.into_iter().map(resume).collect()
@@ -233,6 +235,7 @@ struct FuseMounted {
     kept: Vec<String>,
     descriptors: Descriptors,
     helpers: Arc<Helpers>,
+    direct: Option<Direct>,
 }
 
 impl LayerMounted for FuseMounted {
@@ -254,12 +257,16 @@ impl LayerMounted for FuseMounted {
 
     fn forget(&self) -> Forget {
         let (notifier, helpers) = (self.session.notifier(), self.helpers.clone());
+        let direct = self.direct.clone();
         let afterwards = if self.kept.is_empty() {
             Afterwards::Over
         } else {
             Afterwards::Resumed
         };
         Box::new(move |chunk| {
+            if let Some(direct) = direct.filter(|direct| direct.modes.is_direct(chunk.ino)) {
+                return direct.files.forget(chunk);
+            }
             let range = chunk.file_offset..chunk.file_offset.saturating_add(u64::from(chunk.size));
             let forgotten = helpers.forget_pages(&notifier, chunk.ino, range, afterwards);
             forgotten.map_err(|error| io::Error::other(hullspeed_daemon::error::chain(&error)))
@@ -273,6 +280,7 @@ impl LayerMounted for FuseMounted {
             descriptors,
             target: _,
             helpers: _,
+            direct: _,
         } = *self;
         if !session.is_alive() {
             // Its number may be another mount's by now.

@@ -53,6 +53,31 @@ pub struct KeptSession {
     pub negotiated: Negotiated,
     /// Its name in the store.
     pub name: String,
+    /// What tells it from all others that there were.
+    pub key: SessionKey,
+}
+
+/// Tells a session from all others of its layer since the machine was booted: connections' numbers come again, and what is said of a name must not be of another
+/// session's descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionKey(u64);
+
+impl SessionKey {
+    fn modes_name(self, layer: &str) -> String {
+        format!("{MODES}-{layer}-{:x}", self.0)
+    }
+
+    /// Of a session that is new.
+    pub fn of_new() -> Self {
+        // No two sessions of one layer are made in the same nanosecond: mounting one takes longer.
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Self(
+            now.tv_sec
+                .cast_unsigned()
+                .wrapping_mul(1_000_000_000)
+                .wrapping_add(now.tv_nsec.cast_unsigned()),
+        )
+    }
 }
 
 /// What is kept of a layer.
@@ -62,8 +87,8 @@ pub struct KeptLayer {
     pub group: Option<Group>,
     /// Of a native mount.
     pub data: Option<File>,
-    /// How each file was opened, by the device of the session.
-    modes: Vec<(u32, OwnedFd)>,
+    /// How each file was opened, by the key of the session.
+    modes: Vec<(SessionKey, OwnedFd)>,
     /// Device and inode of that, once it has been taken.
     pub data_identity: Option<(u64, u64)>,
     /// Of mounts by FUSE; of several, where another one has taken the place of the first.
@@ -91,8 +116,8 @@ struct Kept {
 
 impl KeptLayer {
     /// How files were opened in the session of this device.
-    pub fn take_modes(&mut self, number: DeviceNumber) -> Option<OwnedFd> {
-        let found = self.modes.iter().position(|(minor, _)| *minor == number.minor)?;
+    pub fn take_modes(&mut self, session: SessionKey) -> Option<OwnedFd> {
+        let found = self.modes.iter().position(|(key, _)| *key == session)?;
         Some(self.modes.swap_remove(found).1)
     }
 }
@@ -117,7 +142,21 @@ impl Descriptors {
                 descriptors.forget(&name);
             }
         }
+        descriptors.forget_modes_alone();
         descriptors
+    }
+
+    /// A predecessor may have been killed between the two messages that keep a session, or the two that give it back.
+    fn forget_modes_alone(&self) {
+        let mut alone = Vec::new();
+        for (layer, kept) in &mut self.lock().layers {
+            let sessions = &kept.sessions;
+            let left = kept
+                .modes
+                .extract_if(.., |(key, _)| sessions.iter().all(|session| session.key != *key));
+            alone.extend(left.map(|(key, _)| key.modes_name(layer)));
+        }
+        alone.iter().for_each(|name| self.forget(name));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
@@ -162,13 +201,15 @@ impl Descriptors {
             }
             (DATA, None) if !is_writable(&descriptor) => false,
             (DATA, None) => layer.data.replace(File::from(descriptor)).is_none(),
-            (MODES, Some(minor)) => {
-                let Ok(minor) = minor.parse() else { return false };
-                layer.modes.push((minor, descriptor));
+            (MODES, Some(key)) => {
+                let Ok(key) = u64::from_str_radix(key, 16) else {
+                    return false;
+                };
+                layer.modes.push((SessionKey(key), descriptor));
                 true
             }
             (FUSE, Some(state)) => {
-                let Some((number, negotiated)) = session_state(state) else {
+                let Some((key, number, negotiated)) = session_state(state) else {
                     return false;
                 };
                 let session = KeptSession {
@@ -176,6 +217,7 @@ impl Descriptors {
                     number,
                     negotiated,
                     name: name.to_owned(),
+                    key,
                 };
                 layer.sessions.push(session);
                 true
@@ -219,12 +261,14 @@ impl Descriptors {
                 tracing::error!(toc = %layer, "a layer's group was kept without its data; what is read of it is an error");
                 LayerInherited::Unusable
             }
-            (None, Some(_)) => {
-                useless = true;
-                LayerInherited::Nothing
+            (None, data) => {
+                useless = data.is_some();
+                if kept.sessions.is_empty() {
+                    LayerInherited::Nothing
+                } else {
+                    LayerInherited::Mount
+                }
             }
-            (None, None) if kept.sessions.is_empty() => LayerInherited::Nothing,
-            (None, None) => LayerInherited::Mount,
         });
         if useless {
             let [_, data] = native_names(layer);
@@ -243,10 +287,16 @@ impl Descriptors {
     pub fn take_native(&self, layers: impl IntoIterator<Item = Digest>) -> Vec<(Digest, KeptLayer)> {
         let known: HashMap<String, Digest> = layers.into_iter().map(|layer| (short(&layer), layer)).collect();
         let mut kept = self.lock();
-        let native = kept.layers.extract_if(|_, kept| kept.group.is_some());
-        let named = native.map(|(name, kept)| {
-            let layer = known.get(&name).copied();
-            (layer.unwrap_or_else(|| Digest::of(name.as_bytes())), kept)
+        let named = kept.layers.iter_mut().filter_map(|(name, kept)| {
+            // Sessions of the layer stay for those who look for them.
+            let native = KeptLayer {
+                group: Some(kept.group.take()?),
+                data: kept.data.take(),
+                data_identity: kept.data_identity,
+                ..KeptLayer::default()
+            };
+            let layer = known.get(name).copied();
+            Some((layer.unwrap_or_else(|| Digest::of(name.as_bytes())), native))
         });
         named.collect()
     }
@@ -256,9 +306,9 @@ impl Descriptors {
         let rest = std::mem::take(&mut self.lock().layers);
         let mut sessions = Vec::new();
         for (layer, kept) in rest {
-            kept.modes
-                .iter()
-                .for_each(|(minor, _)| self.forget(&format!("{MODES}-{layer}-{minor}")));
+            let modes = kept.modes.iter().map(|(key, _)| key.modes_name(&layer));
+            let data = kept.data.is_some().then(|| format!("{DATA}-{layer}"));
+            modes.chain(data).for_each(|name| self.forget(&name));
             sessions.extend(kept.sessions);
         }
         sessions
@@ -309,14 +359,15 @@ impl Descriptors {
     pub fn keep_session(
         &self,
         layer: &Digest,
+        key: SessionKey,
         device: BorrowedFd<'_>,
-        number: DeviceNumber,
-        negotiated: &Negotiated,
+        (number, negotiated): (DeviceNumber, &Negotiated),
     ) -> io::Result<Option<String>> {
         if self.store.is_none() {
             return Ok(None);
         }
-        let mut state = number.to_bytes().to_vec();
+        let mut state = key.0.to_le_bytes().to_vec();
+        state.extend(number.to_bytes());
         state.extend(negotiated.to_bytes());
         let name = format!("{FUSE}-{}-{}", short(layer), URL_SAFE_NO_PAD.encode(state));
         self.keep(&name, device)?;
@@ -324,15 +375,15 @@ impl Descriptors {
     }
 
     /// Keeps how files are opened in a session; its name in the store.
-    pub fn keep_modes(&self, layer: &Digest, number: DeviceNumber, modes: BorrowedFd<'_>) -> io::Result<String> {
-        let name = Self::modes_name(layer, number);
+    pub fn keep_modes(&self, layer: &Digest, key: SessionKey, modes: BorrowedFd<'_>) -> io::Result<String> {
+        let name = Self::modes_name(layer, key);
         self.keep(&name, modes)?;
         Ok(name)
     }
 
     /// What the modes of a session are called in the store.
-    pub fn modes_name(layer: &Digest, number: DeviceNumber) -> String {
-        format!("{MODES}-{}-{}", short(layer), number.minor)
+    pub fn modes_name(layer: &Digest, session: SessionKey) -> String {
+        session.modes_name(&short(layer))
     }
 
     /// Gives a kept descriptor back. That it cannot be told costs room in the store, until something is kept under that name.
@@ -376,10 +427,16 @@ fn native_names(layer: &Digest) -> [String; 2] {
     [GROUP, DATA].map(|kind| format!("{kind}-{}", short(layer)))
 }
 
-fn session_state(text: &str) -> Option<(DeviceNumber, Negotiated)> {
+fn session_state(text: &str) -> Option<(SessionKey, DeviceNumber, Negotiated)> {
     let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
-    let (number, negotiated) = bytes.split_at_checked(DeviceNumber::STORED_BYTES)?;
-    Some((DeviceNumber::from_bytes(number)?, Negotiated::from_bytes(negotiated)?))
+    let (key, rest) = bytes.split_first_chunk()?;
+    let (number, negotiated) = rest.split_at_checked(DeviceNumber::STORED_BYTES)?;
+    let key = SessionKey(u64::from_le_bytes(*key));
+    Some((
+        key,
+        DeviceNumber::from_bytes(number)?,
+        Negotiated::from_bytes(negotiated)?,
+    ))
 }
 
 #[cfg(test)]
@@ -442,10 +499,14 @@ mod tests {
         // Form 1 of a stored handshake, and in it the kernel's answer of 64 bytes, which begins with the protocol's number.
         let mut negotiated = [0; 80];
         (negotiated[0], negotiated[16]) = (1, 7);
-        let state = [&number.to_bytes()[..], &negotiated].concat();
+        let state = [&[9; 8][..], &number.to_bytes(), &negotiated].concat();
         let name = format!("fuse-{short}-{}", URL_SAFE_NO_PAD.encode(state));
         assert!(descriptors.take(&name, file()));
+        assert!(descriptors.take(&format!("modes-{short}-909090909090909"), file()));
         assert!(descriptors.take(&format!("modes-{short}-71"), file()));
+        // What no session belongs to is of no use.
+        descriptors.forget_modes_alone();
+        assert_eq!(descriptors.lock().layers[&short].modes.len(), 1);
         let sessions = descriptors.take_nameless();
         assert!(sessions.len() == 1 && sessions[0].name == name && sessions[0].number == number);
         assert!(descriptors.take_nameless().is_empty() && descriptors.layers() == 0);
@@ -518,7 +579,7 @@ mod tests {
             &format!("fuse-{short}-AAAA"),
             &format!("fuse-{short}-!!"),
             &format!("modes-{short}"),
-            &format!("modes-{short}-x"),
+            &format!("modes-{short}-x-"),
             &format!("data-{}", &short[1..]),
         ] {
             assert!(!descriptors.take(name, file()), "{name}");

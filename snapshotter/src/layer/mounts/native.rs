@@ -6,11 +6,8 @@
 mod gone;
 mod serving;
 
-use std::ffi::OsStr;
 use std::io;
-use std::num::NonZeroU64;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,14 +15,14 @@ use std::time::Duration;
 use estargz::digest::Digest;
 use hullspeed_erofs::mount::{Detached, Mounter};
 use hullspeed_erofs::read_ahead::ReadAhead;
-use rustix::fs::{Advice, AtFlags, CWD, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags};
 use rustix::mount::UnmountFlags;
 use tokio::runtime::Handle;
 
 use self::gone::{Gone, Watches};
 use self::serving::{Serving, Servings};
 use super::kept::{Descriptors, KeptLayer};
-use super::{Ended, Forget, Kind, LayerMounted, Way};
+use super::{Ended, Forget, Kind, LayerMounted, Way, pages};
 use crate::layer::Cause;
 use crate::layer::cache::{LayerStore, detach_stale, kind_at, stack_at};
 use crate::layer::fault;
@@ -35,8 +32,6 @@ use crate::layer::native::service::Service;
 
 /// What the kernel calls such a mount.
 const EROFS: &str = "erofs";
-/// The largest page of any machine this runs on.
-const PAGE: u64 = 64 << 10;
 /// How long it is waited for the end of a file system that was unmounted.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -174,12 +169,21 @@ impl NativeWay {
         data: Option<(u64, u64)>,
     ) -> Result<Box<dyn LayerMounted>, Cause> {
         let target = fetch.layer().mount_point();
-        if data != Some(serving::identity(fetch.layer().content())?) {
-            self.servings.deny(fetch.layer().toc_digest(), group, data);
-            return Err("its data is another file by now".into());
-        }
-        bare(&target)?;
-        let (is_erofs, device) = (is_erofs(&target)?, device_of(&target)?);
+        let seen = || -> Result<(bool, (u32, u32)), Cause> {
+            if data != Some(serving::identity(fetch.layer().content())?) {
+                return Err("its data is another file by now".into());
+            }
+            bare(&target)?;
+            Ok((is_erofs(&target)?, device_of(&target)?))
+        };
+        let (is_erofs, device) = match seen() {
+            Ok(seen) => seen,
+            Err(error) => {
+                // Whoever has it in use is answered, at least.
+                self.servings.deny(fetch.layer().toc_digest(), group, data);
+                return Err(error);
+            }
+        };
         let serving = self.servings.resume(fetch, group)?;
         if !is_erofs {
             // Somebody may have it in use all the same; it is served as long as this process runs.
@@ -277,23 +281,9 @@ impl LayerMounted for NativeMounted {
         );
         Box::new(move |chunk| {
             let Some(fetch) = fetch else { return Ok(()) };
-            let path = fetch.layer().index().path_of(chunk.ino);
-            let path = target.join(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(&path)));
-            // It is a regular file by the index, and opening it reads nothing of it.
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty())?;
-            // Only pages that lie in the range as a whole are dropped.
-            let first = chunk.file_offset / PAGE * PAGE;
-            let end = chunk
-                .file_offset
-                .saturating_add(u64::from(chunk.size))
-                .next_multiple_of(PAGE);
-            Ok(rustix::fs::fadvise(
-                file,
-                first,
-                NonZeroU64::new(end - first),
-                Advice::DontNeed,
-            )?)
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let root = rustix::fs::open(&target, flags, rustix::fs::Mode::empty())?;
+            pages::forget(root, fetch.layer(), chunk)
         })
     }
 

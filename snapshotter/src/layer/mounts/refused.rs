@@ -44,9 +44,10 @@ pub(super) fn resume(
         number,
         negotiated,
         name,
+        key,
     } in std::mem::take(&mut kept.sessions)
     {
-        let modes = kept.take_modes(number).map(|_| Descriptors::modes_name(toc, number));
+        let modes = kept.take_modes(key).map(|_| Descriptors::modes_name(toc, key));
         let names: Vec<_> = modes.into_iter().chain([name]).collect();
         let config = MountConfig::new(runtime.clone());
         match Session::resume(Refusal, device, target, number, negotiated, config) {

@@ -186,6 +186,11 @@ async fn a_number_that_is_given_out_again_is_somebody_else() {
     assert_eq!(told, [("first", true), ("second", true), ("third", false)]);
 }
 
+fn commands(readers: &Readers) -> Vec<String> {
+    let reports = readers.report().into_iter();
+    reports.map(|report| report.reader.command).collect()
+}
+
 #[tokio::test]
 async fn a_crowd_of_processes_takes_bounded_memory_and_the_oldest_make_room() {
     let place = tempfile::tempdir().unwrap();
@@ -195,14 +200,13 @@ async fn a_crowd_of_processes_takes_bounded_memory_and_the_oldest_make_room() {
     for pid in 1..=count {
         process(proc, pid, 1, pid, &format!("c{pid}"), "");
         readers.note(pid, 1, Duration::from_secs(1));
-        let known = u64::try_from(pid).unwrap().min(MAX_READERS as u64);
-        reports(&readers, known).await;
+        // In the order in which they came.
+        while !commands(&readers).contains(&format!("c{pid}")) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
-    let known: Vec<_> = readers
-        .report()
-        .into_iter()
-        .map(|report| report.reader.command)
-        .collect();
+    let known = commands(&readers);
+    assert_eq!(known.len(), MAX_READERS);
     assert!(
         !known.contains(&"c10".to_owned()) && known.contains(&"c11".to_owned()),
         "{known:?}"
