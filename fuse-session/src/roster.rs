@@ -2,9 +2,9 @@
 //!
 //! Workers block in a read of the device. The kernel wakes the one that has waited longest, so more of them than can run at once
 //! only cost switches between threads: where there are requests without end, one that is still awake takes the next at no cost. So
-//! there are as many as half the cores (readers have the others), and more only while handlers sleep: every millisecond in which
+//! there are as many as half the cores (readers have the others), and more only while handlers sleep: every 25 ms in which
 //! there are requests it is looked whether a worker sleeps in a handler, and another one takes its place, up to the limit. A handler
-//! that blocks its thread keeps nobody else waiting for longer, and an interrupt is read as soon. When no handler has slept for a
+//! that blocks its thread keeps nobody else waiting for much longer, and an interrupt is read as soon. When no handler has slept for a
 //! while, those beyond half the cores leave; when the session has been quiet for a while, those beyond the first are sent home.
 //! Nothing ends a blocked read but a message, so there is one for each of them: the kernel is asked for nothing of a file, and who
 //! has read its answer leaves.
@@ -22,19 +22,22 @@ use crate::lifetime::Lifetime;
 const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How often it is looked whether a worker sleeps in a handler, while there are requests.
-pub(crate) const LOOK: Duration = Duration::from_millis(1);
+///
+/// Not oftener: the thread that looks runs on some processor and makes the kernel move those who read, and with a look every
+/// millisecond four readers had a fifth less.
+pub(crate) const LOOK: Duration = Duration::from_millis(25);
 
 /// How late a look may be, in milliseconds, before workers see themselves to it that somebody reads.
-const LATE_LOOK_MILLIS: u64 = 20;
+const LATE_LOOK_MILLIS: u64 = 100;
 
 /// How long no other worker is tried after one could not be started.
 pub(crate) const FAILED_START_PAUSE: Duration = Duration::from_secs(1);
 
 /// Looks without a request after which nobody looks any more.
-pub(crate) const QUIET_LOOKS: u32 = 100;
+pub(crate) const QUIET_LOOKS: u32 = 8;
 
 /// How long no handler has slept when workers that took the place of one leave.
-pub(crate) const AWAKE_PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const AWAKE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The workers of one session.
 #[derive(Debug)]

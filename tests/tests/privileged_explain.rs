@@ -168,7 +168,7 @@ async fn why_an_image_is_not_lazy_is_known_after_a_restart_too() {
 async fn a_registry_that_fails_is_named_with_the_cause() {
     let scenario = Scenario::fixture().await.unwrap();
     let mut node = scenario
-        .lazy_node(&format!("{NOTHING_AHEAD}read_deadline = \"2s\"\n"))
+        .lazy_node(&format!("{NOTHING_AHEAD}read_deadline = \"4s\"\n"))
         .await
         .unwrap();
     let config = node.snapshotter().unwrap().config();
