@@ -15,7 +15,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use estargz::digest::Digest;
@@ -145,10 +145,13 @@ impl Journal {
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         let found = (0..SLOTS).find(|&slot| !claimed[slot] && self.is_of(slot, layer))?;
         claimed[found] = true;
-        Some(Slot {
+        let slot = Slot {
             journal: self.clone(),
             index: found,
-        })
+            used: AtomicUsize::new(0),
+        };
+        slot.used.store(slot.occupied(), Ordering::Release);
+        Some(slot)
     }
 
     /// A slot for a layer whose group is new; `None` if all are in use.
@@ -172,6 +175,7 @@ impl Journal {
         Some(Slot {
             journal: self.clone(),
             index: free,
+            used: AtomicUsize::new(0),
         })
     }
 
@@ -185,6 +189,10 @@ impl Journal {
             }
         }
     }
+}
+
+fn clear(words: &[AtomicU64]) {
+    words.iter().for_each(|word| word.store(0, Ordering::Release));
 }
 
 impl AsFd for Journal {
@@ -247,6 +255,8 @@ pub enum Received {
 pub struct Slot {
     journal: Arc<Journal>,
     index: usize,
+    /// Entries of the table that are in use, as far as this process knows: counting them takes as long as everything else.
+    used: AtomicUsize,
 }
 
 impl Slot {
@@ -258,84 +268,94 @@ impl Slot {
         self.words().get(TABLE).unwrap_or_default().chunks_exact(2)
     }
 
+    /// The table from where an event of this number is put if there is room, so that it is mostly found at once.
+    fn table_from(&self, number: i32) -> impl Iterator<Item = &[AtomicU64]> {
+        let first = usize::try_from(number).unwrap_or(0) % MAX_PENDING;
+        self.table().skip(first).chain(self.table().take(first))
+    }
+
+    fn occupied(&self) -> usize {
+        self.table()
+            .filter(|entry| entry[0].load(Ordering::Acquire) != 0)
+            .count()
+    }
+
+    fn entries(&self) -> impl Iterator<Item = Entry> {
+        let words = |entry: &[AtomicU64]| [entry[0].load(Ordering::Acquire), entry[1].load(Ordering::Acquire)];
+        self.table().filter_map(move |entry| Entry::from_words(words(entry)))
+    }
+
     /// Reads at most `most` events from the group and enters them. Only one thread at a time may call this.
     pub fn receive(&self, group: BorrowedFd<'_>, most: usize) -> io::Result<Received> {
-        let free = MAX_PENDING.saturating_sub(self.pending());
+        let free = MAX_PENDING.saturating_sub(self.used.load(Ordering::Acquire));
         let inbox = self.words().get(INBOX).unwrap_or_default();
         // Never more than the table has room for, so that the inbox is always emptied.
         let room = free.min(most).min(inbox.len() / EVENT_WORDS);
         if room == 0 {
             return Ok(Received::Full);
         }
-        match SharedWords::read_into(&inbox[..room * EVENT_WORDS], group) {
-            Ok(_) => {}
+        let read = match SharedWords::read_into(&inbox[..room * EVENT_WORDS], group) {
+            Ok(read) => read.div_ceil(size_of::<u64>()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
             Err(error) => return Err(error),
-        }
+        };
         fault::point("event-read");
-        let found = self.inbox();
-        self.enter(&found);
+        let found = Self::events_in(&inbox[..read.min(inbox.len())]);
+        // Their numbers are open in this process, and none that is in the table is.
+        found.iter().for_each(|event| self.enter(event));
         fault::point("event-entered");
-        self.clear_inbox();
+        // What the read did not fill is empty.
+        clear(&inbox[..read.min(inbox.len())]);
         fault::point("event-taken");
         Ok(Received::Events(found))
     }
 
     /// What a predecessor read and did not answer, as far as it noted.
     pub fn left(&self) -> Vec<Entry> {
-        let found = self.inbox();
-        self.enter(&found);
-        self.clear_inbox();
-        let words = |entry: &[AtomicU64]| [entry[0].load(Ordering::Acquire), entry[1].load(Ordering::Acquire)];
-        self.table()
-            .filter_map(|entry| Entry::from_words(words(entry)))
-            .collect()
-    }
-
-    fn inbox(&self) -> Vec<Event> {
         let inbox = self.words().get(INBOX).unwrap_or_default();
-        let bytes: Vec<u8> = inbox
-            .iter()
-            .flat_map(|word| word.load(Ordering::Acquire).to_ne_bytes())
-            .collect();
-        events(&bytes).collect()
-    }
-
-    fn clear_inbox(&self) {
-        let inbox = self.words().get(INBOX).unwrap_or_default();
-        inbox.iter().for_each(|word| word.store(0, Ordering::Release));
-    }
-
-    fn enter(&self, found: &[Event]) {
-        for event in found {
-            let entry = Entry {
-                number: event.fd,
-                asked: event.asked,
-            };
-            let Some([first, second]) = entry.words() else { continue };
-            let is_known = |entry: &&[AtomicU64]| entry[0].load(Ordering::Acquire) >> 32 == first >> 32;
-            if self.table().any(|entry| is_known(&entry)) {
-                continue;
+        for event in Self::events_in(inbox) {
+            // It died before it cleared the inbox.
+            if self.entries().all(|entry| entry.number != event.fd) {
+                self.enter(&event);
             }
-            let free = self.table().find(|entry| entry[0].load(Ordering::Acquire) == 0);
-            let Some(free) = free else {
-                // Only in what another version left, which read more than there is room for.
-                tracing::error!(
-                    number = event.fd,
-                    "the journal of events is full; a reader may wait until it is killed"
-                );
-                continue;
-            };
-            free[1].store(second, Ordering::Relaxed);
-            free[0].store(first, Ordering::Release);
         }
+        clear(inbox);
+        self.used.store(self.occupied(), Ordering::Release);
+        self.entries().collect()
     }
 
-    /// How many events are in the table.
-    pub fn pending(&self) -> usize {
-        self.table()
-            .filter(|entry| entry[0].load(Ordering::Acquire) != 0)
-            .count()
+    fn events_in(inbox: &[AtomicU64]) -> Vec<Event> {
+        let mut bytes = [0; (INBOX.end - INBOX.start) * size_of::<u64>()];
+        for (bytes, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(inbox) {
+            bytes.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
+        }
+        let length = size_of_val(inbox).min(bytes.len());
+        events(&bytes[..length]).collect()
+    }
+
+    fn enter(&self, event: &Event) {
+        let entry = Entry {
+            number: event.fd,
+            asked: event.asked,
+        };
+        let Some([first, second]) = entry.words() else { return };
+        let mut places = self.table_from(event.fd);
+        let Some(free) = places.find(|entry| entry[0].load(Ordering::Acquire) == 0) else {
+            // Only in what another version left, which read more than there is room for.
+            tracing::error!(
+                number = event.fd,
+                "the journal of events is full; a reader may wait until it is killed"
+            );
+            return;
+        };
+        free[1].store(second, Ordering::Relaxed);
+        free[0].store(first, Ordering::Release);
+        self.used.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether an event is in the table, whichever process entered it.
+    pub fn is_occupied(&self) -> bool {
+        self.entries().next().is_some()
     }
 
     /// The event of this number was answered.
@@ -347,10 +367,12 @@ impl Slot {
         .words() else {
             return;
         };
-        let of_it = self
-            .table()
-            .filter(|entry| entry[0].load(Ordering::Acquire) >> 32 == first >> 32);
-        of_it.for_each(|entry| entry[0].store(0, Ordering::Release));
+        let mut places = self.table_from(number);
+        let is_it = |entry: &&[AtomicU64]| entry[0].load(Ordering::Acquire) >> 32 == first >> 32;
+        if let Some(entry) = places.find(is_it) {
+            entry[0].store(0, Ordering::Release);
+            self.used.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 
     /// Notes for a successor how many file systems there are of the layer.

@@ -335,7 +335,7 @@ impl<'a> Questions<'a> {
             .spawn()?;
         let asked = self.reader(FILES[2]).map_err(Cause::from).and_then(|reader| {
             let until = Instant::now() + PATIENCE;
-            while self.slot.pending() == 0 {
+            while !self.slot.is_occupied() {
                 if Instant::now() > until || child.try_wait()?.is_some() {
                     return Err("a second process does not get the kernel's question".into());
                 }

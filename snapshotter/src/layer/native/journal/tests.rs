@@ -102,7 +102,7 @@ fn no_more_is_read_than_there_is_room_for() {
     let journal = Arc::new(Journal::new().unwrap());
     let slot = journal.claim(&layer("a")).unwrap();
     let mut next = 0;
-    while slot.pending() < MAX_PENDING {
+    while slot.occupied() < MAX_PENDING {
         let most = i32::try_from(MAX_PENDING).unwrap();
         let group = group(next..most.min(next + 60));
         while let Received::Events(events) = slot.receive(group.as_fd(), 11).unwrap() {
@@ -179,7 +179,7 @@ proptest! {
         for (word, bytes) in slot.words()[INBOX].iter().zip(bytes.chunks_exact(8)) {
             word.store(u64::from_ne_bytes(bytes.try_into().unwrap()), Ordering::Release);
         }
-        let events = slot.inbox();
+        let events = Slot::events_in(&slot.words()[INBOX]);
         prop_assert_eq!(events.len(), numbers_read.len());
         let answered: Vec<i32> = numbers_read.iter().copied().take(answered).collect();
         interrupted(&events, stores, &slot, &answered);
